@@ -1,0 +1,55 @@
+"""Every exception a user can meet, as a small tree.
+
+An error says what was asked, what was found, what is allowed and what to do next. ``exit_code`` is what a command
+ends with: 2 where the user's input was wrong, 1 where the user's own code or a worker failed.
+"""
+
+
+class UnisonoError(Exception):
+    """The root: catch it to catch everything that Unisono raises on purpose."""
+
+    exit_code = 2
+
+
+class ConfigurationError(UnisonoError):
+    """What the user described cannot be trained: the sentence says what was given and what is allowed."""
+
+
+class DataError(UnisonoError):
+    """A dataset cannot be read, is empty, or returns something that cannot be batched."""
+
+
+class TrainingError(UnisonoError):
+    """A step's result cannot be used, a loss that is not a number for example."""
+
+
+class ImpureRunError(TrainingError):
+    """The same micro-batch, computed twice from the same state, gave two results."""
+
+
+class CheckpointError(UnisonoError):
+    """A checkpoint cannot be written, or none that is intact can be read."""
+
+
+class LaunchError(UnisonoError):
+    """Workers cannot be started or found."""
+
+
+class GroupError(UnisonoError):
+    """Workers cannot go on together."""
+
+    exit_code = 1
+
+
+class WaitTimeout(GroupError):
+    """A wait passed its deadline: the sentence names the missing ranks, the operation and the waiting line."""
+
+
+class Revoked(GroupError):
+    """The group's generation ended while this worker waited: someone else holds the cause."""
+
+
+class WorkerFailed(UnisonoError):
+    """A worker ended in an exception or was lost; the message carries its rank and its traceback."""
+
+    exit_code = 1

@@ -1,0 +1,113 @@
+"""Frozen records of what happened, and the emitter that hands them to listeners. Nothing here does I/O."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+PHASES = ("data", "compute", "reduce", "update", "wait")
+"""Where the time of a step goes; every worker measures each of them, in seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Anything that happened in a run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Notice(Event):
+    """Something the user should know, in a sentence."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunStarted(Event):
+    """Workers are ready; training starts after ``step`` finished steps and should end after ``steps``."""
+
+    step: int
+    steps: int
+    workers: int
+    parameters: int
+    run_dir: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseEntered(Event):
+    """A worker enters a phase of a step (``step`` counts from 1); faults are injected in tests by listening to it."""
+
+    rank: int
+    step: int
+    phase: str
+    micro_batch: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepFinished(Event):
+    """Step ``step`` (from 1) is committed; ``phases`` holds one mapping, phase -> seconds, per worker."""
+
+    step: int
+    loss: float
+    weight: float
+    samples: int
+    learning_rate: float
+    gradient_norm: float | None
+    seconds: float
+    phases: Sequence[Mapping[str, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class ValidationFinished(Event):
+    """The state after ``step`` was evaluated on the whole validation set."""
+
+    step: int
+    metrics: Mapping[str, float]
+    samples: int
+    seconds: float
+    best: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointSaved(Event):
+    """A checkpoint is complete on disk."""
+
+    step: int
+    path: str
+    size_bytes: int
+    seconds: float
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed(Event):
+    """The state of a checkpoint was loaded; ``damaged`` lists newer ones that were passed over, with the reason."""
+
+    step: int
+    path: str
+    damaged: Sequence[str] = field(default_factory=tuple)
+
+
+@dataclass(frozen=True, slots=True)
+class RunFinished(Event):
+    """Training ended in good order; ``reason`` is "finished", "stopped" or "early stop"."""
+
+    step: int
+    reason: str
+    digest: str
+    seconds: float
+
+
+Listener = Callable[[Event], None]
+
+
+class Emitter:
+    """Hands every event to every listener, in order; a listener's exception ends the run."""
+
+    def __init__(self, listeners: Sequence[Listener] = ()) -> None:
+        self._listeners = list(listeners)
+
+    def add(self, listener: Listener) -> None:
+        """Let a listener hear everything from now on."""
+        self._listeners.append(listener)
+
+    def __call__(self, event: Event) -> None:
+        for listener in self._listeners:
+            listener(event)

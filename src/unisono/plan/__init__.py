@@ -1,0 +1,1 @@
+"""Where each part is computed: decisions as data, made without processes."""

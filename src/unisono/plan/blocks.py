@@ -1,0 +1,151 @@
+"""A model's tensors as data: parameters, the uses of tied ones, and the blocks that are reduced and updated.
+
+A block is at most 65,536 elements of one parameter. Blocks never span two parameters, so norms and optimizer groups do
+not depend on how a model is cut.
+
+Parameters of one dtype lie behind each other in one *segment*; every one starts on a multiple of 64 elements, so its
+address is a multiple of 64 bytes in every layout (a kernel's last bits can depend on it).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+BLOCK_ELEMENTS = 65_536
+ALIGNMENT_ELEMENTS = 64
+
+
+def aligned(size: int, multiple: int = ALIGNMENT_ELEMENTS) -> int:
+    """``size`` rounded up to a multiple.
+
+    >>> aligned(65), aligned(64)
+    (128, 64)
+    """
+    return -(-size // multiple) * multiple
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A named tensor without its values; ``dtype`` is torch's name, "float32" for example."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        size = 1
+        for extent in self.shape:
+            size *= extent
+        return size
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterSpec:
+    """One parameter: its storage, and the names under which the model uses it.
+
+    Attributes:
+        tensor: name (the first of its uses), dtype and shape.
+        uses: every name in ``named_parameters(remove_duplicate=False)``; two or more where weights are tied.
+        group: the optimizer's parameter group, or None where it is not trained.
+    """
+
+    tensor: TensorSpec
+    uses: tuple[str, ...]
+    group: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Elements [start, stop) of one parameter, ``parameter`` being its place in the flat order."""
+
+    parameter: int
+    index: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor lies: ``numel`` elements of a segment from ``offset``."""
+
+    segment: int
+    offset: int
+    numel: int
+
+
+@dataclass(frozen=True, slots=True)
+class FlatLayout:
+    """Where every parameter and every use's gradient lies, and the blocks in their flat order.
+
+    Attributes:
+        parameters: in flat order.
+        places: of the parameters' values (and of the gradient of their first use).
+        uses: name and parameter of every trained use, in flat order.
+        use_places: of the uses' gradients.
+        segment_dtypes: dtype of each segment.
+        segment_elements: elements of each segment that hold parameters.
+        gradient_elements: elements of each segment of a gradient; further uses of tied weights come last.
+        blocks: the blocks of trained parameters.
+    """
+
+    parameters: tuple[ParameterSpec, ...]
+    places: tuple[Place, ...]
+    uses: tuple[tuple[str, int], ...]
+    use_places: tuple[Place, ...]
+    segment_dtypes: tuple[str, ...]
+    segment_elements: tuple[int, ...]
+    gradient_elements: tuple[int, ...]
+    blocks: tuple[Block, ...]
+
+    def block_place(self, block: Block) -> Place:
+        """Where a block's values lie."""
+        place = self.places[block.parameter]
+        return Place(place.segment, place.offset + block.start, block.stop - block.start)
+
+    def uses_of(self, parameter: int) -> list[int]:
+        """The uses of a parameter in order of name: the order in which their gradients are added."""
+        found = [u for u, (_, p) in enumerate(self.uses) if p == parameter]
+        return sorted(found, key=lambda u: self.uses[u][0])
+
+
+def flat_layout(parameters: Sequence[ParameterSpec], block_elements: int = BLOCK_ELEMENTS) -> FlatLayout:
+    """Lay parameters out, segment by segment, keeping the model's order inside each dtype."""
+    ordered = sorted(parameters, key=lambda p: p.tensor.dtype)
+    places: list[Place] = []
+    uses: list[tuple[str, int]] = []
+    use_places: list[Place] = []
+    blocks: list[Block] = []
+    dtypes, elements, gradient_elements = [], [], []
+    for segment, (dtype, members) in enumerate(groupby(ordered, key=lambda p: p.tensor.dtype)):
+        offset = 0
+        further: list[tuple[str, int]] = []
+        for spec in members:
+            index, numel = len(places), spec.tensor.numel
+            place = Place(segment, offset, numel)
+            places.append(place)
+            if spec.group is not None:
+                uses.append((spec.uses[0], index))
+                use_places.append(place)
+                further += [(name, index) for name in spec.uses[1:]]
+                starts = range(0, numel, block_elements)
+                blocks += [Block(index, i, s, min(s + block_elements, numel)) for i, s in enumerate(starts)]
+            offset += aligned(numel)
+        dtypes.append(dtype)
+        elements.append(offset)
+        for name, index in further:
+            uses.append((name, index))
+            use_places.append(Place(segment, offset, ordered[index].tensor.numel))
+            offset += aligned(ordered[index].tensor.numel)
+        gradient_elements.append(offset)
+    return FlatLayout(
+        parameters=tuple(ordered),
+        places=tuple(places),
+        uses=tuple(uses),
+        use_places=tuple(use_places),
+        segment_dtypes=tuple(dtypes),
+        segment_elements=tuple(elements),
+        gradient_elements=tuple(gradient_elements),
+        blocks=tuple(blocks),
+    )

@@ -1,0 +1,1 @@
+"""What is computed: pure functions of the run's definition; nothing here communicates."""

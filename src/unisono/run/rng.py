@@ -1,0 +1,123 @@
+"""Random state as a function of names: (seed, step, micro-batch, module, call) -> the state of torch's generator.
+
+A module that may draw random numbers re-seeds the generator when it is entered, so what it draws does not depend on
+what ran before it, on which worker runs it, or on how the model is cut.
+"""
+
+import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+_MASK = (1 << 64) - 1
+
+
+def derive(*keys: int | str) -> int:
+    """A 64-bit seed from a path of names and numbers; equal paths give equal seeds, and no others are related.
+
+    >>> derive(0, "init") == derive(0, "init"), derive(0, "init") == derive(1, "init")
+    (True, False)
+    """
+    text = "\x1f".join(f"{type(key).__name__}:{key}" for key in keys)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def mix(a: int, b: int) -> int:
+    """One 64-bit number from two: splitmix64's finaliser, about 0.5 us where `derive` takes 3."""
+    z = (a + 0x9E3779B97F4A7C15 * (b + 1)) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed python, numpy and torch from one number, and give each its former state back at the end.
+
+    Datasets read their samples and factories build their models inside it: an augmentation is the same whoever loads
+    it, and nothing that follows can see that it was loaded.
+    """
+    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+
+
+# Modules of torch.nn that never draw: entering them does not change the state, which saves about 2.5 us a call.
+_NEVER_DRAW = (
+    nn.Linear, nn.Bilinear, nn.Identity, nn.Embedding, nn.EmbeddingBag, nn.Flatten, nn.Unflatten,
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+    nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d,
+    nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.LocalResponseNorm,
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh,
+    nn.Sigmoid, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Softplus, nn.Softmax, nn.LogSoftmax, nn.GLU,
+    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
+    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool2d,
+    nn.ZeroPad2d, nn.Upsample, nn.PixelShuffle, nn.ModuleList, nn.ModuleDict, nn.ParameterList,
+)  # fmt: skip
+
+
+class ModuleRandom:
+    """Keys the random state of a model's modules by (seed, step, micro-batch, module name, call number).
+
+    A module entered again during the backward (activation checkpointing) must draw what it drew in the forward.
+    Checkpointing restores the generator as it was at the start of the region, and a generator remembers the seed
+    it was last given; (module, seed found on entry) therefore names one call, and the same pair is given the same seed.
+    """
+
+    def __init__(self, model: nn.Module, seed: int, device: torch.device) -> None:
+        self._seed = seed
+        self._generator = torch.default_generator
+        self._device_generator: torch.Generator | None = None
+        if device.type == "cuda":
+            torch.cuda.init()
+            self._device_generator = torch.cuda.default_generators[device.index or 0]
+        self._key = 0
+        self._calls: dict[int, int] = {}
+        self._given: dict[tuple[int, int], int] = {}
+        self._handles: list[RemovableHandle] = []
+        for name, module in model.named_modules():
+            if type(module) not in _NEVER_DRAW:
+                self._handles.append(module.register_forward_pre_hook(self._hook(derive("module", name))))
+
+    def enter(self, step: int, micro_batch: int) -> None:
+        """From here on, until the next call, draws belong to this micro-batch; ``step`` counts from 0."""
+        self._key = mix(mix(self._seed, step), micro_batch)
+        self._calls.clear()
+        self._given.clear()
+        self._set(self._key)
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _set(self, seed: int) -> None:
+        self._generator.manual_seed(seed)
+        if self._device_generator is not None:
+            self._device_generator.manual_seed(seed)
+
+    def _hook(self, name: int) -> Any:
+        def reseed(module: nn.Module, args: object) -> None:
+            found = (name, self._generator.initial_seed())
+            seed = self._given.get(found)
+            if seed is None:
+                call = self._calls.get(name, 0)
+                self._calls[name] = call + 1
+                seed = self._given[found] = mix(mix(self._key, name), call)
+            self._set(seed)
+
+        return reseed

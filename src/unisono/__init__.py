@@ -1,0 +1,29 @@
+"""Unisono: distributed PyTorch training that gives the same bits on any number of workers."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from unisono.config import Layout, ScalingConfig, ScheduleConfig
+    from unisono.errors import UnisonoError
+    from unisono.trainer import Result, Trainer
+
+__version__ = "0.1.0"
+__all__ = ["Layout", "Result", "ScalingConfig", "ScheduleConfig", "Trainer", "UnisonoError", "__version__"]
+
+_ROOMS = {
+    "Layout": "unisono.config",
+    "Result": "unisono.trainer",
+    "ScalingConfig": "unisono.config",
+    "ScheduleConfig": "unisono.config",
+    "Trainer": "unisono.trainer",
+    "UnisonoError": "unisono.errors",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import what is asked for when it is asked for: the command line's help does not wait for torch."""
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'unisono' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_ROOMS[name]), name)

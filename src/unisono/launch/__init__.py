@@ -1,0 +1,1 @@
+"""Starting workers: one contract, whoever starts them."""

@@ -1,0 +1,1 @@
+"""One model over a mesh of workers."""

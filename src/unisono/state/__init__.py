@@ -1,0 +1,1 @@
+"""The training state: where it lies in memory, and how it reaches the disk and comes back."""

@@ -1,0 +1,116 @@
+"""The arena: memory that the workers of one host share, and the regions it is divided into.
+
+The launcher creates it (``memfd_create``: no file, freed by the kernel with its last process) and hands the descriptor
+on; every worker maps the same bytes. It is not inherited by what workers fork, and not kept across an exec.
+"""
+
+import mmap
+import os
+import platform
+import threading
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from unisono.errors import LaunchError
+
+PAGE = 4096
+LINE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Bytes [offset, offset + size_bytes) of an arena."""
+
+    offset: int
+    size_bytes: int
+
+    def part(self, offset: int, size_bytes: int) -> "Region":
+        """A region inside this one."""
+        assert 0 <= offset and offset + size_bytes <= self.size_bytes
+        return Region(self.offset + offset, size_bytes)
+
+
+@dataclass(slots=True)
+class Regions:
+    """Hands out regions one behind the other; the same calls give the same regions in every worker."""
+
+    size_bytes: int = 0
+    named: dict[str, Region] = field(default_factory=dict)
+
+    def add(self, name: str, size_bytes: int, alignment: int = LINE) -> Region:
+        """The next region, aligned."""
+        offset = -(-self.size_bytes // alignment) * alignment
+        region = self.named[name] = Region(offset, size_bytes)
+        self.size_bytes = offset + size_bytes
+        return region
+
+
+def create_descriptor(size_bytes: int) -> int:
+    """A descriptor of ``size_bytes`` of shared memory; pages cost memory once they are touched."""
+    if not hasattr(os, "memfd_create"):
+        raise LaunchError(
+            f"several workers share memory through memfd_create, which {platform.system()} lacks; use one worker (-n 1)"
+        )
+    descriptor = os.memfd_create("unisono-arena", os.MFD_CLOEXEC)
+    os.ftruncate(descriptor, max(size_bytes, PAGE))
+    return descriptor
+
+
+class Arena:
+    """A mapping of shared bytes; ``descriptor=None`` maps private memory, for a world of one.
+
+    Example:
+        >>> arena = Arena(None, 4096)
+        >>> arena.words(Region(0, 16))[0] = 7
+        >>> arena.tensor(Region(0, 16), torch.int64).tolist()
+        [7, 0]
+    """
+
+    def __init__(self, descriptor: int | None, size_bytes: int) -> None:
+        size_bytes = max(size_bytes, PAGE)
+        try:
+            self._mapping = mmap.mmap(-1 if descriptor is None else descriptor, size_bytes)
+        except (OSError, ValueError) as error:
+            raise LaunchError(f"cannot map {size_bytes / 2**30:.2f} GiB of shared memory: {error}") from error
+        if descriptor is not None and hasattr(mmap, "MADV_DONTFORK"):
+            self._mapping.madvise(mmap.MADV_DONTFORK)  # a forked child would keep writing after its parent is fenced
+        self._tensor = torch.frombuffer(self._mapping, dtype=torch.uint8)
+        self._bytes = memoryview(self._mapping)
+
+    def words(self, region: Region) -> memoryview:
+        """The region as unsigned 64-bit words; an assignment is one aligned store."""
+        return self._bytes[region.offset : region.offset + region.size_bytes].cast("Q")
+
+    def bytes(self, region: Region) -> memoryview:
+        """The region as bytes."""
+        return self._bytes[region.offset : region.offset + region.size_bytes]
+
+    def tensor(self, region: Region, dtype: torch.dtype) -> Tensor:
+        """The region as a flat tensor."""
+        return self._tensor[region.offset : region.offset + region.size_bytes].view(dtype)
+
+
+class DeviceMemory:
+    """Regions on an accelerator, made as they are first asked for; the words stay in the host's arena."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._tensors: dict[Region, Tensor] = {}
+
+    def __call__(self, region: Region) -> Tensor:
+        """The region's bytes on the device."""
+        if region not in self._tensors:
+            self._tensors[region] = torch.zeros(region.size_bytes, dtype=torch.uint8, device=self._device)
+        return self._tensors[region]
+
+
+_STRONG_ORDER = platform.machine().lower() in ("x86_64", "amd64", "i686", "i386")
+
+
+def store_fence() -> None:
+    """After this, stores made before are seen before stores made after. x86 keeps that order by itself."""
+    if not _STRONG_ORDER:
+        with threading.Lock():  # a lock's release and acquire are the portable barrier that Python has
+            pass

@@ -1,0 +1,77 @@
+"""The contract that every way of communicating meets: who is in a group, and how a step's partials become sums.
+
+A step is: fill partials (`partial`), `publish` them, `collect` a set that covers the step, update, `finish`, and, before
+the new state is read, `settle`. Every wait has a deadline; `revoke` frees all who wait; `reform` makes the
+group of the next generation.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+from unisono.comm.partial import Partial
+from unisono.run.summation import Node
+
+STOP = 1
+"""Flag: this worker was asked to stop after the step."""
+
+SNAPSHOT = 2
+"""Flag: the state before this step's update is to be kept, for a checkpoint."""
+
+
+@runtime_checkable
+class Group(Protocol):
+    """Workers that train together, numbered 0 to ``size - 1`` within a generation."""
+
+    @property
+    def rank(self) -> int:
+        """This worker's number."""
+
+    @property
+    def size(self) -> int:
+        """Number of workers."""
+
+    @property
+    def generation(self) -> int:
+        """The group's number; grows at each change of membership."""
+
+    def enter(self, activity: str, step: int) -> None:
+        """Say what this worker does now: one of `ACTIVITIES`; shown to whoever waits for it."""
+
+    def partial(self, entry: int) -> Partial:
+        """This worker's buffer number ``entry``."""
+
+    def publish(self, step: int, entry: int, node: Node) -> None:
+        """The buffer holds the finished sum of ``node``; it is immutable until the step is committed."""
+
+    def collect(self, step: int, count: int) -> list[tuple[Node, Partial]]:
+        """Wait until all ``count`` micro-batches are published; subtrees that cover each once, from left to right."""
+
+    def finish(self, step: int) -> None:
+        """All that this worker owns is at the state after ``step``."""
+
+    def settle(self, step: int) -> None:
+        """Wait until everyone has finished ``step``: its state is committed and may be read."""
+
+    def set_flags(self, flags: int) -> None:
+        """Requests (`STOP`) to go with the next step that is published."""
+
+    def all_flags(self) -> int:
+        """Everyone's requests joined; the same for all between `collect` and `settle`."""
+
+    def all_gather(self, payload: bytes, operation: str) -> list[bytes]:
+        """Everyone's payload, in order of rank; for small messages."""
+
+    def barrier(self, operation: str) -> None:
+        """Wait until everyone has come here."""
+
+    def report(self, step: int, seconds: Sequence[float]) -> None:
+        """Leave this worker's seconds in each phase of a step for others to read."""
+
+    def reports(self, step: int) -> list[list[float]]:
+        """What everyone left for a step that is settled, in order of rank."""
+
+    def revoke(self) -> None:
+        """End this generation: everyone who waits, or will, raises `Revoked`."""
+
+    def reform(self, generation: int, members: Sequence[int]) -> "Group":
+        """The group of a later generation: ``members`` are slots, in order of rank, this worker's among them."""

@@ -1,0 +1,312 @@
+"""The workers of one host as a group: partials, messages and commits through the arena. One worker is a normal case."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from unisono.comm.arena import PAGE, Arena, Region, Regions
+from unisono.comm.header import ENTRIES, Header, Publication, header_bytes
+from unisono.comm.partial import Partial, PartialLayout
+from unisono.comm.waiting import Waiter
+from unisono.errors import LaunchError
+from unisono.events import PHASES
+from unisono.run.summation import Node, covering, missing
+
+MAILBOX_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class HostLayout:
+    """How the arena of a host is divided. Pages that nobody touches cost nothing."""
+
+    slots: int
+    blocks: int
+    entries: int
+    partial_bytes: int
+    state_bytes: int
+    replicas: int
+    undo_bytes: int
+    regions: Regions
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of address space."""
+        return self.regions.size_bytes
+
+    def mailbox(self, slot: int, number: int) -> Region:
+        """Where a slot's message goes; two halves in turn, since a slower reader may still read the last."""
+        return self.regions.named["mailboxes"].part((slot * 2 + number % 2) * MAILBOX_BYTES, MAILBOX_BYTES)
+
+    def partial(self, slot: int, entry: int) -> Region:
+        """A slot's buffer for a partial."""
+        size = _paged(self.partial_bytes)
+        return self.regions.named["partials"].part((slot * self.entries + entry) * size, self.partial_bytes)
+
+    def state(self, replica: int) -> Region:
+        """A replica's training state."""
+        return self.regions.named["state"].part(replica * _paged(self.state_bytes), self.state_bytes)
+
+    def snapshot(self) -> Region:
+        """The consistent copy that a checkpoint is written from."""
+        return self.regions.named["snapshot"]
+
+    def undo(self, slot: int) -> Region:
+        """A slot's undo area."""
+        return self.regions.named["undo"].part(slot * _paged(self.undo_bytes), self.undo_bytes)
+
+
+def _paged(size_bytes: int) -> int:
+    return -(-size_bytes // PAGE) * PAGE
+
+
+def host_layout(
+    slots: int, blocks: int, entries: int, partial_bytes: int, state_bytes: int, replicas: int, undo_bytes: int
+) -> HostLayout:
+    """Divide an arena; ``entries`` is the number of partials a slot may hold at once."""
+    if entries > ENTRIES:
+        raise ValueError(f"{entries} partials a slot exceed the {ENTRIES} that can be published")
+    regions = Regions()
+    regions.add("header", header_bytes(slots))
+    regions.add("versions", 8 * blocks)
+    regions.add("reports", 8 * slots * 2 * len(PHASES))
+    regions.add("mailboxes", slots * 2 * MAILBOX_BYTES, PAGE)
+    regions.add("state", replicas * _paged(state_bytes), PAGE)
+    regions.add("undo", slots * _paged(undo_bytes), PAGE)
+    regions.add("snapshot", state_bytes, PAGE)
+    regions.add("partials", slots * entries * _paged(partial_bytes), PAGE)
+    return HostLayout(slots, blocks, entries, partial_bytes, state_bytes, replicas, undo_bytes, regions)
+
+
+class HostGroup:
+    """A `Group` over one arena.
+
+    Arguments:
+        arena, layout: the shared memory and its division.
+        partials: the fields of a partial.
+        slot: this worker's place in the arena.
+        members: the slots of this generation's workers, in order of rank.
+        generation: from 1.
+        deadline_s: seconds that any wait may take.
+        memory: region -> bytes, where tensors do not lie in the arena itself (a CUDA device's).
+    """
+
+    def __init__(
+        self,
+        arena: Arena,
+        layout: HostLayout,
+        partials: PartialLayout,
+        slot: int,
+        members: Sequence[int],
+        generation: int,
+        deadline_s: float,
+        memory: Callable[[Region], Tensor] | None = None,
+        waiter: Waiter | None = None,
+    ) -> None:
+        self.arena = arena
+        self.layout = layout
+        self.header = Header(arena, layout.regions.named["header"], layout.slots)
+        self.slot = slot
+        self.members = tuple(members)
+        self._generation = generation
+        self._partials = partials
+        self._memory = memory or (lambda region: arena.tensor(region, torch.uint8))
+        self._waiter = replace(waiter or Waiter(deadline_s, self._revoked), revoked=self._revoked)
+        self._views: dict[tuple[int, int], Partial] = {}
+        self._messages = self.header.sequence(slot)
+        self._reports = arena.bytes(layout.regions.named["reports"]).cast("d")
+
+    @property
+    def rank(self) -> int:
+        """This worker's number."""
+        return self.members.index(self.slot)
+
+    @property
+    def size(self) -> int:
+        """Number of workers."""
+        return len(self.members)
+
+    @property
+    def generation(self) -> int:
+        """The group's number."""
+        return self._generation
+
+    def assemble(self, layout_hash: int) -> None:
+        """Wait until every member has mapped the arena, and check that all laid it out alike."""
+        self.header.set_layout(self.slot, layout_hash)
+
+        def ready() -> list[int] | None:
+            seen = [self.header.layout(slot) for slot in self.members]
+            return seen if all(seen) else None
+
+        seen = self._waiter(ready, "assemble", lambda: self._missing(lambda s: bool(self.header.layout(s))))
+        differing = [rank for rank, value in enumerate(seen) if value != seen[0]]
+        if differing:
+            raise LaunchError(
+                f"rank {differing[0]} built another model or configuration than rank 0 (other names, shapes, dtypes, "
+                "batch sizes or optimizer); the model's factory must not depend on the rank"
+            )
+        self.header.generation = self._generation
+
+    def enter(self, activity: str, step: int) -> None:
+        """Say what this worker does now."""
+        self.header.set_activity(self.slot, activity, step)
+
+    def partial(self, entry: int) -> Partial:
+        """This worker's buffer number ``entry``."""
+        return self._view(self.slot, entry)
+
+    def publish(self, step: int, entry: int, node: Node) -> None:
+        """One aligned store: the subtree is complete."""
+        self.header.publish(self.slot, entry, self._generation, step, node)
+
+    def collect(self, step: int, count: int) -> list[tuple[Node, Partial]]:
+        """Wait for all micro-batches of the step, then close it."""
+
+        def published() -> list[Publication]:
+            return self.header.publications(self._generation, step, self.members)
+
+        def ready() -> list[tuple[Node, Partial]] | None:
+            found: dict[Node, Publication] = {}
+            for publication in published():
+                found.setdefault(publication.node, publication)
+            cover = covering(found, count)
+            if cover is None:
+                return None
+            return [(node, self._view(found[node].slot, found[node].entry)) for node in cover]
+
+        def absent() -> str:
+            lost = missing((p.node for p in published()), count)
+            return f"micro-batches {_ranges(lost)} of step {step} are not published; {self._doing()}"
+
+        result = self._waiter(ready, f"collect of step {step}", absent)
+        self.header.closed = step
+        return result
+
+    def finish(self, step: int) -> None:
+        """One store: this slot is done with the step."""
+        self.header.set_done(self.slot, step)
+
+    def settle(self, step: int) -> None:
+        """Wait for everyone's `finish`."""
+
+        def ready() -> bool | None:
+            return True if all(self.header.done(slot) >= step for slot in self.members) else None
+
+        self._waiter(
+            ready, f"commit of step {step}", lambda: self._missing(lambda slot: self.header.done(slot) >= step)
+        )
+        self.header.committed = step
+
+    def set_flags(self, flags: int) -> None:
+        """Requests to go with the next step."""
+        self.header.set_flags(self.slot, flags)
+
+    def all_flags(self) -> int:
+        """Everyone's requests joined."""
+        result = 0
+        for slot in self.members:
+            result |= self.header.flags(slot)
+        return result
+
+    def all_gather(self, payload: bytes, operation: str) -> list[bytes]:
+        """Everyone's payload; larger ones than a mailbox go in several rounds."""
+        room = MAILBOX_BYTES - 8
+        received = [bytearray() for _ in self.members]
+        totals = [0] * self.size
+        sent, first = 0, True
+        while first or any(len(data) < total for data, total in zip(received, totals, strict=True)):
+            first = False
+            self._messages += 1
+            number = self._messages
+            box = self.arena.bytes(self.layout.mailbox(self.slot, number))
+            chunk = payload[sent : sent + room]
+            box[:8] = len(payload).to_bytes(8, "little")
+            box[8 : 8 + len(chunk)] = chunk
+            sent += len(chunk)
+            self.header.set_sequence(self.slot, number)
+            self._wait_for_messages(number, operation)
+            for i, slot in enumerate(self.members):
+                box = self.arena.bytes(self.layout.mailbox(slot, number))
+                totals[i] = int.from_bytes(box[:8], "little")
+                received[i] += box[8 : 8 + min(room, totals[i] - len(received[i]))]
+        return [bytes(data) for data in received]
+
+    def _wait_for_messages(self, number: int, operation: str) -> None:
+        def ready() -> bool | None:
+            return True if all(self.header.sequence(slot) >= number for slot in self.members) else None
+
+        self._waiter(ready, operation, lambda: self._missing(lambda slot: self.header.sequence(slot) >= number))
+
+    def barrier(self, operation: str) -> None:
+        """An exchange of nothing."""
+        self.all_gather(b"", operation)
+
+    def report(self, step: int, seconds: Sequence[float]) -> None:
+        """Two rows in turn, so that a reader of the settled step is not overtaken."""
+        start = (self.slot * 2 + step % 2) * len(PHASES)
+        for i, value in enumerate(seconds):
+            self._reports[start + i] = value
+
+    def reports(self, step: int) -> list[list[float]]:
+        """Seconds in each phase, a list for each rank."""
+        starts = [(slot * 2 + step % 2) * len(PHASES) for slot in self.members]
+        return [list(self._reports[start : start + len(PHASES)]) for start in starts]
+
+    def revoke(self) -> None:
+        """One store, which every wait polls."""
+        self.header.revoked = self._generation + 1
+
+    def reform(self, generation: int, members: Sequence[int]) -> "HostGroup":
+        """The next generation over the same memory."""
+        if generation <= self._generation:
+            raise ValueError(f"generation {generation} is not after {self._generation}")
+        group = HostGroup(
+            self.arena,
+            self.layout,
+            self._partials,
+            self.slot,
+            members,
+            generation,
+            self._waiter.deadline_s,
+            self._memory,
+            self._waiter,
+        )
+        self.header.generation = generation
+        return group
+
+    def _revoked(self) -> bool:
+        return self.header.revoked > self._generation
+
+    def _view(self, slot: int, entry: int) -> Partial:
+        view = self._views.get((slot, entry))
+        if view is None:
+            memory = self._memory(self.layout.partial(slot, entry))
+            view = self._views[slot, entry] = Partial(self._partials, memory)
+        return view
+
+    def _missing(self, arrived: Callable[[int], bool]) -> str:
+        late = [rank for rank, slot in enumerate(self.members) if not arrived(slot)]
+        return "; ".join(f"rank {rank} is missing, last seen in {self._last(rank)}" for rank in late)
+
+    def _last(self, rank: int) -> str:
+        return self.header.activity(self.members[rank])
+
+    def _doing(self) -> str:
+        return ", ".join(f"rank {rank}: {self._last(rank)}" for rank in range(self.size) if rank != self.rank)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Whole numbers as ranges.
+
+    >>> _ranges([1, 2, 3, 7])
+    '1-3, 7'
+    """
+    parts: list[list[int]] = []
+    for n in numbers:
+        if parts and parts[-1][1] == n - 1:
+            parts[-1][1] = n
+        else:
+            parts.append([n, n])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)

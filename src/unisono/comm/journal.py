@@ -1,0 +1,94 @@
+"""The commit of one run of blocks: in place, and whole or not at all whatever is killed.
+
+Order of the stores, which x86 keeps: (1) copy the old bytes aside, (2) publish what was copied, (3) update in place,
+(4) set the blocks' versions, the last block's last, (5) clear the publication. A crash before (2) changed nothing;
+between (2) and the end of (4) the old bytes are put back; after (4) the new ones are whole. Putting back may be
+interrupted and begun again: nothing it reads changes until its last store.
+
+The copy lands in the slot's undo area or, while a snapshot is being taken, in the snapshot at the same offset: then
+what protects the commit is also the consistent copy of the version before it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from unisono.comm.arena import store_fence
+from unisono.comm.header import UNDO_PLACE, UNDO_RUN, UNDO_VERSION
+
+IN_UNDO_AREA, IN_SNAPSHOT = 0, 1
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """What a run of blocks consists of in memory, and where its old bytes go: matching lists of views."""
+
+    first: int
+    count: int
+    live: Sequence[Tensor]
+    undo: Sequence[Tensor]
+    snapshot: Sequence[Tensor]
+
+
+def _copy(target: Sequence[Tensor], source: Sequence[Tensor]) -> None:
+    for a, b in zip(target, source, strict=True):
+        a.copy_(b)
+
+
+class Journal:
+    """Commits and recovers runs of blocks for one slot.
+
+    Arguments:
+        row: the slot's words.
+        versions: one word a block: the step after which its present bytes are the state.
+        copy: how bytes are copied; replaced in tests that crash in the middle.
+    """
+
+    def __init__(
+        self,
+        row: memoryview,
+        versions: memoryview,
+        copy: Callable[[Sequence[Tensor], Sequence[Tensor]], None] = _copy,
+    ) -> None:
+        self._row = row
+        self._versions = versions
+        self._copy = copy
+
+    def commit(self, image: Image, version: int, update: Callable[[], None], *, snapshot: bool = False) -> None:
+        """Run ``update``, which overwrites ``image.live`` in place, as the step from ``version - 1`` to ``version``."""
+        self._copy(image.snapshot if snapshot else image.undo, image.live)
+        self._row[UNDO_RUN] = (image.first << 32) | image.count
+        self._row[UNDO_PLACE] = IN_SNAPSHOT if snapshot else IN_UNDO_AREA
+        store_fence()
+        self._row[UNDO_VERSION] = version
+        store_fence()
+        update()
+        self.advance(image, version)
+        self._row[UNDO_VERSION] = 0
+
+    def advance(self, image: Image, version: int) -> None:
+        """The blocks are at ``version`` now; the last block's word decides."""
+        store_fence()
+        for block in range(image.first, image.first + image.count):
+            self._versions[block] = version
+
+    def recover(self, image_of: Callable[[int, int], Image]) -> Image | None:
+        """Undo a commit that was cut short; ``image_of(first, count)`` tells what it was about.
+
+        Returns the run that was put back to the version before, or None where there was nothing to put back.
+        """
+        version = self._row[UNDO_VERSION]
+        if version == 0:
+            return None
+        word = self._row[UNDO_RUN]
+        first, count = word >> 32, word & 0xFFFFFFFF
+        restored = None
+        if self._versions[first + count - 1] < version:
+            restored = image_of(first, count)
+            self._copy(restored.live, restored.snapshot if self._row[UNDO_PLACE] == IN_SNAPSHOT else restored.undo)
+            for block in range(first, first + count):
+                self._versions[block] = version - 1
+        store_fence()
+        self._row[UNDO_VERSION] = 0
+        return restored

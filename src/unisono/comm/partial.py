@@ -1,0 +1,124 @@
+"""A partial: the sum over an aligned subtree of micro-batches, as bytes that another worker can read.
+
+It holds a gradient for every use of a parameter, the buffers that the micro-batches wrote, how many micro-batches
+touched each of these entries, and scalars (loss, weight). Entries that nobody touched hold no value.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from unisono.comm.arena import Regions
+from unisono.plan.blocks import FlatLayout, TensorSpec
+
+SCALARS = ("loss", "weight")
+
+
+@dataclass(frozen=True, slots=True)
+class PartialLayout:
+    """Where the fields of a partial lie; the same in every worker."""
+
+    flat: FlatLayout
+    buffers: tuple[TensorSpec, ...]
+    fields: Regions
+    segments: tuple[str, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of one partial."""
+        return self.fields.size_bytes
+
+
+def item_size(dtype: str) -> int:
+    """Bytes of one element of a dtype named as in torch."""
+    size: int = getattr(torch, dtype).itemsize
+    return size
+
+
+def is_summed(spec: TensorSpec) -> bool:
+    """Whether a buffer is averaged over micro-batches; counters and flags take the first writer's value instead."""
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    return dtype.is_floating_point or dtype.is_complex
+
+
+def partial_layout(flat: FlatLayout, buffers: Sequence[TensorSpec]) -> PartialLayout:
+    """Lay out the fields of a partial."""
+    fields = Regions()
+    fields.add("scalars", 8 * len(SCALARS))
+    fields.add("counts", 4 * (len(flat.uses) + len(buffers)))
+    for i, spec in enumerate(buffers):
+        fields.add(f"buffer {i}", spec.numel * item_size(spec.dtype))
+    segments = []
+    for i, (dtype, elements) in enumerate(zip(flat.segment_dtypes, flat.gradient_elements, strict=True)):
+        fields.add(f"segment {i}", elements * item_size(dtype), alignment=4096)
+        segments.append(dtype)
+    return PartialLayout(flat, tuple(buffers), fields, tuple(segments))
+
+
+class Partial:
+    """Typed access to one partial.
+
+    Attributes:
+        segments: the gradients, one flat tensor a segment.
+        entries: one tensor for every use, then one for every buffer.
+        counts: micro-batches that touched each entry, (uses + buffers,).
+        scalars: loss and weight, summed.
+    """
+
+    def __init__(self, layout: PartialLayout, memory: Tensor) -> None:
+        flat = layout.flat
+
+        def field(name: str) -> Tensor:
+            region = layout.fields.named[name]
+            return memory[region.offset : region.offset + region.size_bytes]
+
+        self.segments = [field(f"segment {i}").view(getattr(torch, dtype)) for i, dtype in enumerate(layout.segments)]
+        self.entries: list[Tensor] = []
+        for (_, parameter), place in zip(flat.uses, flat.use_places, strict=True):
+            span = self.segments[place.segment][place.offset : place.offset + place.numel]
+            self.entries.append(span.view(flat.parameters[parameter].tensor.shape))
+        self.uses = len(self.entries)
+        self.first_wins = [False] * self.uses + [not is_summed(spec) for spec in layout.buffers]
+        for i, spec in enumerate(layout.buffers):
+            self.entries.append(field(f"buffer {i}").view(getattr(torch, spec.dtype)).view(spec.shape))
+        host = memory if memory.device.type == "cpu" else torch.zeros(layout.size_bytes, dtype=torch.uint8)
+        scalars, counts = layout.fields.named["scalars"], layout.fields.named["counts"]
+        words = memoryview(host.numpy())
+        self.scalars = words[scalars.offset : scalars.offset + scalars.size_bytes].cast("d")
+        self.counts = words[counts.offset : counts.offset + counts.size_bytes].cast("i")
+
+    def clear(self) -> None:
+        """No entry has a value; scalars are 0."""
+        for i in range(len(self.counts)):
+            self.counts[i] = 0
+        for i in range(len(self.scalars)):
+            self.scalars[i] = 0.0
+
+    def counts_array(self) -> NDArray[np.int32]:
+        """The counts as an array over the same memory."""
+        return np.frombuffer(self.counts, dtype=np.int32)
+
+
+def add_entry(chain: Sequence[Partial], entry: int, value: Tensor | None, count: int = 1) -> None:
+    """Add a leaf's value of one entry along a chain of partials: into the first, that one into the second, and so on.
+
+    ``None`` stands for a leaf that did not touch the entry: only what was pending moves on.
+    """
+    for partial in chain:
+        held = partial.counts[entry]
+        target = partial.entries[entry]
+        if value is not None:
+            if not held:
+                target.copy_(value)
+            elif not partial.first_wins[entry]:
+                target.add_(value)
+            partial.counts[entry] = count = held + count
+        elif held:
+            count = held
+        else:
+            count = 0
+        value = target if partial.counts[entry] else None

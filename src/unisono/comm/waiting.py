@@ -1,0 +1,67 @@
+"""Waiting for other workers: a brief spin, then sleep, never past the deadline, never in a revoked generation."""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from unisono.errors import Revoked, WaitTimeout
+
+T = TypeVar("T")
+
+SPIN_S = 30e-6
+FIRST_SLEEP_S = 20e-6
+LONGEST_SLEEP_S = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Waiter:
+    """How one worker waits.
+
+    Attributes:
+        deadline_s: seconds after which a wait raises.
+        revoked: whether this worker's generation has ended.
+        clock: seconds, monotonic; replaced in tests.
+        sleep: called with seconds; replaced in tests.
+    """
+
+    deadline_s: float
+    revoked: Callable[[], bool]
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+
+    def __call__(self, ready: Callable[[], T | None], operation: str, missing: Callable[[], str]) -> T:
+        """What ``ready`` returns once it is not None.
+
+        Raises:
+            WaitTimeout: with the operation, the line that waits, and what ``missing`` says.
+            Revoked: the generation ended.
+        """
+        result = ready()
+        if result is not None:
+            return result
+        started = self.clock()
+        pause = FIRST_SLEEP_S
+        while True:
+            result = ready()
+            if result is not None:
+                return result
+            if self.revoked():
+                raise Revoked(f"the group was revoked while this worker waited in {operation}")
+            waited = self.clock() - started
+            if waited > self.deadline_s:
+                raise WaitTimeout(
+                    f"{operation} waited {waited:.1f} s (deadline {self.deadline_s:g} s) at {_caller()}; {missing()}"
+                )
+            if waited > SPIN_S:
+                self.sleep(pause)
+                pause = min(pause * 1.5, LONGEST_SLEEP_S)
+
+
+def _caller() -> str:
+    """The nearest source line outside this package's communication."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("unisono.comm"):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"

@@ -1,0 +1,237 @@
+"""The typed configuration: read from YAML, overridden by ``key=value`` words, validated once, unknown keys refused.
+
+No torch here: the command line checks a configuration before anything heavy is imported.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from unisono.errors import ConfigurationError
+
+
+T = TypeVar("T", bound=BaseModel)
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Layout(Section):
+    """Where the run is computed; it never changes the result."""
+
+    data: int | None = Field(None, ge=1, description="Workers that share the micro-batches; default: one per core.")
+    zero: Literal[0, 1] = Field(
+        1, description="0: every worker keeps and updates a whole replica. 1: each block has one owner, who updates it."
+    )
+
+
+class ScheduleConfig(Section):
+    """The learning rate over time, as a factor on the optimizer's own."""
+
+    name: Literal["constant", "linear", "cosine"] = Field("constant", description="Shape after the warm-up.")
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
+    final: float = Field(0.0, ge=0, description="The factor at the end of a linear or cosine decay.")
+    decay_steps: int | None = Field(None, ge=1, description="Step at which the decay ends; default: the run's steps.")
+
+
+class ScalingConfig(Section):
+    """How the learning rate follows the global batch size."""
+
+    rule: Literal["none", "linear", "sqrt"] = Field("none", description="Proportional to the size, or to its root.")
+    base_batch_size: int = Field(256, ge=1, description="The batch size that the optimizer's rate was chosen for.")
+
+
+class OptimizerConfig(Section):
+    """An optimizer of torch.optim by name, with its arguments; left out, the task's own is used."""
+
+    name: str = Field("AdamW", description="A class in torch.optim.")
+    lr: float = Field(1e-3, gt=0, description="Learning rate, before schedule and scaling.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Further arguments of the class.")
+
+
+class ValidationConfig(Section):
+    """Evaluation on the task's validation split."""
+
+    every: int | None = Field(None, ge=1, description="Steps between evaluations; default: once, at the end.")
+    samples: int | None = Field(None, ge=1, description="Evaluate the first N samples only; default: all.")
+    metric: str = Field("loss", description="The metric that decides what is best.")
+    mode: Literal["min", "max"] = Field("min", description="Whether a lower or a higher metric is better.")
+    patience: int | None = Field(None, ge=1, description="Stop after this many evaluations without a better one.")
+
+
+class CheckpointConfig(Section):
+    """Checkpoints of the training state."""
+
+    every: int | None = Field(None, ge=1, description="Steps between checkpoints; default: one, at the end.")
+    keep: int = Field(3, ge=1, description="How many of the newest are kept.")
+    keep_best: bool = Field(True, description="Keep the one with the best validation metric too.")
+    at_end: bool = Field(True, description="Write one when training ends or is stopped.")
+
+
+class ObserveConfig(Section):
+    """What is shown and recorded."""
+
+    progress: bool = Field(True, description="Progress on the terminal (rank 0).")
+    log_every: int = Field(10, ge=1, description="Steps between records in TensorBoard.")
+    tensorboard: bool = Field(True, description="Write TensorBoard files into the run directory.")
+    report: bool = Field(True, description="Write report.html at the end.")
+
+
+class TrainingConfig(Section):
+    """What `Trainer` needs besides the objects that only code can give (model, loss, data, optimizer)."""
+
+    global_batch_size: int = Field(..., ge=1, description="Samples in a step, over all workers.")
+    micro_batch_size: int = Field(..., ge=1, description="Samples computed at once; divides the global batch size.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Decides initial values, order of samples and dropout.")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 runs the forward under autocast.")
+    threads: int = Field(1, ge=1, description="Intra-op threads of a worker; part of the run, since it changes bits.")
+    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, or cuda for a single worker.")
+    clip: float | None = Field(None, gt=0, description="Limit of the gradient's global norm.")
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    scaling: ScalingConfig = Field(default_factory=ScalingConfig)
+    layout: Layout = Field(default_factory=Layout)
+    validation: ValidationConfig = Field(default_factory=ValidationConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    observe: ObserveConfig = Field(default_factory=ObserveConfig)
+    run_dir: str | None = Field(None, description="Where records and checkpoints go; null: the next free directory.")
+    deadline_s: float = Field(300.0, gt=0, description="Seconds that a worker may wait for another.")
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.global_batch_size % self.micro_batch_size:
+            below = self.global_batch_size - self.global_batch_size % self.micro_batch_size
+            nearest = max(below, self.micro_batch_size)
+            raise ValueError(
+                f"micro_batch_size {self.micro_batch_size} does not divide global_batch_size {self.global_batch_size}; "
+                f"the nearest multiple is {nearest}"
+            )
+        if self.micro_batches >= 1 << 19:
+            raise ValueError(f"{self.micro_batches} micro-batches a step; at most {(1 << 19) - 1} are possible")
+        workers = self.layout.data
+        if workers is not None and workers > self.micro_batches:
+            raise ValueError(more_workers_than_micro_batches(workers, self.micro_batches))
+        return self
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches in a step."""
+        return self.global_batch_size // self.micro_batch_size
+
+
+def more_workers_than_micro_batches(workers: int, micro_batches: int) -> str:
+    """The sentence for a layout that would leave workers idle."""
+    return (
+        f"{workers} workers but only {micro_batches} micro-batch{'es' * (micro_batches > 1)} in a step; "
+        f"use at most {micro_batches} workers, or a smaller micro_batch_size"
+    )
+
+
+class Config(TrainingConfig):
+    """Everything that ``unisono train`` reads."""
+
+    task: str = Field(..., description="lm, images, or the import path of your own: package.module:Class.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Arguments of the task.")
+    optimizer: OptimizerConfig | None = Field(None, description="Default: the task's own.")
+    steps: int = Field(..., ge=1, description="Steps to train.")
+    preload: list[str] = Field(default_factory=list, description="Modules that workers share already imported.")
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and apply ``dotted.key=value`` words, whose values are YAML too.
+
+    Raises:
+        ConfigurationError: for a file that cannot be read, and for every key or value that is not allowed.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigurationError(f"cannot read configuration {path}: {error.strerror}; give an existing YAML file") from error
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise ConfigurationError(f"{path} holds {type(data).__name__}; a configuration is a mapping of keys to values")
+    for word in overrides:
+        _override(data, word)
+    return validate(Config, data, str(path))
+
+
+def _override(data: dict[str, Any], word: str) -> None:
+    key, separator, text = word.partition("=")
+    if not separator or not key:
+        raise ConfigurationError(f"override {word!r} is not of the form key=value, for example layout.data=2")
+    *parents, last = key.split(".")
+    for parent in parents:
+        inner = data.get(parent)
+        if inner is None:
+            inner = data[parent] = {}
+        if not isinstance(inner, dict):
+            raise ConfigurationError(f"override {word!r}: {parent} is a value, not a section")
+        data = inner
+    try:
+        data[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"override {word!r}: the value is not valid YAML") from error
+
+
+def validate(model: type[T], data: Mapping[str, Any], source: str) -> T:
+    """Make ``data`` into ``model``, or say in one sentence what is wrong, key by key."""
+    try:
+        return model.model_validate(dict(data))
+    except ValidationError as error:
+        problems = [_problem(model, data, dict(detail)) for detail in error.errors()]
+        raise ConfigurationError(f"{source}: " + "; ".join(dict.fromkeys(problems))) from None
+
+
+def _problem(model: type[BaseModel], data: Mapping[str, Any], detail: dict[str, Any]) -> str:
+    location = [str(part) for part in detail["loc"]]
+    key = ".".join(location)
+    if detail["type"] == "extra_forbidden":
+        known = list(_section(model, location[:-1]).model_fields)
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"known keys are {', '.join(known)}"
+        return f"unknown key {key}; {hint}"
+    if detail["type"] == "missing":
+        return f"key {key} is missing"
+    message = detail["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:] if message[:5] in ("Input", "Strin") else message
+    return f"{key} = {detail['input']!r}: {message}" if key else message
+
+
+def _section(model: type[BaseModel], location: Sequence[str]) -> type[BaseModel]:
+    for part in location:
+        annotation = model.model_fields[part].annotation
+        for candidate in (annotation, *get_args(annotation)):
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                model = candidate
+    return model
+
+
+def to_yaml(config: BaseModel) -> str:
+    """The resolved configuration as YAML."""
+    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return text
+
+
+def reference(model: type[BaseModel] = Config, prefix: str = "") -> list[tuple[str, str, str, str]]:
+    """Every key with its type, default and meaning: the configuration reference of the docs."""
+    rows = []
+    for name, field in model.model_fields.items():
+        inner = _section(model, [name])
+        if inner is not model and field.annotation is not None:
+            rows += reference(inner, f"{prefix}{name}.")
+            continue
+        kind = str(getattr(field.annotation, "__name__", "") or field.annotation)
+        if get_args(field.annotation):
+            kind = str(field.annotation).replace("typing.", "").replace("NoneType", "None")
+        default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
+        rows.append((f"{prefix}{name}", kind, default, field.description or ""))
+    return rows

@@ -1,0 +1,109 @@
+"""Micro-batches of a map-style dataset, the same whoever loads them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.data import default_collate
+
+from unisono.errors import DataError
+from unisono.run.rng import derive, seeded
+from unisono.run.sampling import Sampler
+
+
+class Dataset(Protocol):
+    """A map-style dataset: ``dataset[i]`` is a sample, usually a pair (input, target)."""
+
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    def __getitem__(self, index: int, /) -> Any:
+        """The sample."""
+
+
+Collate = Callable[[list[Any]], Any]
+
+
+def size_of(dataset: object, role: str) -> int:
+    """Number of samples of a dataset.
+
+    Raises:
+        DataError: for one that has no length or no sample.
+    """
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise DataError(
+            f"the {role} dataset is a {type(dataset).__name__}, which has no len() or no [i]; give a map-style dataset"
+        )
+    size = len(dataset)
+    if size == 0:
+        raise DataError(f"the {role} dataset is empty; give at least one sample")
+    return size
+
+
+class Feed:
+    """Loads batches of samples, each sample under random state of its own, so that augmentation is exact.
+
+    Arguments:
+        dataset: the samples.
+        seed: the run's seed.
+        role: "training" or "validation"; separates their random state, and is named in errors.
+        collate: samples -> batch; default: torch's.
+        device: where the batch is needed.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int, role: str, collate: Collate | None, device: torch.device) -> None:
+        self.size = size_of(dataset, role)
+        self._dataset = dataset
+        self._seed = seed
+        self._role = role
+        self._collate = collate or default_collate
+        self._device = device
+
+    def load(self, indices: Sequence[int], epoch_key: int, where: str) -> object:
+        """The batch of the given samples; ``where`` says for an error what needed it."""
+        samples = []
+        for index in indices:
+            with seeded(derive(self._seed, self._role, epoch_key, index)):
+                try:
+                    samples.append(self._dataset[index])
+                except Exception as error:
+                    error.add_note(f"raised by the {self._role} dataset for sample {index} ({where})")
+                    raise
+        try:
+            batch = self._collate(samples)
+        except Exception as error:
+            error.add_note(f"raised while making a batch of {self._role} samples {list(indices)} ({where})")
+            raise
+        if self._device.type == "cpu":
+            return batch
+        return pytree.tree_map_only(Tensor, lambda t: t.to(self._device), batch)
+
+
+class TrainingFeed:
+    """The micro-batches of a run; one may be loaded ahead of its step."""
+
+    def __init__(self, feed: Feed, sampler: Sampler) -> None:
+        self._feed = feed
+        self._sampler = sampler
+        self._ahead: tuple[int, int, object] | None = None
+
+    def indices(self, step: int, micro_batch: int) -> list[int]:
+        """Sample indices of a micro-batch of step ``step`` (from 1)."""
+        found: list[int] = self._sampler.indices(step - 1, micro_batch).tolist()
+        return found
+
+    def load(self, step: int, micro_batch: int) -> object:
+        """A micro-batch, loaded now or before."""
+        if self._ahead is not None and self._ahead[:2] == (step, micro_batch):
+            batch = self._ahead[2]
+            self._ahead = None
+            return batch
+        first = (step - 1) * self._sampler.global_batch_size + micro_batch * self._sampler.micro_batch_size
+        where = f"step {step}, micro-batch {micro_batch}"
+        return self._feed.load(self.indices(step, micro_batch), first // self._sampler.size, where)
+
+    def load_ahead(self, step: int, micro_batch: int) -> None:
+        """Load a micro-batch now that will be asked for next."""
+        self._ahead = (step, micro_batch, self.load(step, micro_batch))

@@ -1,0 +1,107 @@
+"""Evaluation on a whole dataset, shared out over the workers, with the same bits on any number of them."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from unisono.comm.group import Group
+from unisono.data.feed import Feed
+from unisono.errors import ConfigurationError
+from unisono.parallel.replicated import Replica
+from unisono.plan.assignment import micro_batches
+from unisono.run.summation import Node, finish, subtrees
+
+Metrics = Callable[[Any, Any], Mapping[str, Any]]
+"""(output, target) -> metrics by name: each a mean over the batch, or a pair (sum, weight)."""
+
+Sums = dict[str, tuple[float, float]]
+
+RANDOM_KEY = 1 << 62
+"""Keeps the random numbers of evaluation apart from those of any training step."""
+
+
+class Evaluator:
+    """Evaluates the committed state.
+
+    Arguments:
+        feed: the validation samples; the first ``limit`` of them are used.
+        batch_size: samples computed at once; the last batch may be smaller.
+    """
+
+    def __init__(
+        self, group: Group, replica: Replica, feed: Feed, batch_size: int, limit: int | None, metrics: Metrics | None
+    ) -> None:
+        self._group = group
+        self._replica = replica
+        self._feed = feed
+        self._batch_size = batch_size
+        self.samples = min(feed.size, limit or feed.size)
+        self._metrics = metrics
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Means over all samples, the same in every worker: ``loss``, and the metrics."""
+        self._group.enter("validation", step)
+        count = -(-self.samples // self._batch_size)
+        share = micro_batches(count, self._group.size)[self._group.rank]
+        with _evaluating(self._replica.model):
+            leaves = {m: self._leaf(m) for m in share}
+        mine = []
+        for node in subtrees(share.start, share.stop, count):
+            values = {Node(0, m): leaves[m] for m in range(node.start, min(node.stop, count))}
+            mine.append([node.code, _finish_node(node, values, count)])
+        total: dict[Node, Sums] = {}
+        for payload in self._group.all_gather(json.dumps(mine).encode(), f"validation after step {step}"):
+            for code, sums in json.loads(payload):
+                total[Node.from_code(code)] = {name: (pair[0], pair[1]) for name, pair in sums.items()}
+        result = finish(total, count, _add)
+        return {name: value / weight if weight else float("nan") for name, (value, weight) in result.items()}
+
+    def _leaf(self, batch_number: int) -> Sums:
+        first = batch_number * self._batch_size
+        indices = list(range(first, min(first + self._batch_size, self.samples)))
+        batch = self._feed.load(indices, 0, f"validation batch {batch_number}")
+        output, target, loss, weight = self._replica.evaluate(RANDOM_KEY, batch_number, batch)
+        sums: Sums = {"loss": (loss, weight)}
+        if self._metrics is not None:
+            with torch.no_grad():
+                for name, value in self._metrics(output, target).items():
+                    sums[name] = _pair(name, value, len(indices))
+        return sums
+
+
+def _pair(name: str, value: Any, samples: int) -> tuple[float, float]:
+    try:
+        if isinstance(value, tuple):
+            return float(value[0]), float(value[1])
+        return float(value) * samples, float(samples)
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"metric {name} is {value!r}; return a number, or a pair (sum, weight)") from error
+
+
+def _finish_node(node: Node, values: Mapping[Node, Sums], count: int) -> Sums:
+    if node in values:
+        return values[node]
+    left, right = node.children()
+    if right.start >= count:
+        return _finish_node(left, values, count)
+    return _add(_finish_node(left, values, count), _finish_node(right, values, count))
+
+
+def _add(a: Sums, b: Sums) -> Sums:
+    return {name: (a[name][0] + b[name][0], a[name][1] + b[name][1]) for name in a}
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model into evaluation mode, and every module back as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,73 @@
+"""Messages between a worker and whoever keeps its host's arena: JSON over a local socket, descriptors beside it.
+
+The socket is a pair made by the launcher, or an abstract Unix socket whose peer's user is checked. Nothing is pickled.
+"""
+
+import json
+import os
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+from unisono.comm.arena import create_descriptor
+from unisono.errors import LaunchError
+
+LONGEST_MESSAGE_BYTES = 1 << 17
+
+Message = dict[str, Any]
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    """Two connected ends; every send is one whole message."""
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+def send(connection: socket.socket, message: Message, descriptors: Sequence[int] = ()) -> None:
+    """Send one message, with descriptors."""
+    socket.send_fds(connection, [json.dumps(message).encode()], list(descriptors))
+
+
+def receive(connection: socket.socket, descriptors: int = 0) -> tuple[Message | None, list[int]]:
+    """The next message with up to ``descriptors`` descriptors; None when the other end has closed."""
+    try:
+        data, received, _, _ = socket.recv_fds(connection, LONGEST_MESSAGE_BYTES, descriptors)
+    except ConnectionResetError:
+        return None, []
+    if not data:
+        return None, []
+    message: Message = json.loads(data)
+    return message, received
+
+
+class ArenaKeeper:
+    """Makes each arena once, and hands its descriptor to every worker that asks; lives outside all workers."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[int, int]] = {}
+
+    def answer(self, connection: socket.socket, request: Message) -> None:
+        """Reply to ``{"op": "arena", "name": ..., "size_bytes": ...}``."""
+        name, size_bytes = str(request["name"]), int(request["size_bytes"])
+        try:
+            if name not in self._kept:
+                self._kept[name] = (create_descriptor(size_bytes), size_bytes)
+            descriptor, made = self._kept[name]
+            if made != size_bytes:
+                raise LaunchError(
+                    f"workers asked for arenas of {made} and {size_bytes} bytes; "
+                    "the model's factory and the configuration must not depend on the rank"
+                )
+        except (LaunchError, OSError) as error:
+            send(connection, {"error": str(error)})
+            return
+        send(connection, {"op": "arena"}, [descriptor])
+
+    def release(self, name: str) -> None:
+        """Let go of an arena; its memory is freed with the last worker's mapping."""
+        if name in self._kept:
+            os.close(self._kept.pop(name)[0])
+
+    def close(self) -> None:
+        """Let go of all."""
+        for name in list(self._kept):
+            self.release(name)

@@ -1,0 +1,288 @@
+"""Workers on this host: started from a fork server, watched, and ended together."""
+
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+from unisono.errors import ConfigurationError, LaunchError, UnisonoError, WorkerFailed
+from unisono.launch.control import ArenaKeeper, Message, pair, receive, send
+from unisono.launch.process import kill_group
+
+END_DEADLINE_S = 5.0
+CONSEQUENCE_PATIENCE_S = 0.5
+"""How long the cause of a failure is waited for once its consequence is known."""
+INTERRUPTED = 130
+
+
+@dataclass(slots=True)
+class _Worker:
+    rank: int
+    control: socket.socket
+    log: int | None
+    pid: int = 0
+    handle: int = -1
+    status: int | None = None
+    result: Any = None
+    error: Message | None = None
+
+
+@dataclass(slots=True)
+class Ending:
+    """How a set of workers ended in good order: their results by rank, and whether the user had interrupted."""
+
+    results: list[Any]
+    interrupted: bool = False
+
+
+def _free_port() -> int:
+    """A port for programs that start torch.distributed by themselves."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+class LocalLauncher:
+    """Starts sets of workers on this host, one after another, from one fork server; a context manager.
+
+    Arguments:
+        preload: modules that the server imports besides torch.
+        environment: variables for the server and its workers.
+
+    Raises:
+        LaunchError: where the system lacks what it takes.
+    """
+
+    def __init__(self, preload: Sequence[str] = (), environment: Mapping[str, str] = os.environ) -> None:
+        if not hasattr(os, "memfd_create") or not hasattr(os, "pidfd_open"):
+            raise LaunchError(f"several workers need Linux; on {sys.platform} use one worker (-n 1)")
+        self._keeper = ArenaKeeper()
+        self._server, theirs = pair()
+        command = [sys.executable, "-m", "unisono.launch.server", str(theirs.fileno()), str(os.getpid()), *preload]
+        # One thread in the server: numpy's OpenBLAS would start its pool on import.
+        self._process = subprocess.Popen(
+            command,
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            env={**environment, "OPENBLAS_NUM_THREADS": "1"},
+        )
+        theirs.close()
+        self._port = _free_port()
+        self._ready = False
+        self._workers: list[_Worker] = []
+        self._interrupts = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the server and whatever it started."""
+        self._kill_workers()
+        self._server.close()
+        self._keeper.close()
+        try:
+            self._process.wait(END_DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def run(self, target: Message, workers: int, *, show_all: bool = False) -> Ending:
+        """Run ``target`` in ``workers`` workers until all have ended.
+
+        Arguments:
+            target: ``{"call": "module:function", "arguments": {...}}`` or ``{"script": path, "argv": [...]}``.
+            show_all: every worker's output is shown, not only rank 0's.
+
+        Raises:
+            UnisonoError: what the first failing worker raised; the others have been ended.
+        """
+        self._await_server()
+        self._interrupts = 0
+        self._workers = []
+        previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            for rank in range(workers):
+                self._workers.append(self._start(rank, workers, target, show_all))
+                self._await_fork(self._workers[-1])
+            self._watch()
+            self._raise_failure()
+            return Ending([w.result for w in self._workers], self._interrupts > 0)
+        finally:
+            self._kill_workers()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            for worker in self._workers:
+                worker.control.close()
+                for descriptor in (worker.handle, worker.log):
+                    if descriptor is not None and descriptor >= 0:
+                        os.close(descriptor)
+            self._workers = []
+            self._keeper.close()
+
+    def _await_server(self) -> None:
+        if self._ready:
+            return
+        message, _ = receive(self._server)
+        if message is None:
+            raise LaunchError(f"the fork server ended before it was ready (exit code {self._process.wait()})")
+        if message["op"] == "preload":
+            raise ConfigurationError(f"preload: cannot import {message['module']}: {message['error']}")
+        self._ready = True
+
+    def _start(self, rank: int, workers: int, target: Message, show_all: bool) -> _Worker:
+        ours, theirs = pair()
+        visible = show_all or rank == 0
+        log = None if visible else os.memfd_create(f"unisono-log-{rank}")
+        output = 1 if log is None else log
+        errors = 2 if log is None else log
+        sys.stdout.flush()
+        environment = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(workers),
+            "LOCAL_WORLD_SIZE": str(workers),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(self._port),
+        }
+        send(
+            self._server,
+            {"op": "fork", "rank": rank, "target": target, "environment": environment},
+            [theirs.fileno(), output, errors],
+        )
+        theirs.close()
+        return _Worker(rank, ours, log)
+
+    def _await_fork(self, worker: _Worker) -> None:
+        while worker.pid == 0:
+            self._hear_server()
+
+    def _watch(self) -> None:
+        """Serve the workers until all have ended, or one has failed."""
+        selector = selectors.DefaultSelector()
+        selector.register(self._server, selectors.EVENT_READ)
+        for worker in self._workers:
+            selector.register(worker.control, selectors.EVENT_READ, worker)
+        patience: float | None = None
+        while any(w.status is None for w in self._workers):
+            timeout = None if patience is None else max(0.0, patience - time.monotonic())
+            ready = selector.select(timeout)
+            for key, _ in ready:
+                if key.data is None:
+                    self._hear_server()
+                elif not self._hear_worker(key.data):
+                    selector.unregister(key.fileobj)
+            cause, consequence = self._failures()
+            if cause or self._interrupts > 1:
+                break
+            if consequence and patience is None:
+                patience = time.monotonic() + CONSEQUENCE_PATIENCE_S
+            if patience is not None and time.monotonic() >= patience:
+                break
+        selector.close()
+
+    def _failures(self) -> tuple[bool, bool]:
+        """Whether a cause of failure is known, and whether a consequence of one is."""
+        causes = [w for w in self._workers if (w.error and not w.error["consequence"]) or (w.status and not w.error)]
+        return bool(causes), any(w.error for w in self._workers)
+
+    def _hear_server(self) -> None:
+        message, descriptors = receive(self._server, 1)
+        if message is None:
+            raise LaunchError("the fork server was lost; all workers have been ended")
+        if message["op"] == "refused":
+            raise LaunchError(
+                f"the fork server has {message['tasks']} threads; a preloaded module started one: take it out of preload"
+            )
+        worker = next((w for w in self._workers if w.pid in (0, message["pid"]) and w.rank == message["rank"]), None)
+        if worker is None:  # of an earlier set of workers
+            return
+        if message["op"] == "forked":
+            worker.pid, worker.handle = message["pid"], descriptors[0]
+        elif message["op"] == "exited" and worker.pid:
+            while self._hear_worker(worker, wait=False):  # its last words may still be on the way
+                pass
+            worker.status = message["status"]
+
+    def _hear_worker(self, worker: _Worker, *, wait: bool = True) -> bool:
+        """Handle one message of a worker; False when there is none, or its line is closed."""
+        worker.control.setblocking(wait)
+        try:
+            message, _ = receive(worker.control)
+        except BlockingIOError:
+            return False
+        finally:
+            worker.control.setblocking(True)
+        if message is None:
+            return False
+        if message["op"] == "arena":
+            self._keeper.answer(worker.control, message)
+        elif message["op"] == "release":
+            self._keeper.release(message["name"])
+        elif message["op"] == "result":
+            worker.result = message["value"]
+        elif message["op"] == "error" and worker.error is None:
+            worker.error = message
+        return True
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        """The first interrupt is passed on, and workers end in good order; the second ends them at once."""
+        self._interrupts += 1
+        if self._interrupts == 1:
+            print("unisono: stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+            for worker in self._workers:
+                if worker.handle >= 0 and worker.status is None:
+                    signal.pidfd_send_signal(worker.handle, signal.SIGINT)
+        else:
+            self._kill_workers()
+
+    def _raise_failure(self) -> None:
+        if self._interrupts > 1:
+            raise KeyboardInterrupt
+        failed = [w for w in self._workers if w.error] + [w for w in self._workers if w.status and not w.error]
+        if not failed:
+            return
+        failed.sort(key=lambda w: (bool(w.error and w.error["consequence"]), w.rank))
+        worker = failed[0]
+        if worker.error is None and self._interrupts and os.waitstatus_to_exitcode(worker.status or 0) == INTERRUPTED:
+            raise KeyboardInterrupt
+        if worker.error is None:
+            raise WorkerFailed(self._how_it_ended(worker))
+        if worker.error["ours"]:
+            failure = UnisonoError(worker.error["text"])
+            failure.exit_code = worker.error["exit_code"]
+            raise failure
+        raise WorkerFailed(f"worker {worker.rank} of {len(self._workers)} failed:\n{worker.error['text'].rstrip()}")
+
+    def _how_it_ended(self, worker: _Worker) -> str:
+        assert worker.status is not None
+        code = os.waitstatus_to_exitcode(worker.status)
+        how = f"ended with exit code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
+        text = f"worker {worker.rank} of {len(self._workers)} (process {worker.pid}) {how}; the others have been ended"
+        if worker.log is not None and (size := os.fstat(worker.log).st_size):
+            last = os.pread(worker.log, 2000, max(0, size - 2000)).decode(errors="replace").strip()
+            text += f"; its last output:\n{last}"
+        return text
+
+    def _kill_workers(self) -> None:
+        """End what still runs, and wait until it has."""
+        alive = [w for w in self._workers if w.status is None and w.handle >= 0]
+        for worker in alive:
+            kill_group(worker.pid)
+        until = time.monotonic() + END_DEADLINE_S
+        for worker in alive:
+            readable = selectors.DefaultSelector()
+            readable.register(worker.handle, selectors.EVENT_READ)
+            readable.select(max(0.0, until - time.monotonic()))
+            readable.close()

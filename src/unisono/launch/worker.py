@@ -1,0 +1,80 @@
+"""A worker's life: its environment, the function or script it runs, and how its end is told."""
+
+import atexit
+import faulthandler
+import importlib
+import os
+import runpy
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from unisono.errors import GroupError, UnisonoError
+from unisono.launch.control import LONGEST_MESSAGE_BYTES, Message, send
+from unisono.launch.world import CONTROL
+
+
+def resolve(path: str) -> Callable[..., Any]:
+    """The function that ``package.module:name`` names."""
+    module, _, name = path.partition(":")
+    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return function
+
+
+def run(control: int, message: Message) -> int:
+    """Do what a message of the launcher says; the exit code."""
+    os.environ.update(message["environment"])
+    os.environ[CONTROL] = str(control)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    faulthandler.enable()
+    line = socket.socket(fileno=os.dup(control))
+    try:
+        value = _perform(message["target"])
+        send(line, {"op": "result", "value": value})
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except KeyboardInterrupt:
+        code = 130
+    except BaseException as error:
+        code = _tell(line, error)
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as the interpreter's own end does
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
+
+
+def _perform(target: Message) -> object:
+    if "call" in target:
+        return resolve(target["call"])(**target["arguments"])
+    sys.argv = [target["script"], *target["argv"]]
+    sys.path[0] = os.path.dirname(os.path.abspath(target["script"]))
+    runpy.run_path(target["script"], run_name="__main__")
+    return None
+
+
+def _tell(line: socket.socket, error: BaseException) -> int:
+    """Send an exception to the launcher: a sentence where it is ours, a traceback where it is the user's."""
+    ours = isinstance(error, UnisonoError)
+    text = str(error) if ours else "".join(traceback.format_exception(error))
+    code = error.exit_code if isinstance(error, UnisonoError) else 1
+    message = {
+        "op": "error",
+        "ours": ours,
+        "consequence": isinstance(error, GroupError),
+        "kind": type(error).__name__,
+        "text": text[-LONGEST_MESSAGE_BYTES // 4 :],
+        "exit_code": code,
+    }
+    try:
+        send(line, message)
+    except OSError:
+        print(text, file=sys.stderr)
+    return code

@@ -1,0 +1,149 @@
+"""A user's optimizer, applied block by block, with its state in memory that outlives the worker."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from unisono.errors import TrainingError
+from unisono.optim.schedules import Schedule
+from unisono.optim.state_spec import clone, initial_state
+from unisono.plan.assignment import UpdateClass
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What the optimizer sees as one parameter: a block, or a whole parameter where its class needs that.
+
+    Attributes:
+        parameter, name: of the parameter, its place in the flat order and its name.
+        group: the optimizer's parameter group.
+        original: the parameter that the user's optimizer was made with.
+        span: elements of the original that the unit covers.
+        values: the unit's values in the arena.
+        state: the unit's optimizer state in the arena.
+        present: one word, 1 once ``state`` holds values.
+    """
+
+    parameter: int
+    name: str
+    group: int
+    original: nn.Parameter
+    span: slice
+    values: Tensor
+    state: dict[str, Tensor]
+    present: memoryview
+
+
+class BlockOptimizer:
+    """Updates units that one worker owns.
+
+    The optimizer's own code makes the state of a unit at its first step; it is then copied into the arena, and the
+    optimizer goes on with that memory.
+    """
+
+    def __init__(self, optimizer: Optimizer, update: UpdateClass, python_state: memoryview | None) -> None:
+        self._optimizer = clone(optimizer, [[] for _ in optimizer.param_groups])
+        self._constructed = optimizer
+        self._coupled = update is UpdateClass.COUPLED
+        self._python_state = python_state
+        self._rates = [float(group["lr"]) if "lr" in group else None for group in optimizer.param_groups]
+        self._parameters: dict[int, nn.Parameter] = {}
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of the first group, as last set."""
+        groups = self._optimizer.param_groups
+        return float(groups[0].get("lr", 0.0)) if groups else 0.0
+
+    def attach(self, unit: Unit, gradient: Tensor) -> None:
+        """Make the optimizer's parameter for a unit; ``gradient`` is the memory that holds its gradient each step."""
+        parameter = nn.Parameter(unit.values, requires_grad=True)
+        parameter.grad = gradient
+        self._parameters[id(unit)] = parameter
+        if unit.present[0]:
+            self._optimizer.state[parameter] = dict(unit.state)
+        elif constructed := initial_state(self._constructed, unit.original):
+            self._optimizer.state[parameter] = {key: _part(value, unit) for key, value in constructed.items()}
+            self._adopt(unit, parameter)
+
+    def set_rate(self, schedule: Schedule, scale: float, step: int) -> None:
+        """Set every group's learning rate for a step (from 0)."""
+        factor = schedule(step) * scale
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            if rate is not None:
+                group["lr"] = rate * factor
+
+    def step(self, units: Sequence[Unit]) -> None:
+        """Update the units from the gradients in the memory they were attached with."""
+        groups = self._optimizer.param_groups
+        for group in groups:
+            group["params"] = []
+        for unit in units:
+            groups[unit.group]["params"].append(self._parameters[id(unit)])
+        if self._coupled:
+            self._load_python_state(units)
+        self._optimizer.step()
+        for unit in units:
+            self._adopt(unit, self._parameters[id(unit)])
+        if self._coupled:
+            self._store_python_state(units)
+
+    def _adopt(self, unit: Unit, parameter: nn.Parameter) -> None:
+        """Keep the unit's state in the arena; an optimizer may make new tensors, at its first step or at any."""
+        state = self._optimizer.state[parameter]
+        for key, view in unit.state.items():
+            value = state.get(key)
+            if value is not None and value is not view:
+                view.copy_(value)
+                state[key] = view
+        unit.present[0] = 1
+
+    def _load_python_state(self, units: Sequence[Unit]) -> None:
+        assert self._python_state is not None
+        size = int.from_bytes(self._python_state[:8], "little")
+        if not size:
+            return
+        stored = json.loads(bytes(self._python_state[8 : 8 + size]))
+        for group, values in zip(self._optimizer.param_groups, stored["groups"], strict=True):
+            group.update({key: value for key, value in values.items() if key != "lr"})
+        for unit in units:
+            self._optimizer.state[self._parameters[id(unit)]].update(stored["state"].get(unit.name, {}))
+
+    def _store_python_state(self, units: Sequence[Unit]) -> None:
+        assert self._python_state is not None
+        stored = {
+            "groups": [_numbers(group) for group in self._optimizer.param_groups],
+            "state": {unit.name: _numbers(self._optimizer.state[self._parameters[id(unit)]]) for unit in units},
+        }
+        data = json.dumps(stored, sort_keys=True).encode()
+        if len(data) + 8 > len(self._python_state):
+            raise TrainingError(
+                f"optimizer {type(self._optimizer).__name__} keeps {len(data)} bytes of numbers that are not tensors; "
+                f"at most {len(self._python_state) - 8} can be kept: make them tensors"
+            )
+        self._python_state[8 : 8 + len(data)] = data
+        self._python_state[:8] = len(data).to_bytes(8, "little")
+
+
+def _numbers(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if isinstance(value, int | float | bool) and key != "params"}
+
+
+def _part(value: object, unit: Unit) -> object:
+    """A unit's part of state that the optimizer's constructor made for the whole parameter."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.numel() == unit.original.numel() and value.dim() > 0:
+        return value.detach().reshape(-1)[unit.span].reshape(unit.values.shape)
+    return value.detach().clone()
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """A dtype by torch's name for it."""
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype

@@ -1,0 +1,137 @@
+"""What state an optimizer keeps, found by letting a copy of it take one step on a small tensor.
+
+The arena has to be divided before the first step, and an optimizer makes its state during it.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from unisono.errors import ConfigurationError
+from unisono.plan.assignment import UpdateClass
+from unisono.plan.blocks import FlatLayout, TensorSpec
+
+PROBE_ELEMENTS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerSpec:
+    """The state that an optimizer keeps.
+
+    Attributes:
+        update: its class.
+        element_keys: for the element-wise class: state with a value for each element, (key, dtype) by parameter group.
+        scalar_keys: for the element-wise class: state with one value a parameter, (key, dtype) by parameter group.
+        tensors: for the other classes: state by parameter, in flat order.
+    """
+
+    update: UpdateClass
+    element_keys: tuple[tuple[tuple[str, str], ...], ...] = ()
+    scalar_keys: tuple[tuple[tuple[str, str], ...], ...] = ()
+    tensors: tuple[tuple[TensorSpec, ...], ...] = ()
+
+
+def clone(optimizer: Optimizer, groups: Sequence[Sequence[nn.Parameter]]) -> Optimizer:
+    """An optimizer with the same class and settings, over other parameters, one list for each group; no state."""
+    copy = object.__new__(type(optimizer))
+    copy.__dict__.update(optimizer.__dict__)
+    copy.state = defaultdict(dict)
+    copy.param_groups = [
+        {**group, "params": list(members)} for group, members in zip(optimizer.param_groups, groups, strict=True)
+    ]
+    return copy
+
+
+def initial_state(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
+    """State that an optimizer made in its constructor (Adagrad does)."""
+    state = optimizer.state
+    return dict(state[parameter]) if parameter in state else {}
+
+
+def state_spec(
+    optimizer: Optimizer, update: UpdateClass, flat: FlatLayout, parameters: Sequence[nn.Parameter]
+) -> OptimizerSpec:
+    """Find the state; ``parameters`` are in flat order."""
+    if update is UpdateClass.ELEMENT:
+        rows = [_element_state(optimizer, g) for g in range(len(optimizer.param_groups))]
+        return OptimizerSpec(update, tuple(row[0] for row in rows), tuple(row[1] for row in rows))
+    groups = [spec.group for spec in flat.parameters]
+    if update is UpdateClass.PARAMETER:
+        found = [_alone(optimizer, group, p) if group is not None else {} for group, p in zip(groups, parameters, strict=True)]
+    else:
+        found = _together(optimizer, groups, parameters)
+    return OptimizerSpec(update, tensors=tuple(tuple(_specs(state)) for state in found))
+
+
+def _step(optimizer: Optimizer) -> None:
+    try:
+        optimizer.step()
+    except TypeError as error:
+        raise ConfigurationError(
+            f"optimizer {type(optimizer).__name__} cannot take a step without a closure ({error}); use one that can"
+        ) from error
+
+
+def _element_state(
+    optimizer: Optimizer, group: int
+) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]:
+    members = optimizer.param_groups[group]["params"]
+    if not members:
+        return (), ()
+    first = members[0]
+    state = initial_state(optimizer, first)
+    numel = first.numel()
+    if not state:
+        probe = nn.Parameter(torch.zeros(PROBE_ELEMENTS, dtype=first.dtype, device=first.device))
+        probe.grad = torch.zeros_like(probe)
+        numel = PROBE_ELEMENTS
+        trial = clone(optimizer, [[probe] if g == group else [] for g in range(len(optimizer.param_groups))])
+        _step(trial)
+        state = dict(trial.state.get(probe, {}))
+    elements, scalars = [], []
+    for key, value in sorted(state.items()):
+        if isinstance(value, Tensor) and value.dim() > 0 and value.numel() == numel:
+            elements.append((key, str(value.dtype).removeprefix("torch.")))
+        elif isinstance(value, Tensor) and value.numel() == 1:
+            scalars.append((key, str(value.dtype).removeprefix("torch.")))
+        elif value is not None:
+            raise ConfigurationError(
+                f"optimizer {type(optimizer).__name__} keeps state {key!r} of type {type(value).__name__}, "
+                "which is not element-wise; leave its update_class out, and one owner will update everything"
+            )
+    return tuple(elements), tuple(scalars)
+
+
+def _alone(optimizer: Optimizer, group: int, parameter: nn.Parameter) -> dict[str, Any]:
+    probe = nn.Parameter(torch.zeros_like(parameter))
+    probe.grad = torch.zeros_like(probe)
+    trial = clone(optimizer, [[probe] if g == group else [] for g in range(len(optimizer.param_groups))])
+    _step(trial)
+    return dict(trial.state.get(probe, {}))
+
+
+def _together(
+    optimizer: Optimizer, groups: Sequence[int | None], parameters: Sequence[nn.Parameter]
+) -> list[dict[str, Any]]:
+    probes = [nn.Parameter(p.detach().clone()) for p in parameters]
+    members: list[list[nn.Parameter]] = [[] for _ in optimizer.param_groups]
+    for group, probe in zip(groups, probes, strict=True):
+        if group is not None:
+            probe.grad = torch.zeros_like(probe)
+            members[group].append(probe)
+    trial = clone(optimizer, members)
+    _step(trial)
+    return [dict(trial.state.get(probe, {})) for probe in probes]
+
+
+def _specs(state: dict[str, Any]) -> list[TensorSpec]:
+    return [
+        TensorSpec(key, str(value.dtype).removeprefix("torch."), tuple(value.shape))
+        for key, value in sorted(state.items())
+        if isinstance(value, Tensor)
+    ]

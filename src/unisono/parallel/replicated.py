@@ -1,0 +1,201 @@
+"""A whole model on one worker: the forward and backward of a micro-batch, and its gradient's way into the sums."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from unisono.comm.partial import Partial, add_entry
+from unisono.errors import ConfigurationError, TrainingError
+from unisono.parallel.buffers import Buffers
+from unisono.run.rng import ModuleRandom
+
+Loss = Callable[[Any, Any], Any]
+"""(output, target) -> mean loss, or (sum of losses, weight)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Forwarded:
+    """A micro-batch between its forward and its backward."""
+
+    micro_batch: int
+    loss: Tensor
+    value: float
+    weight: float
+    buffers: Sequence[Tensor | None]
+
+
+def split(batch: object) -> tuple[object, object]:
+    """Input and target of a batch: the two parts of a pair, or the batch itself as both."""
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return batch[0], batch[1]
+    return batch, batch
+
+
+def rows(batch: object) -> int:
+    """Samples in a batch: the first extent of its first tensor."""
+    tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim() > 0]
+    return len(tensors[0]) if tensors else 1
+
+
+def call(model: nn.Module, inputs: object) -> object:
+    """The model's output: a mapping is passed by name, a tuple by position, anything else as it is."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, tuple | list):
+        return model(*inputs)
+    return model(inputs)
+
+
+def loss_and_weight(result: object) -> tuple[Tensor, float]:
+    """What a loss function returned, as (sum, weight); a mean has the weight 1.
+
+    Raises:
+        ConfigurationError: for anything that is neither.
+    """
+    loss, weight = result if isinstance(result, tuple) and len(result) == 2 else (result, 1.0)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{type(loss).__name__}"
+        raise ConfigurationError(f"the loss returned {found}; return a scalar tensor, or a pair (sum, weight)")
+    weight = float(weight.item() if isinstance(weight, Tensor) else weight)
+    if weight < 0 or weight != weight:
+        raise ConfigurationError(f"the loss returned the weight {weight}; a weight is a number from 0")
+    return loss, weight
+
+
+class Replica:
+    """A model whose parameters lie in shared memory, and the hooks that take its gradients as they come.
+
+    Arguments:
+        model: the model, bound to its memory.
+        uses: the parameter of every trained use (see `bind`), in flat order, with its name.
+        buffers: its buffers.
+        random: its random state.
+        loss: the loss function.
+        precision: "fp32", or "bf16" for autocast.
+        device: where it computes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        uses: Sequence[tuple[str, nn.Parameter]],
+        buffers: Buffers,
+        random: ModuleRandom,
+        loss: Loss,
+        precision: str,
+        device: torch.device,
+    ) -> None:
+        self.model = model
+        self.buffers = buffers
+        self.random = random
+        self._loss = loss
+        self._autocast = precision == "bf16"
+        self._device = device
+        self._uses = uses
+        self._versions = [p._version for _, p in uses]
+        self._chain: Sequence[Partial] = ()
+        self._seen = bytearray(len(uses))
+        self._handles = [p.register_post_accumulate_grad_hook(self._take(u)) for u, (_, p) in enumerate(uses)]
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+        self.random.close()
+
+    def forward(self, step: int, micro_batch: int, batch: object) -> Forwarded:
+        """Compute a micro-batch's loss in step ``step`` (from 1).
+
+        Raises:
+            TrainingError: where the loss is not a finite number, or the model wrote to its parameters.
+        """
+        self.buffers.reset()
+        self.random.enter(step - 1, micro_batch)
+        inputs, target = split(batch)
+        if self._autocast:
+            with torch.autocast(self._device.type, dtype=torch.bfloat16):
+                result = self._loss(call(self.model, inputs), target)
+        else:
+            result = self._loss(call(self.model, inputs), target)
+        loss, weight = loss_and_weight(result)
+        if not loss.requires_grad:
+            raise ConfigurationError(
+                "the loss does not depend on any trained parameter; return what the model's output leads to"
+            )
+        value = float(loss.item())
+        if value != value or value in (float("inf"), float("-inf")):
+            raise TrainingError(
+                f"the loss is {value} at step {step}, micro-batch {micro_batch}; "
+                "lower the learning rate, clip the gradient, or look at the data of that step"
+            )
+        self._check_versions()
+        return Forwarded(micro_batch, loss, value, weight, self.buffers.gather())
+
+    @torch.no_grad()
+    def evaluate(self, key: int, micro_batch: int, batch: object) -> tuple[object, object, float, float]:
+        """Output, target, and loss as (sum, weight) of a batch; a mean counts once for every sample.
+
+        ``key`` separates the random numbers that a model may draw while it is evaluated.
+        """
+        self.buffers.reset()
+        self.random.enter(key, micro_batch)
+        inputs, target = split(batch)
+        if self._autocast:
+            with torch.autocast(self._device.type, dtype=torch.bfloat16):
+                output = call(self.model, inputs)
+                result = self._loss(output, target)
+        else:
+            output = call(self.model, inputs)
+            result = self._loss(output, target)
+        loss, weight = loss_and_weight(result)
+        samples = 1.0 if isinstance(result, tuple) else float(rows(batch))
+        return output, target, float(loss.item()) * samples, weight * samples
+
+    def backward(self, forwarded: Forwarded, chain: Sequence[Partial], *, opens: bool) -> None:
+        """Compute a micro-batch's gradient and add it, with all that belongs to the leaf, along ``chain``."""
+        if opens:
+            chain[0].clear()
+        self._chain = chain
+        self._seen = bytearray(len(self._uses))
+        forwarded.loss.backward()
+        for u in range(len(self._uses)):
+            if not self._seen[u]:
+                add_entry(chain, u, None)
+        self._chain = ()
+        self.buffers.add(chain, forwarded.buffers)
+        for i, value in enumerate((forwarded.value, forwarded.weight)):
+            for partial in chain:
+                value = partial.scalars[i] = partial.scalars[i] + value
+
+    def _take(self, use: int) -> Callable[[Tensor], None]:
+        name = self._uses[use][0]
+
+        def take(parameter: Tensor) -> None:
+            gradient = parameter.grad
+            parameter.grad = None
+            if gradient is None or not self._chain:
+                return
+            if self._seen[use]:
+                raise ConfigurationError(
+                    f"the gradient of {name} came twice in one backward; with activation checkpointing, "
+                    "pass use_reentrant=False"
+                )
+            self._seen[use] = 1
+            if gradient.is_sparse:
+                gradient = gradient.to_dense()
+            with torch.no_grad():
+                add_entry(self._chain, use, gradient)
+
+        return take
+
+    def _check_versions(self) -> None:
+        for u, (name, parameter) in enumerate(self._uses):
+            if parameter._version != self._versions[u]:
+                raise ConfigurationError(
+                    f"the model wrote to its parameter {name} in the forward; parameters are shared by all workers: "
+                    "make it a buffer, or change it in the optimizer"
+                )

@@ -1,0 +1,214 @@
+"""Checkpoints on disk: written whole or not at all, verified byte by byte, loaded into any layout.
+
+A checkpoint is a directory ``step-00000100``: ``manifest.json`` and safetensors files. It is written under a temporary
+name, synced, and renamed; what is removed is renamed first. At most one ``*.tmp`` exists at any time.
+"""
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from unisono.errors import CheckpointError
+from unisono.run.digest import digest
+from unisono.state.manifest import NAME, Manifest, SavedFile, SavedTensor, checksums, encode, read
+
+SHARD_BYTES = 128 << 20
+DIRECTORY = "checkpoints"
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What is recorded with a state besides its tensors (see `Manifest`)."""
+
+    ties: Mapping[str, str]
+    plain_buffers: tuple[str, ...]
+    run: Mapping[str, Any]
+    fingerprint: Mapping[str, Any]
+    validation: Mapping[str, float] | None = None
+    best: Mapping[str, Any] | None = None
+
+
+def path_of(directory: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return directory / f"step-{step:08d}"
+
+
+def steps_in(directory: Path) -> list[int]:
+    """Steps of the checkpoints that are there, the newest first; nothing is said of their being intact."""
+    found = [p.name.removeprefix("step-") for p in directory.glob("step-*") if p.is_dir()]
+    return sorted((int(name) for name in found if name.isdigit()), reverse=True)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove what a run that was killed while writing has left."""
+    for path in directory.glob("*.tmp"):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def save(directory: Path, step: int, tensors: Iterable[tuple[str, Tensor]], about: Description) -> tuple[Path, Manifest]:
+    """Write the checkpoint of a step; an older one of the same step is replaced.
+
+    Raises:
+        CheckpointError: where it cannot be written; nothing of it is left, and older ones are as they were.
+    """
+    target = path_of(directory, step)
+    temporary = target.with_suffix(".tmp")
+    named = sorted(tensors, key=lambda item: item[0])
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(directory)
+        temporary.mkdir()
+        saved, files = _write_shards(temporary, named)
+        manifest = Manifest(
+            step=step,
+            digest=digest(step, named),
+            tensors=saved,
+            files=files,
+            ties=dict(about.ties),
+            plain_buffers=about.plain_buffers,
+            run=dict(about.run),
+            fingerprint=dict(about.fingerprint),
+            validation=dict(about.validation) if about.validation else None,
+            best=dict(about.best) if about.best else None,
+        )
+        _write(temporary / NAME, encode(manifest))
+        _sync(temporary)
+        if target.exists() and _same(target, manifest):
+            shutil.rmtree(temporary)
+            return target, manifest
+        if target.exists():
+            _discard(target, temporary.with_suffix(".old.tmp"))
+        temporary.rename(target)
+        _sync(directory)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(f"cannot write checkpoint {target}: {error.strerror}; older ones are untouched") from error
+    return target, manifest
+
+
+def _same(path: Path, manifest: Manifest) -> bool:
+    """Whether an intact checkpoint of the same state is there already."""
+    try:
+        return verify(path).digest == manifest.digest
+    except CheckpointError:
+        return False
+
+
+def _write_shards(
+    directory: Path, named: list[tuple[str, Tensor]]
+) -> tuple[dict[str, SavedTensor], dict[str, SavedFile]]:
+    saved: dict[str, SavedTensor] = {}
+    files: dict[str, SavedFile] = {}
+    for number, shard in enumerate(_shards(named)):
+        name = f"state-{number:05d}.safetensors"
+        data = safetensors.torch.save({key: tensor.detach().cpu().contiguous().clone() for key, tensor in shard})
+        _write(directory / name, data)
+        files[name] = SavedFile(size_bytes=len(data), chunks=checksums(data))
+        for key, tensor in shard:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            saved[key] = SavedTensor(file=name, dtype=dtype, shape=tuple(tensor.shape))
+    return saved, files
+
+
+def _shards(named: list[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:
+    shard: list[tuple[str, Tensor]] = []
+    size = 0
+    for name, tensor in named:
+        if shard and size + tensor.nbytes > SHARD_BYTES:
+            yield shard
+            shard, size = [], 0
+        shard.append((name, tensor))
+        size += tensor.nbytes
+    if shard:
+        yield shard
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _discard(path: Path, temporary: Path) -> None:
+    path.rename(temporary)
+    shutil.rmtree(temporary)
+
+
+def prune(directory: Path, keep: int, always: Iterable[int] = ()) -> None:
+    """Remove all but the newest ``keep`` checkpoints and those of the steps in ``always``."""
+    steps = steps_in(directory)
+    for step in set(steps[keep:]) - set(always):
+        path = path_of(directory, step)
+        _discard(path, path.with_suffix(".tmp"))
+
+
+def verify(path: Path) -> Manifest:
+    """Check every byte of a checkpoint.
+
+    Raises:
+        CheckpointError: naming the file, and the chunk where there is one.
+    """
+    manifest = read(path)
+    for name, file in manifest.files.items():
+        _checked(path, name, file)
+    return manifest
+
+
+def _checked(path: Path, name: str, file: SavedFile) -> bytes:
+    try:
+        data = (path / name).read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path / name}: {error.strerror}") from error
+    if len(data) != file.size_bytes:
+        raise CheckpointError(f"{path / name} is damaged: {len(data)} bytes instead of {file.size_bytes}")
+    for i, (found, expected) in enumerate(zip(checksums(data), file.chunks, strict=True)):
+        if found != expected:
+            raise CheckpointError(f"{path / name} is damaged: chunk {i} has another checksum")
+    return data
+
+
+def load(path: Path) -> tuple[Manifest, dict[str, Tensor]]:
+    """A checkpoint's tensors by name, checked.
+
+    Raises:
+        CheckpointError: where a byte is damaged or missing.
+    """
+    manifest = read(path)
+    tensors: dict[str, Tensor] = {}
+    for name, file in manifest.files.items():
+        tensors.update(safetensors.torch.load(_checked(path, name, file)))
+    return manifest, tensors
+
+
+def newest_intact(directory: Path) -> tuple[Path, Manifest, dict[str, Tensor], list[str]]:
+    """The newest checkpoint that is intact, loaded, and why newer ones were passed over.
+
+    Raises:
+        CheckpointError: where there is none.
+    """
+    damaged: list[str] = []
+    for step in steps_in(directory):
+        path = path_of(directory, step)
+        try:
+            manifest, tensors = load(path)
+        except CheckpointError as error:
+            damaged.append(str(error))
+            continue
+        return path, manifest, tensors, damaged
+    reason = "; ".join(damaged) if damaged else "there is none"
+    raise CheckpointError(f"no intact checkpoint in {directory}: {reason}; start the run without --resume")

@@ -1,0 +1,159 @@
+"""A training state in memory: named views of values, optimizer state and buffers over one region of bytes."""
+
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor
+
+from unisono.errors import CheckpointError
+from unisono.optim.blockwise import torch_dtype
+from unisono.plan.assignment import UpdateClass
+from unisono.run.digest import digest
+from unisono.state.layout import CELL, StateLayout
+
+PARAMETER, OPTIMIZER, BUFFER = "parameter", "optimizer", "buffer"
+
+
+class TrainingState:
+    """Typed views of a state.
+
+    Arguments:
+        layout: where everything lies.
+        memory: the region as bytes (uint8).
+        frozen: the state that holds the parameters that are not trained, where this one is a snapshot.
+    """
+
+    def __init__(self, layout: StateLayout, memory: Tensor, frozen: "TrainingState | None" = None) -> None:
+        self.layout = layout
+        self.memory = memory
+        self._frozen = frozen
+        self.values = [self._value(p) for p in range(len(layout.flat.parameters))]
+        self.buffers = [
+            self._region(f"buffer {b}").view(torch_dtype(spec.dtype)).view(spec.shape)
+            for b, spec in enumerate(layout.buffers)
+        ]
+        self._first_block = {b.parameter: i for i, b in reversed(list(enumerate(layout.flat.blocks)))}
+        self._rows = self._region("scalars")
+        if memory.device.type == "cpu":
+            self._present = memoryview(self._rows.numpy()).cast("B").cast("Q")
+            self._present_stride = layout.row_bytes // CELL
+        else:  # a device's memory has no host view: the words are this process's own
+            self._present = frozen._present if frozen else memoryview(bytearray(CELL * layout.blocks)).cast("Q")
+            self._present_stride = 1
+
+    def _region(self, name: str) -> Tensor:
+        region = self.layout.regions.named[name]
+        return self.memory[region.offset : region.offset + region.size_bytes]
+
+    def _value(self, parameter: int) -> Tensor:
+        spec, place = self.layout.flat.parameters[parameter], self.layout.flat.places[parameter]
+        if self._frozen is not None and spec.group is None:
+            return self._frozen.values[parameter]
+        segment = self._region(f"values {place.segment}").view(torch_dtype(spec.tensor.dtype))
+        return segment[place.offset : place.offset + place.numel].view(spec.tensor.shape)
+
+    def element_state(self, key: str, parameter: int) -> Tensor:
+        """A parameter's element-wise optimizer state, in the parameter's shape."""
+        flat = self.layout.flat
+        spec, place = flat.parameters[parameter], flat.places[parameter]
+        dtype = next(d for keys in self.layout.optimizer.element_keys for k, d in keys if k == key)
+        segment = self._region(f"state {key} {place.segment}").view(torch_dtype(dtype))
+        return segment[place.offset : place.offset + place.numel].view(spec.tensor.shape)
+
+    def scalar(self, key: str, block: int) -> Tensor:
+        """A block's scalar of optimizer state, a tensor of no dimensions."""
+        dtype = next(d for keys in self.layout.optimizer.scalar_keys for k, d in keys if k == key)
+        start = block * self.layout.row_bytes + CELL * (1 + self.layout.scalar_keys.index(key))
+        return self._rows[start : start + CELL].view(torch_dtype(dtype))[0]
+
+    def present(self, block: int) -> memoryview:
+        """One word: whether the block has optimizer state yet."""
+        at = block * self._present_stride
+        return self._present[at : at + 1]
+
+    def python_state(self) -> memoryview | None:
+        """The bytes in which a coupled optimizer's plain numbers are kept."""
+        if self.layout.optimizer.update is not UpdateClass.COUPLED:
+            return None
+        return memoryview(self._region("python").numpy())
+
+    def unit_state(self, parameter: int, block: int | None) -> dict[str, Tensor]:
+        """The optimizer state of one block, or of a whole parameter, as the optimizer names it."""
+        spec = self.layout.optimizer
+        flat = self.layout.flat
+        group = flat.parameters[parameter].group
+        assert group is not None
+        if spec.update is not UpdateClass.ELEMENT:
+            return {
+                t.name: self._region(f"state of {parameter} {t.name}").view(torch_dtype(t.dtype)).view(t.shape)
+                for t in spec.tensors[parameter]
+            }
+        assert block is not None
+        b = flat.blocks[block]
+        state = {
+            key: self.element_state(key, parameter).view(-1)[b.start : b.stop] for key, _ in spec.element_keys[group]
+        }
+        state.update({key: self.scalar(key, block) for key, _ in spec.scalar_keys[group]})
+        return state
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the state by name; state that an optimizer has not made yet is absent."""
+        flat, spec = self.layout.flat, self.layout.optimizer
+        for p, parameter in enumerate(flat.parameters):
+            name = parameter.tensor.name
+            yield f"{PARAMETER}/{name}", self.values[p]
+            first = self._first_block.get(p)
+            if parameter.group is None or first is None or not self.present(first)[0]:
+                continue
+            if spec.update is UpdateClass.ELEMENT:
+                for key, _ in spec.element_keys[parameter.group]:
+                    yield f"{OPTIMIZER}/{name}/{key}", self.element_state(key, p)
+                for key, _ in spec.scalar_keys[parameter.group]:
+                    yield f"{OPTIMIZER}/{name}/{key}", self.scalar(key, first)
+            else:
+                for key, tensor in self.unit_state(p, None).items():
+                    yield f"{OPTIMIZER}/{name}/{key}", tensor
+        for buffer, tensor in zip(self.layout.buffers, self.buffers, strict=True):
+            yield f"{BUFFER}/{buffer.name}", tensor
+        if spec.update is UpdateClass.COUPLED:
+            yield f"{OPTIMIZER}/numbers", self._region("python")
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take every value from named tensors, those that `named_tensors` gave."""
+        flat, spec = self.layout.flat, self.layout.optimizer
+        for p, parameter in enumerate(flat.parameters):
+            name = parameter.tensor.name
+            self._take(tensors, f"{PARAMETER}/{name}", self.values[p])
+            blocks = [i for i, block in enumerate(flat.blocks) if block.parameter == p]
+            has_state = any(key.startswith(f"{OPTIMIZER}/{name}/") for key in tensors)
+            for block in blocks:
+                self.present(block)[0] = int(has_state)
+            if not has_state or parameter.group is None:
+                continue
+            if spec.update is UpdateClass.ELEMENT:
+                for key, _ in spec.element_keys[parameter.group]:
+                    self._take(tensors, f"{OPTIMIZER}/{name}/{key}", self.element_state(key, p))
+                for key, _ in spec.scalar_keys[parameter.group]:
+                    for block in blocks:
+                        self._take(tensors, f"{OPTIMIZER}/{name}/{key}", self.scalar(key, block))
+            else:
+                for key, tensor in self.unit_state(p, None).items():
+                    self._take(tensors, f"{OPTIMIZER}/{name}/{key}", tensor)
+        for buffer, tensor in zip(self.layout.buffers, self.buffers, strict=True):
+            self._take(tensors, f"{BUFFER}/{buffer.name}", tensor)
+        if spec.update is UpdateClass.COUPLED:
+            self._take(tensors, f"{OPTIMIZER}/numbers", self._region("python"))
+
+    def _take(self, tensors: Mapping[str, Tensor], name: str, target: Tensor) -> None:
+        source = tensors.get(name)
+        if source is None:
+            raise CheckpointError(f"the checkpoint has no {name}; it belongs to another model or optimizer")
+        if source.shape != target.shape or source.dtype != target.dtype:
+            raise CheckpointError(
+                f"{name} is {source.dtype} {tuple(source.shape)} in the checkpoint and {target.dtype} "
+                f"{tuple(target.shape)} in this run; resume with the model and optimizer it was made with"
+            )
+        target.copy_(source)
+
+    def digest(self, step: int) -> str:
+        """The digest of this state as the one after ``step``."""
+        return digest(step, self.named_tensors())

@@ -1,0 +1,85 @@
+"""Writing checkpoints in the background, from a copy that does not change, while training goes on."""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from unisono.errors import CheckpointError, UnisonoError
+from unisono.events import CheckpointSaved
+from unisono.state.checkpoint import Description, prune, save
+from unisono.state.training_state import TrainingState
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """Which checkpoints are kept: the newest ones, and the best one where that is wanted."""
+
+    newest: int
+    best: bool
+
+
+class CheckpointWriter:
+    """Writes one checkpoint at a time; belongs to one worker.
+
+    Arguments:
+        directory: where checkpoints lie.
+        saved: told of each complete checkpoint, from the thread that trains.
+    """
+
+    def __init__(self, directory: Path, retention: Retention, saved: Callable[[CheckpointSaved], None]) -> None:
+        self.directory = directory
+        self._retention = retention
+        self._saved = saved
+        self._thread: threading.Thread | None = None
+        self._outcome: CheckpointSaved | BaseException | None = None
+        self.best_step: int | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def begin(self, step: int, state: TrainingState, about: Description) -> None:
+        """Start writing ``state``, which must not change until the writer is no longer busy."""
+        self.finish()
+
+        def write() -> None:
+            try:
+                self._outcome = self._write(step, state, about)
+            except BaseException as error:
+                self._outcome = error
+
+        self._thread = threading.Thread(target=write, name="unisono-checkpoint")
+        self._thread.start()
+
+    def poll(self) -> None:
+        """Report what has been finished.
+
+        Raises:
+            CheckpointError: where the last checkpoint could not be written.
+        """
+        if self._thread is not None and not self._thread.is_alive():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait until nothing is being written; as `poll`."""
+        if self._thread is None:
+            return
+        self._thread.join()
+        outcome, self._thread, self._outcome = self._outcome, None, None
+        if isinstance(outcome, UnisonoError):
+            raise outcome
+        if isinstance(outcome, BaseException):
+            raise CheckpointError(f"the checkpoint could not be written: {outcome!r}") from outcome
+        if outcome is not None:
+            self._saved(outcome)
+
+    def _write(self, step: int, state: TrainingState, about: Description) -> CheckpointSaved:
+        started = time.perf_counter()
+        path, manifest = save(self.directory, step, state.named_tensors(), about)
+        always = [self.best_step] if self._retention.best and self.best_step is not None else []
+        prune(self.directory, self._retention.newest, always)
+        size_bytes = sum(file.size_bytes for file in manifest.files.values())
+        return CheckpointSaved(step, str(path), size_bytes, time.perf_counter() - started, manifest.digest)

@@ -1,0 +1,34 @@
+"""The contract between the engine and whatever decides when replicas agree."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from unisono.sync.phases import Phases
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a step came to, the same for every worker.
+
+    Attributes:
+        loss: sum of losses over sum of weights.
+        weight: the sum of weights; 0 means that nothing was updated.
+        gradient_norm: before clipping, where it was needed.
+        learning_rate: of the optimizer's first group.
+        flags: requests that workers sent with the step.
+        buffers_written: whether the step changed any of the model's buffers.
+    """
+
+    loss: float
+    weight: float
+    gradient_norm: float | None
+    learning_rate: float
+    flags: int
+    buffers_written: bool
+
+
+class Policy(Protocol):
+    """Turns published partials into the next state; the engine does not know which policy it runs."""
+
+    def conclude(self, step: int, phases: Phases) -> Outcome:
+        """Reduce, update and commit what this worker owns; the new state may be read once the group has settled."""

@@ -2,7 +2,7 @@
 
 import gc
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from unisono.evaluation import Evaluator, Metrics
 from unisono.events import Emitter
 from unisono.launch.world import World
 from unisono.optim.blockwise import BlockOptimizer, Unit
+from unisono.optim.eager import without_compiler
 from unisono.optim.classes import pin_variant, update_class
 from unisono.optim.schedules import Schedule, scale
 from unisono.optim.state_spec import state_spec
@@ -43,7 +44,13 @@ OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 @dataclass(frozen=True, slots=True)
 class Objects:
-    """What only the user's code can give."""
+    """What only the user's code can give.
+
+    Attributes:
+        model, loss, data, optimizer, validation, metrics, collate: see `Trainer`.
+        definition: facts to record with the run, a digest of the data for example.
+        summary: the trained model -> what to show at the end.
+    """
 
     model: Callable[[], nn.Module]
     loss: Loss
@@ -52,6 +59,8 @@ class Objects:
     validation: Dataset | None
     metrics: Metrics | None
     collate: Collate | None
+    definition: Callable[[], Mapping[str, Any]] | None = None
+    summary: Callable[[nn.Module], Mapping[str, Any]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +90,14 @@ class Worker:
     replica: Replica
     engine: Engine
     evaluator: Evaluator | None
-    memory: Callable[[Region], Tensor]
+    released: bool = False
 
     def release(self) -> None:
-        """Give the model memory of its own, and let go of the arena."""
-        self.replica.close()
-        unbind(self.prepared.model, self.prepared.layout.flat)
+        """Give the model memory of its own; once."""
+        if not self.released:
+            self.released = True
+            self.replica.close()
+            unbind(self.prepared.model, self.prepared.layout.flat)
 
 
 def prepare(objects: Objects, config: TrainingConfig, workers: int, device: torch.device) -> Prepared:
@@ -101,7 +112,8 @@ def prepare(objects: Objects, config: TrainingConfig, workers: int, device: torc
         raise ConfigurationError(f"the model's factory returned {type(model).__name__}; return a torch.nn.Module")
     model.to(device)
     tensors = model_tensors(model)
-    optimizer = objects.optimizer([p for p, _ in tensors.parameters])
+    with without_compiler():
+        optimizer = objects.optimizer([p for p, _ in tensors.parameters])
     if not isinstance(optimizer, Optimizer):
         raise ConfigurationError(
             f"the optimizer's factory returned {type(optimizer).__name__}; return a torch.optim.Optimizer"
@@ -209,7 +221,7 @@ def assemble(
         evaluator = Evaluator(
             group, replica, held_out, config.micro_batch_size, config.validation.samples, objects.metrics
         )
-    return Worker(prepared, group, state, snapshot, versions, replica, engine, evaluator, memory), step
+    return Worker(prepared, group, state, snapshot, versions, replica, engine, evaluator), step
 
 
 def _fingerprint(prepared: Prepared, config: TrainingConfig) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 PHASES = ("data", "compute", "reduce", "update", "wait")
 """Where the time of a step goes; every worker measures each of them, in seconds."""
@@ -93,6 +94,13 @@ class RunFinished(Event):
     reason: str
     digest: str
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Summary(Event):
+    """What the task has to say of the trained model, by name."""
+
+    items: Mapping[str, Any]
 
 
 Listener = Callable[[Event], None]

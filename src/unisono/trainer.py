@@ -30,10 +30,11 @@ from unisono.events import (
     RunFinished,
     RunStarted,
     StepFinished,
+    Summary,
     ValidationFinished,
 )
 from unisono.launch.world import World, discover, in_notebook
-from unisono.observe import observers
+from unisono.observe.choose import observers
 from unisono.optim.schedules import Schedule, schedule
 from unisono.parallel.replicated import Loss
 from unisono.plan.assignment import UpdateClass
@@ -217,7 +218,8 @@ class _Loop:
         self._evaluated = -1
         self._loss: float | None = None
         self._notices: list[Event] = []
-        self._observers = observers(config.observe, self._run_dir, steps) if world.rank == 0 else []
+        self._recorded: dict[str, Any] | None = None
+        self._observers = observers(config.observe, self._run_dir) if world.rank == 0 else []
         if world.rank == 0:
             for listener in (*self._observers, *trainer._callbacks):
                 self._emit.add(listener)
@@ -300,15 +302,18 @@ class _Loop:
                     f"{key} is {mine[key]}, but the run in {path} has {run.get(key)}; it is part of what the run is: "
                     "resume with the same value, or start another run"
                 )
-        changed = [f"{key} was {run.get(key)}, is {mine[key]}" for key in RUN_KEYS if run.get(key) != mine[key]]
+        changed = [f"{key} was {run.get(key)}, is {mine[key]}" for key in mine if run.get(key) != mine[key]]
         changed += fingerprint(self._config.threads, torch.device(self._config.device)).differences(dict(recorded))
         if changed:
             text = "from here on the run is not the one that was started: " + "; ".join(changed)
             self._notices.append(Notice(text))
 
     def _definition(self) -> dict[str, Any]:
-        settings = self._config.model_dump(mode="json")
-        return {key: settings[key] for key in RUN_KEYS}
+        if self._recorded is None:
+            settings = self._config.model_dump(mode="json")
+            facts = self._trainer._objects.definition
+            self._recorded = {key: settings[key] for key in RUN_KEYS} | {"task": dict(facts()) if facts else {}}
+        return self._recorded
 
     def _announce(self) -> None:
         prepared = self._worker.prepared
@@ -407,6 +412,10 @@ class _Loop:
                 self._writer.finish()
         digest = self._digest(step)
         run_dir = str(self._run_dir) if self._run_dir else None
+        worker.release()
+        summary = self._trainer._objects.summary
+        if summary is not None and self._world.rank == 0 and self._observers and reason != "stopped":
+            self._emit(Summary(dict(summary(worker.prepared.model))))
         self._emit(RunFinished(step, reason, digest, seconds))
         return Result(step, reason, digest, self._loss, self._metrics, run_dir)
 

@@ -5,7 +5,6 @@ on; every worker maps the same bytes. It is not inherited by what workers fork, 
 """
 
 import mmap
-import os
 import platform
 import threading
 from dataclasses import dataclass, field
@@ -47,17 +46,6 @@ class Regions:
         return region
 
 
-def create_descriptor(size_bytes: int) -> int:
-    """A descriptor of ``size_bytes`` of shared memory; pages cost memory once they are touched."""
-    if not hasattr(os, "memfd_create"):
-        raise LaunchError(
-            f"several workers share memory through memfd_create, which {platform.system()} lacks; use one worker (-n 1)"
-        )
-    descriptor = os.memfd_create("unisono-arena", os.MFD_CLOEXEC)
-    os.ftruncate(descriptor, max(size_bytes, PAGE))
-    return descriptor
-
-
 class Arena:
     """A mapping of shared bytes; ``descriptor=None`` maps private memory, for a world of one.
 
@@ -69,7 +57,6 @@ class Arena:
     """
 
     def __init__(self, descriptor: int | None, size_bytes: int) -> None:
-        size_bytes = max(size_bytes, PAGE)
         try:
             self._mapping = mmap.mmap(-1 if descriptor is None else descriptor, size_bytes)
         except (OSError, ValueError) as error:

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Sequence
 from typing import Any
 
-from unisono.comm.arena import create_descriptor
+from unisono.comm.descriptor import create_descriptor
 from unisono.errors import LaunchError
 
 LONGEST_MESSAGE_BYTES = 1 << 17

@@ -53,20 +53,21 @@ def _free_port() -> int:
 class LocalLauncher:
     """Starts sets of workers on this host, one after another, from one fork server; a context manager.
 
+    The server starts to import torch at once; what the caller does until the first `run` overlaps with it.
+
     Arguments:
-        preload: modules that the server imports besides torch.
         environment: variables for the server and its workers.
 
     Raises:
         LaunchError: where the system lacks what it takes.
     """
 
-    def __init__(self, preload: Sequence[str] = (), environment: Mapping[str, str] = os.environ) -> None:
+    def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         if not hasattr(os, "memfd_create") or not hasattr(os, "pidfd_open"):
             raise LaunchError(f"several workers need Linux; on {sys.platform} use one worker (-n 1)")
         self._keeper = ArenaKeeper()
         self._server, theirs = pair()
-        command = [sys.executable, "-m", "unisono.launch.server", str(theirs.fileno()), str(os.getpid()), *preload]
+        command = [sys.executable, "-m", "unisono.launch.server", str(theirs.fileno()), str(os.getpid())]
         # One thread in the server: numpy's OpenBLAS would start its pool on import.
         self._process = subprocess.Popen(
             command,
@@ -92,11 +93,28 @@ class LocalLauncher:
         self._kill_workers()
         self._server.close()
         self._keeper.close()
+        if not self._ready:  # it still imports, and started nothing yet
+            self._process.kill()
         try:
             self._process.wait(END_DEADLINE_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+    def preload(self, modules: Sequence[str]) -> None:
+        """Let the server import modules of the user's, so that workers share them already imported.
+
+        Raises:
+            ConfigurationError: where one cannot be imported.
+        """
+        self._await_server()
+        for module in modules:
+            send(self._server, {"op": "preload", "module": module})
+            message, _ = receive(self._server)
+            if message is None:
+                raise LaunchError(f"the fork server was lost while it imported {module}")
+            if "error" in message:
+                raise ConfigurationError(f"preload: cannot import {module}: {message['error']}")
 
     def run(self, target: Message, workers: int, *, show_all: bool = False) -> Ending:
         """Run ``target`` in ``workers`` workers until all have ended.
@@ -137,8 +155,6 @@ class LocalLauncher:
         message, _ = receive(self._server)
         if message is None:
             raise LaunchError(f"the fork server ended before it was ready (exit code {self._process.wait()})")
-        if message["op"] == "preload":
-            raise ConfigurationError(f"preload: cannot import {message['module']}: {message['error']}")
         self._ready = True
 
     def _start(self, rank: int, workers: int, target: Message, show_all: bool) -> _Worker:

@@ -14,7 +14,7 @@ import sys
 from unisono.launch.control import Message, receive, send
 from unisono.launch.process import die_with_parent, kill_group, tasks
 
-IMPORTS = ("torch", "numpy", "unisono.trainer", "unisono.launch.worker")
+IMPORTS = ("torch", "numpy", "unisono.tasks.job", "unisono.launch.worker")
 
 
 class ForkServer:
@@ -38,9 +38,20 @@ class ForkServer:
                 message, descriptors = receive(self._launcher, 3)
                 if message is None:
                     break
+                if message["op"] == "preload":
+                    self._preload(message["module"])
+                    continue
                 self._fork(message, descriptors)
         for process in self._workers:
             kill_group(process)
+
+    def _preload(self, module: str) -> None:
+        reply: Message = {"op": "preload", "module": module}
+        try:
+            importlib.import_module(module)
+        except Exception as error:
+            reply["error"] = f"{type(error).__name__}: {error}"
+        send(self._launcher, reply)
 
     def _fork(self, message: Message, descriptors: list[int]) -> None:
         count = tasks()
@@ -98,8 +109,8 @@ class ForkServer:
 
 
 def main() -> None:
-    """``python -m unisono.launch.server DESCRIPTOR PARENT [MODULE ...]``."""
-    descriptor, parent, *preload = sys.argv[1:]
+    """``python -m unisono.launch.server DESCRIPTOR PARENT``."""
+    descriptor, parent = sys.argv[1:]
     die_with_parent(int(parent))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     launcher = socket.socket(fileno=int(descriptor))
@@ -107,12 +118,6 @@ def main() -> None:
     sys.path.insert(0, os.getcwd())
     for name in IMPORTS:
         importlib.import_module(name)
-    for name in preload:
-        try:
-            importlib.import_module(name)
-        except Exception as error:
-            send(launcher, {"op": "preload", "module": name, "error": f"{type(error).__name__}: {error}"})
-            return
     send(launcher, {"op": "ready"})
     die_with_parent(int(parent), 0)  # from here on the closed socket tells, and workers are ended in order
     ForkServer(launcher).run()

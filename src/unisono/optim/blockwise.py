@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from unisono.errors import TrainingError
+from unisono.optim.eager import stepper
 from unisono.optim.schedules import Schedule
 from unisono.optim.state_spec import clone, initial_state
 from unisono.plan.assignment import UpdateClass
@@ -48,6 +49,7 @@ class BlockOptimizer:
 
     def __init__(self, optimizer: Optimizer, update: UpdateClass, python_state: memoryview | None) -> None:
         self._optimizer = clone(optimizer, [[] for _ in optimizer.param_groups])
+        self._step = stepper(self._optimizer)
         self._constructed = optimizer
         self._coupled = update is UpdateClass.COUPLED
         self._python_state = python_state
@@ -87,7 +89,7 @@ class BlockOptimizer:
             groups[unit.group]["params"].append(self._parameters[id(unit)])
         if self._coupled:
             self._load_python_state(units)
-        self._optimizer.step()
+        self._step()
         for unit in units:
             self._adopt(unit, self._parameters[id(unit)])
         if self._coupled:

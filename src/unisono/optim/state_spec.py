@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from unisono.errors import ConfigurationError
+from unisono.optim.eager import stepper
 from unisono.plan.assignment import UpdateClass
 from unisono.plan.blocks import FlatLayout, TensorSpec
 
@@ -70,7 +71,7 @@ def state_spec(
 
 def _step(optimizer: Optimizer) -> None:
     try:
-        optimizer.step()
+        stepper(optimizer)()
     except TypeError as error:
         raise ConfigurationError(
             f"optimizer {type(optimizer).__name__} cannot take a step without a closure ({error}); use one that can"

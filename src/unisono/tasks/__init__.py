@@ -1,0 +1,1 @@
+"""Ready-made tasks, and how a user's own is found."""

@@ -1,0 +1,283 @@
+"""The command line. Nothing heavy is imported before a command needs it: ``--help`` takes a fraction of a second."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from unisono.errors import ConfigurationError, UnisonoError
+
+if TYPE_CHECKING:
+    from unisono.config import Config
+    from unisono.launch.local import LocalLauncher
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="unisono",
+    help="Train PyTorch models on any number of workers, with one result.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+checkpoint_app = typer.Typer(help="List, verify and export checkpoints.", no_args_is_help=True)
+bench_app = typer.Typer(help="Measure speed and memory beside what one would use instead.", no_args_is_help=True)
+app.add_typer(checkpoint_app, name="checkpoint")
+app.add_typer(bench_app, name="bench")
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The configuration.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides, layout.zero=0 for example.")
+]
+WorkersOption = Annotated[int | None, typer.Option("-n", "--workers", min=1, help="Workers; default: one per core.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    workers: WorkersOption = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest intact checkpoint of run_dir, or of the task's last run.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train what a configuration describes.
+
+    Example: unisono train configs/lm.yaml steps=200 layout.zero=0 -n 2
+    """
+    with _launcher() as launcher:
+        from unisono.config import load, to_yaml
+        from unisono.launch.runs import choose_workers, next_run_dir, write_config
+
+        settings = load(config, overrides or [])
+        if workers is not None:
+            settings = _with_workers(settings, workers)
+        run_dir = next_run_dir(settings.run_dir, settings.task, resume=resume)
+        settings = settings.model_copy(update={"run_dir": str(run_dir)})
+        count = choose_workers(settings)
+        if as_json:
+            settings = settings.model_copy(
+                update={"observe": settings.observe.model_copy(update={"progress": False})}
+            )
+        else:
+            typer.echo(to_yaml(settings))
+        if settings.preload:
+            launcher.preload(settings.preload)
+        write_config(run_dir, to_yaml(settings))
+        arguments = {"config": settings.model_dump(mode="json"), "resume": resume}
+        ending = launcher.run({"call": "unisono.tasks.job:train", "arguments": arguments}, count)
+        if as_json:
+            typer.echo(json.dumps({**ending.results[0], "workers": count}))
+        elif (run_dir / "report.html").exists():
+            typer.echo(f"report: {run_dir / 'report.html'}")
+        if ending.interrupted:
+            raise typer.Exit(INTERRUPTED)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def run(
+    context: typer.Context,
+    script: Annotated[Path, typer.Argument(help="A Python script that uses unisono.Trainer.", show_default=False)],
+    workers: WorkersOption = None,
+    all_output: Annotated[bool, typer.Option("--all-output", help="Show every worker's output, not only rank 0's.")] = False,
+) -> None:
+    """Run a script in several workers; what follows the script is its own arguments.
+
+    Example: unisono run -n 4 examples/train_mlp.py --steps 100
+    """
+    if not script.is_file():
+        raise ConfigurationError(f"no script at {script}; give an existing Python file")
+    from unisono.launch.runs import cores
+
+    with _launcher() as launcher:
+        target = {"script": str(script), "argv": list(context.args)}
+        ending = launcher.run(target, workers or cores(), show_all=all_output)
+        if ending.interrupted:
+            raise typer.Exit(INTERRUPTED)
+
+
+@app.command()
+def verify(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    workers: Annotated[str, typer.Option(help="Numbers of workers to compare, for example 1,2,3,4.")] = "1,2,3,4",
+    steps: Annotated[int, typer.Option(min=1, help="Steps to train with each.")] = 8,
+    resume_at: Annotated[
+        int | None, typer.Option(min=1, help="Stop after this step, and resume with another number of workers.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Prove that a run's result does not depend on the number of workers: exit code 0 only if all digests are equal.
+
+    Example: unisono verify configs/images.yaml --workers 1,2,3 --steps 20 --resume-at 7
+    """
+    with _launcher() as launcher:
+        from unisono.check.verify import verify as check
+        from unisono.config import load
+
+        settings = load(config, overrides or [])
+        numbers = _numbers(workers)
+        if settings.preload:
+            launcher.preload(settings.preload)
+        report = check(launcher, settings, numbers, steps, resume_at, None if as_json else typer.echo)
+        typer.echo(json.dumps(report.as_dict()) if as_json else report.as_text())
+        if not report.equal:
+            raise typer.Exit(1)
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Say what this machine offers, and whether two workers agree on it.
+
+    Example: unisono doctor
+    """
+    with _launcher() as launcher:
+        from unisono.check.doctor import examine
+
+        findings = examine(launcher)
+        if as_json:
+            typer.echo(json.dumps({"healthy": all(f.good for f in findings), "findings": [f.as_dict() for f in findings]}))
+        else:
+            for finding in findings:
+                typer.echo(f"{'ok  ' if finding.good else 'BAD '} {finding.name:<16} {finding.text}")
+        if not all(f.good for f in findings):
+            raise typer.Exit(1)
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(help="The directory of a run.", show_default=False)]) -> None:
+    """Make report.html anew from what a run has recorded.
+
+    Example: unisono report runs/lm-001
+    """
+    from unisono.observe.report import write_report
+
+    typer.echo(str(write_report(run_dir)))
+
+
+@checkpoint_app.command("list")
+def checkpoint_list(run_dir: Annotated[Path, typer.Argument(show_default=False)], as_json: JsonOption = False) -> None:
+    """List the checkpoints of a run, and whether each is intact.
+
+    Example: unisono checkpoint list runs/lm-001
+    """
+    from unisono.check.checkpoints import listing
+
+    rows = listing(run_dir)
+    if as_json:
+        typer.echo(json.dumps({"checkpoints": rows}))
+        return
+    for row in rows:
+        state = "intact" if row["intact"] else f"DAMAGED: {row['reason']}"
+        typer.echo(f"step {row['step']:>8}  {row['size_bytes'] / 2**20:9.1f} MiB  {state}  {row['path']}")
+    if not rows:
+        typer.echo(f"no checkpoints in {run_dir}")
+
+
+@checkpoint_app.command("verify")
+def checkpoint_verify(path: Annotated[Path, typer.Argument(show_default=False)], as_json: JsonOption = False) -> None:
+    """Check every byte of a checkpoint, or of all checkpoints of a run.
+
+    Example: unisono checkpoint verify runs/lm-001/checkpoints/step-00000100
+    """
+    from unisono.check.checkpoints import checked
+
+    results = checked(path)
+    damaged = [r for r in results if not r["intact"]]
+    if as_json:
+        typer.echo(json.dumps({"intact": not damaged, "checkpoints": results}))
+    else:
+        for r in results:
+            typer.echo(f"{r['path']}: " + (f"intact, digest {r['digest']}" if r["intact"] else f"DAMAGED: {r['reason']}"))
+    if damaged:
+        raise typer.Exit(1)
+
+
+@checkpoint_app.command("export")
+def checkpoint_export(
+    path: Annotated[Path, typer.Argument(help="A checkpoint, or a run (its newest intact one).", show_default=False)],
+    target: Annotated[Path, typer.Argument(help="A directory for the files.", show_default=False)],
+) -> None:
+    """Write a checkpoint's model as plain safetensors and as a state_dict file for torch.load.
+
+    Example: unisono checkpoint export runs/lm-001 exported
+    """
+    from unisono.check.checkpoints import exported
+
+    for written in exported(path, target):
+        typer.echo(str(written))
+
+
+@bench_app.command("train")
+def bench_train(
+    models: Annotated[str, typer.Option(help="small, large, or both.")] = "small,large",
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 7,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare a training step with DDP, with replicas that never communicate, and with what else is installed.
+
+    Example: unisono bench train --models small --rounds 5
+    """
+    with _launcher() as launcher:
+        from unisono.bench.train import as_text, bench
+
+        rows = bench(launcher, models.split(","), rounds, None if as_json else typer.echo)
+        typer.echo(json.dumps({"rows": rows}) if as_json else as_text(rows))
+
+
+@contextmanager
+def _launcher() -> "Iterator[LocalLauncher]":
+    """The fork server starts to import torch first of all; everything else overlaps with it."""
+    from unisono.launch.local import LocalLauncher
+
+    with LocalLauncher() as launcher:
+        yield launcher
+
+
+def _with_workers(settings: "Config", workers: int) -> "Config":
+    from unisono.config import Config, validate
+
+    data: dict[str, Any] = settings.model_dump(mode="json")
+    data["layout"]["data"] = workers
+    return validate(Config, data, "-n")
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise ConfigurationError(f"--workers is {text!r}; give whole numbers from 1, for example 1,2,4")
+    return numbers
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The entry point: errors of ours are one sentence and their exit code."""
+    command: Callable[..., Any] = typer.main.get_command(app)
+    try:
+        code = command(args=arguments, prog_name="unisono", standalone_mode=False)
+    except UnisonoError as error:
+        print(f"unisono: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("unisono: interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        show = getattr(error, "show", None)  # a usage error of the command line's library
+        if show is None:
+            raise
+        show()
+        sys.exit(getattr(error, "exit_code", 2))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Records for programs: every event as a line of JSON, and TensorBoard's files."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from unisono.events import Event, PhaseEntered, StepFinished, ValidationFinished
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+class EventLog:
+    """Appends every event to ``events.jsonl``; a resumed run goes on in the same file."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8", buffering=1 << 14)
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, PhaseEntered):
+            return
+        self._file.write(json.dumps({"event": type(event).__name__, **asdict(event)}) + "\n")
+        if not isinstance(event, StepFinished):
+            self._file.flush()
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+        self._file.close()
+
+
+class TensorBoard:
+    """Writes scalars every few steps. Imported at the first of them: it takes longer than most first steps."""
+
+    def __init__(self, directory: Path, every: int) -> None:
+        self._directory = directory
+        self._every = every
+        self._writer: SummaryWriter | None = None
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, StepFinished) and event.step % self._every == 0:
+            writer = self._open()
+            writer.add_scalar("train/loss", event.loss, event.step)
+            writer.add_scalar("train/learning_rate", event.learning_rate, event.step)
+            writer.add_scalar("train/samples_per_s", event.samples / event.seconds, event.step)
+            if event.gradient_norm is not None:
+                writer.add_scalar("train/gradient_norm", event.gradient_norm, event.step)
+        elif isinstance(event, ValidationFinished):
+            for name, value in event.metrics.items():
+                self._open().add_scalar(f"validation/{name}", value, event.step)
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+        if self._writer is not None:
+            self._writer.close()
+
+    def _open(self) -> "SummaryWriter":
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self._directory))
+        return self._writer

@@ -1,0 +1,147 @@
+"""The report of a run: one HTML file, made from the recorded events, that needs no network to be read."""
+
+import io
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+
+from unisono.errors import ConfigurationError
+from unisono.events import PHASES, Event, RunFinished
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+POINTS = 500
+NAME = "report.html"
+
+Record = dict[str, Any]
+
+
+class ReportWriter:
+    """Writes the report when the run ends in good order."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._finished = False
+
+    def __call__(self, event: Event) -> None:
+        self._finished = self._finished or isinstance(event, RunFinished)
+
+    def close(self) -> None:
+        """Make the report from what has been recorded; the event log is closed before."""
+        if self._finished:
+            write_report(self._run_dir)
+
+
+def write_report(run_dir: Path) -> Path:
+    """Make ``report.html`` from ``events.jsonl`` and ``config.yaml``.
+
+    Raises:
+        ConfigurationError: where the directory holds no run.
+    """
+    events = _read(run_dir)
+    steps = _steps(events)
+    template = jinja2.Environment(
+        loader=jinja2.PackageLoader("unisono.observe", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    ).get_template("report.html")
+    config = run_dir / "config.yaml"
+    html = template.render(
+        name=run_dir.name,
+        curves=[_plot(steps, events, "loss"), _plot(steps, events, "throughput"), _plot(steps, events, "phases")],
+        finished=_last(events, "RunFinished"),
+        started=_last(events, "RunStarted"),
+        validations=[e for e in events if e["event"] == "ValidationFinished"],
+        checkpoints=[e for e in events if e["event"] == "CheckpointSaved"],
+        notices=[e["text"] for e in events if e["event"] == "Notice"],
+        summary=(_last(events, "Summary") or {}).get("items", {}),
+        phases=PHASES,
+        workers=_workers(steps),
+        config=config.read_text(encoding="utf-8") if config.exists() else "",
+        versions=_versions(),
+    )
+    temporary = run_dir / f"{NAME}.tmp"
+    temporary.write_text(html, encoding="utf-8")
+    return temporary.rename(run_dir / NAME)
+
+
+def _read(run_dir: Path) -> list[Record]:
+    path = run_dir / "events.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ConfigurationError(f"cannot read {path}: {error.strerror}; give the directory of a run") from error
+    events = []
+    for line in lines:
+        try:
+            events.append(json.loads(line))
+        except ValueError:  # a run that was killed may end in half a line
+            continue
+    return events
+
+
+def _steps(events: Sequence[Record]) -> list[Record]:
+    """Finished steps in order; of a step that a resumed run took again, the last."""
+    by_step = {e["step"]: e for e in events if e["event"] == "StepFinished"}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _last(events: Sequence[Record], kind: str) -> Record | None:
+    found = [e for e in events if e["event"] == kind]
+    return found[-1] if found else None
+
+
+def _workers(steps: Sequence[Record]) -> list[Mapping[str, Any]]:
+    """Mean milliseconds of a step in each phase, for each worker; the first step, which warms up, left out."""
+    measured = [s["phases"] for s in steps[1:]] or [s["phases"] for s in steps]
+    rows = []
+    for rank in range(len(measured[-1]) if measured else 0):
+        own = [phases[rank] for phases in measured if rank < len(phases)]
+        rows.append({"rank": rank, **{p: 1e3 * sum(o[p] for o in own) / len(own) for p in PHASES}})
+    return rows
+
+
+def _plot(steps: Sequence[Record], events: Sequence[Record], what: str) -> str:
+    """One curve as SVG."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 2.6), layout="constrained")
+    thinned = steps[:: max(1, len(steps) // POINTS)]
+    at = [s["step"] for s in thinned]
+    if what == "loss":
+        axes.plot(at, [s["loss"] for s in thinned], label="training", linewidth=1)
+        validations = [e for e in events if e["event"] == "ValidationFinished"]
+        if validations:
+            points = [e["metrics"].get("loss") for e in validations]
+            axes.plot([e["step"] for e in validations], points, "o", label="validation", markersize=4)
+        axes.legend()
+    elif what == "throughput":
+        axes.plot(at, [s["samples"] / s["seconds"] for s in thinned], linewidth=1)
+        axes.set_ylim(bottom=0)
+    else:
+        _stack(axes, thinned, at)
+    axes.set_xlabel("step")
+    axes.set_ylabel({"loss": "loss", "throughput": "samples/s", "phases": "ms a step"}[what])
+    out = io.StringIO()
+    figure.savefig(out, format="svg")
+    pyplot.close(figure)
+    return out.getvalue()[out.getvalue().index("<svg") :]
+
+
+def _stack(axes: "Axes", steps: Sequence[Record], at: Sequence[int]) -> None:
+    means = [[1e3 * sum(w[p] for w in s["phases"]) / max(1, len(s["phases"])) for s in steps] for p in PHASES]
+    if at:
+        axes.stackplot(at, means, labels=PHASES)
+        axes.legend(loc="upper right", ncols=len(PHASES), fontsize="small")
+
+
+def _versions() -> list[tuple[str, str]]:
+    names = ("unisono", "torch", "numpy", "safetensors")
+    return [("python", platform.python_version()), *((name, metadata.version(name)) for name in names)]

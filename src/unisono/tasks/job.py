@@ -1,0 +1,63 @@
+"""What every worker of ``unisono train`` does: from a configuration to a trained task."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from unisono.assembly import Objects
+from unisono.config import Config, OptimizerConfig, validate
+from unisono.errors import ConfigurationError
+from unisono.tasks.task import Task, make_task
+from unisono.trainer import Trainer
+
+
+def objects_of(task: Task, optimizer: OptimizerConfig | None) -> Objects:
+    """A task as what the trainer takes."""
+    train = task.dataset("train")
+    if train is None:
+        raise ConfigurationError('the task has no dataset("train"); return a map-style dataset')
+    return Objects(
+        model=task.model,
+        loss=task.loss,
+        data=train,
+        optimizer=task.optimizer if optimizer is None else optimizer_factory(optimizer),
+        validation=task.dataset("validation"),
+        metrics=getattr(task, "metrics", None),
+        collate=getattr(task, "collate", None),
+        definition=getattr(task, "definition", None),
+        summary=getattr(task, "summary", None),
+    )
+
+
+def optimizer_factory(config: OptimizerConfig) -> Callable[[Iterable[nn.Parameter]], Optimizer]:
+    """The optimizer that a configuration names.
+
+    Raises:
+        ConfigurationError: where torch.optim has none of that name.
+    """
+    kind = getattr(torch.optim, config.name, None)
+    if not (isinstance(kind, type) and issubclass(kind, Optimizer)) or kind is Optimizer:
+        known = sorted(n for n in dir(torch.optim) if isinstance(getattr(torch.optim, n), type) and n != "Optimizer")
+        raise ConfigurationError(f"optimizer.name is {config.name!r}; torch.optim has {', '.join(known)}")
+
+    def make(parameters: Iterable[nn.Parameter]) -> Optimizer:
+        try:
+            return kind(parameters, lr=config.lr, **config.options)
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(f"optimizer.options do not fit {config.name}: {error}") from error
+
+    return make
+
+
+def train(config: Mapping[str, Any], resume: bool = False) -> dict[str, Any]:
+    """Train in this worker; how it ended, as data."""
+    settings = validate(Config, config, "configuration")
+    torch.set_num_threads(settings.threads)
+    task = make_task(settings.task, settings.options)
+    trainer = Trainer.from_config(objects_of(task, settings.optimizer), settings)
+    result = trainer.fit(settings.steps, resume=resume)
+    return asdict(result)

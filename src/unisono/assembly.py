@@ -21,7 +21,7 @@ from unisono.errors import ConfigurationError
 from unisono.evaluation import Evaluator, Metrics
 from unisono.events import Emitter
 from unisono.launch.world import World
-from unisono.optim.blockwise import BlockOptimizer, Unit
+from unisono.optim.blockwise import BlockOptimizer, Stretch, Unit
 from unisono.optim.eager import without_compiler
 from unisono.optim.classes import pin_variant, update_class
 from unisono.optim.schedules import Schedule, scale
@@ -31,7 +31,7 @@ from unisono.parallel.buffers import Buffers
 from unisono.parallel.replicated import Loss, Replica
 from unisono.plan.assignment import Run, UpdateClass, micro_batches, owners, runs
 from unisono.plan.blocks import flat_layout
-from unisono.run.rng import ModuleRandom, derive, seeded
+from unisono.run.rng import Isolation, ModuleRandom, derive
 from unisono.run.sampling import Sampler
 from unisono.state.layout import StateLayout, state_layout
 from unisono.state.training_state import TrainingState
@@ -106,7 +106,8 @@ def prepare(objects: Objects, config: TrainingConfig, workers: int, device: torc
     Raises:
         ConfigurationError: where the objects cannot be trained.
     """
-    with seeded(derive(config.seed, "init")):
+    with Isolation() as random:
+        random.seed(derive(config.seed, "init"))
         model = objects.model()
     if not isinstance(model, nn.Module):
         raise ConfigurationError(f"the model's factory returned {type(model).__name__}; return a torch.nn.Module")
@@ -306,8 +307,27 @@ def _owned_runs(
         for unit, first, count in units:
             optimizer.attach(unit, _unit_gradient(unit, gradients[first - run.first : first - run.first + count], spans))
         tied = any(len(layout.flat.uses_of(b.parameter)) > 1 for b in layout.flat.blocks[run.first : run.stop])
-        result.append(OwnedRun(run, images.of(run), spans, [unit for unit, _, _ in units], gradients, tied))
+        stretch = None
+        if prepared.update is UpdateClass.ELEMENT and len(spans) == 1 and device.type == "cpu":
+            stretch = _stretch(spans[0], state, run, units[0][0])
+            optimizer.attach(stretch.unit, spans[0].scratch)
+        result.append(OwnedRun(run, images.of(run), spans, [unit for unit, _, _ in units], stretch, gradients, tied))
     return result
+
+
+def _stretch(span: Span, state: TrainingState, run: Run, first: Unit) -> Stretch:
+    """A whole run as one unit."""
+    unit = Unit(
+        parameter=first.parameter,
+        name=first.name,
+        group=first.group,
+        original=first.original,
+        span=first.span,
+        values=state.span(span.segment, span.start, span.stop),
+        state=state.span_state(span.segment, span.start, span.stop, first.group, run.first),
+        present=state.present(run.first),
+    )
+    return Stretch(unit, state.rows(run.first, run.stop))
 
 
 def _within(spans: Sequence[Span], layout: StateLayout, block: int) -> Tensor:

@@ -33,6 +33,7 @@ from unisono.events import (
     Summary,
     ValidationFinished,
 )
+from unisono.launch.process import keep_freed_memory
 from unisono.launch.world import World, discover, in_notebook
 from unisono.observe.choose import observers
 from unisono.optim.schedules import Schedule, schedule
@@ -172,6 +173,7 @@ class Trainer:
         world = discover()
         config = self._checked(world, steps, resume)
         self._stop = False
+        keep_freed_memory()
         with _threads(config.threads), _interrupts(self.stop), _deterministic(config.device):
             loop = _Loop(self, world, config, steps, resume)
             try:

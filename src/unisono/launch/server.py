@@ -105,7 +105,10 @@ class ForkServer:
             rank = self._workers.pop(process, None)
             if rank is not None:
                 kill_group(process)
-                send(self._launcher, {"op": "exited", "rank": rank, "pid": process, "status": status})
+                try:
+                    send(self._launcher, {"op": "exited", "rank": rank, "pid": process, "status": status})
+                except BrokenPipeError:  # the launcher is gone; its closed end is found next
+                    return
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from unisono.errors import TrainingError
 from unisono.optim.eager import stepper
+from unisono.optim.fused import kernel
 from unisono.optim.schedules import Schedule
 from unisono.optim.state_spec import clone, initial_state
 from unisono.plan.assignment import UpdateClass
@@ -40,6 +41,24 @@ class Unit:
     present: memoryview
 
 
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """A run of blocks that lie behind each other, which an element-wise optimizer can update as one tensor.
+
+    Attributes:
+        unit: the whole stretch; its scalars are the first block's.
+        rows: the scalars of all its blocks, (blocks, cells), as int64.
+    """
+
+    unit: Unit
+    rows: Tensor
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all blocks have taken the same steps: only then one tensor stands for all."""
+        return bool((self.rows == self.rows[:1]).all())
+
+
 class BlockOptimizer:
     """Updates units that one worker owns.
 
@@ -55,6 +74,7 @@ class BlockOptimizer:
         self._python_state = python_state
         self._rates = [float(group["lr"]) if "lr" in group else None for group in optimizer.param_groups]
         self._parameters: dict[int, nn.Parameter] = {}
+        self._gradients: dict[int, Tensor] = {}
 
     @property
     def learning_rate(self) -> float:
@@ -67,9 +87,8 @@ class BlockOptimizer:
         parameter = nn.Parameter(unit.values, requires_grad=True)
         parameter.grad = gradient
         self._parameters[id(unit)] = parameter
-        if unit.present[0]:
-            self._optimizer.state[parameter] = dict(unit.state)
-        elif constructed := initial_state(self._constructed, unit.original):
+        self._gradients[id(unit)] = gradient
+        if not unit.present[0] and (constructed := initial_state(self._constructed, unit.original)):
             self._optimizer.state[parameter] = {key: _part(value, unit) for key, value in constructed.items()}
             self._adopt(unit, parameter)
 
@@ -86,7 +105,10 @@ class BlockOptimizer:
         for group in groups:
             group["params"] = []
         for unit in units:
-            groups[unit.group]["params"].append(self._parameters[id(unit)])
+            parameter = self._parameters[id(unit)]
+            groups[unit.group]["params"].append(parameter)
+            if unit.present[0] and parameter not in self._optimizer.state:
+                self._optimizer.state[parameter] = dict(unit.state)
         if self._coupled:
             self._load_python_state(units)
         self._step()
@@ -94,6 +116,18 @@ class BlockOptimizer:
             self._adopt(unit, self._parameters[id(unit)])
         if self._coupled:
             self._store_python_state(units)
+
+    def step_stretch(self, stretch: Stretch) -> None:
+        """Update a uniform stretch as one tensor: the same bits, at a fraction of the calls."""
+        unit = stretch.unit
+        group = self._optimizer.param_groups[unit.group]
+        direct = kernel(self._optimizer, group) if unit.present[0] else None
+        if direct is not None:
+            direct(group, unit.values, self._gradients[id(unit)], unit.state)
+        else:
+            self.step([unit])
+        if len(stretch.rows) > 1:
+            stretch.rows[1:] = stretch.rows[0]
 
     def _adopt(self, unit: Unit, parameter: nn.Parameter) -> None:
         """Keep the unit's state in the arena; an optimizer may make new tensors, at its first step or at any."""

@@ -185,10 +185,7 @@ class Replica:
                     "pass use_reentrant=False"
                 )
             self._seen[use] = 1
-            if gradient.is_sparse:
-                gradient = gradient.to_dense()
-            with torch.no_grad():
-                add_entry(self._chain, use, gradient)
+            add_entry(self._chain, use, gradient.to_dense() if gradient.is_sparse else gradient)
 
         return take
 

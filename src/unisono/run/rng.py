@@ -6,9 +6,7 @@ what ran before it, on which worker runs it, or on how the model is cut.
 
 import hashlib
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -36,23 +34,41 @@ def mix(a: int, b: int) -> int:
     return z ^ (z >> 31)
 
 
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed python, numpy and torch from one number, and give each its former state back at the end.
+class Isolation:
+    """Random state that may be seeded at will; at the end python, numpy and torch have their former state back.
 
     Datasets read their samples and factories build their models inside it: an augmentation is the same whoever loads
-    it, and nothing that follows can see that it was loaded.
+    it, and nothing that follows can see that it was loaded. May be entered again and again.
+
+    >>> before = random.getstate()
+    >>> with Isolation() as isolation:
+    ...     isolation.seed(7)
+    ...     drawn = random.random(), float(np.random.rand()), float(torch.rand(()))
+    >>> random.getstate() == before
+    True
     """
-    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
+
+    def __init__(self) -> None:
+        self._generator = np.random.MT19937(0)  # swapped in and out for 1 us; saving numpy's state takes 70
+        self._saved: tuple[Any, Any, Any] | None = None
+
+    def __enter__(self) -> Self:
+        self._saved = random.getstate(), np.random.get_bit_generator(), torch.get_rng_state()
+        np.random.set_bit_generator(self._generator)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        assert self._saved is not None
+        python_state, numpy_generator, torch_state = self._saved
         random.setstate(python_state)
-        np.random.set_state(numpy_state)
+        np.random.set_bit_generator(numpy_generator)
         torch.set_rng_state(torch_state)
+
+    def seed(self, number: int) -> None:
+        """From here on python, numpy and torch draw what belongs to ``number``."""
+        random.seed(number)
+        np.random.seed(number & 0xFFFFFFFF)
+        torch.default_generator.manual_seed(number)
 
 
 # Modules of torch.nn that never draw: entering them does not change the state, which saves about 2.5 us a call.

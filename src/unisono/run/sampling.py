@@ -77,8 +77,11 @@ class Sampler:
         >>> Sampler(size=3, seed=0, global_batch_size=2, micro_batch_size=1).indices(0, 1).shape
         (1,)
         """
-        first = step * self.global_batch_size + micro_batch * self.micro_batch_size
-        k = np.arange(first, first + self.micro_batch_size, dtype=np.int64)
+        return self.at(step * self.global_batch_size + micro_batch * self.micro_batch_size, self.micro_batch_size)
+
+    def at(self, first: int, count: int) -> Indices:
+        """Sample indices, (count,), of the run's samples ``first``, ``first + 1``, ...: of any part of the order."""
+        k = np.arange(first, first + count, dtype=np.int64)
         epochs, positions = k // self.size, k % self.size
         result = np.empty_like(k)
         for epoch in np.unique(epochs):

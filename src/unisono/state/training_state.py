@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor
 
 from unisono.errors import CheckpointError
@@ -94,6 +95,25 @@ class TrainingState:
         }
         state.update({key: self.scalar(key, block) for key, _ in spec.scalar_keys[group]})
         return state
+
+    def span(self, segment: int, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a segment's values."""
+        dtype = torch_dtype(self.layout.flat.segment_dtypes[segment])
+        return self._region(f"values {segment}").view(dtype)[start:stop]
+
+    def span_state(self, segment: int, start: int, stop: int, group: int, block: int) -> dict[str, Tensor]:
+        """The element-wise optimizer state of a span, with the scalars of ``block``."""
+        spec = self.layout.optimizer
+        state = {
+            key: self._region(f"state {key} {segment}").view(torch_dtype(dtype))[start:stop]
+            for key, dtype in spec.element_keys[group]
+        }
+        return state | {key: self.scalar(key, block) for key, _ in spec.scalar_keys[group]}
+
+    def rows(self, first: int, stop: int) -> Tensor:
+        """The scalars of blocks [first, stop), (blocks, cells), as int64."""
+        row = self.layout.row_bytes
+        return self._rows[first * row : stop * row].view(torch.int64).view(stop - first, row // CELL)
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the state by name; state that an optimizer has not made yet is absent."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from unisono.comm.group import SNAPSHOT, Group
 from unisono.comm.journal import Image, Journal
 from unisono.errors import TrainingError
-from unisono.optim.blockwise import BlockOptimizer, Unit
+from unisono.optim.blockwise import BlockOptimizer, Stretch, Unit
 from unisono.optim.clipping import clip_factor, global_norm, squared_norms
 from unisono.optim.schedules import Schedule
 from unisono.plan.assignment import Run
@@ -29,6 +29,7 @@ class OwnedRun:
         image: its memory.
         spans: its gradient.
         units: what the optimizer updates.
+        stretch: all of them as one, where that can be.
         gradients: of each block of the run, in the spans' scratch memory.
         tied: whether a parameter of it is used under several names.
     """
@@ -37,6 +38,7 @@ class OwnedRun:
     image: Image
     spans: Sequence[Span]
     units: Sequence[Unit]
+    stretch: Stretch | None
     gradients: Sequence[Tensor]
     tied: bool
 
@@ -131,12 +133,14 @@ class EveryStep:
         )
 
     def _update(self, owned: OwnedRun, sums: StepSums, step: int, snapshot: bool) -> None:
-        units = owned.units
+        units, stretch = owned.units, owned.stretch
         if not sums.complete:  # like grad=None: what no micro-batch touched is skipped
             units = [unit for unit in units if sums.touched[self._uses_of[unit.parameter]].any()]
 
         def update() -> None:
-            if units:
+            if stretch is not None and len(units) == len(owned.units) and stretch.uniform:
+                self._optimizer.step_stretch(stretch)
+            elif units:
                 self._optimizer.step(units)
 
         self._journal.commit(owned.image, step, update, snapshot=snapshot)

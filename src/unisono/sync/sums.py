@@ -1,5 +1,6 @@
 """The sums of one step: what published partials add up to, in the canonical order."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -25,16 +26,23 @@ class Span:
     scratch: Tensor
 
 
-def add_trees(cover: Cover, count: int, view: Callable[[Partial], Tensor | None]) -> Tensor | None:
+def add_trees(
+    cover: Cover, count: int, view: Callable[[Partial], Tensor | None], out: Tensor | None = None
+) -> Tensor | None:
     """The canonical sum of one part of every partial; None stands for a part that nobody touched.
 
-    What `view` returns stays as it is; sums go to new memory.
+    What `view` returns stays as it is. The last addition goes to ``out`` where that is given, others to new memory.
     """
+    left_to_add = len(cover) - 1
 
     def add(left: tuple[Tensor | None, bool], right: tuple[Tensor | None, bool]) -> tuple[Tensor | None, bool]:
+        nonlocal left_to_add
+        left_to_add -= 1
         (a, a_mine), (b, b_mine) = left, right
         if a is None or b is None:
             return right if a is None else left
+        if left_to_add == 0 and out is not None:
+            return torch.add(a, b, out=out), True
         if a_mine:
             return a.add_(b), True
         if b_mine:
@@ -64,9 +72,13 @@ class StepSums:
 
     def mean_span(self, span: Span) -> None:
         """The weighted mean of a span, into its scratch memory; only where the step is `complete`."""
-        total = add_trees(self._cover, self._count, lambda p: p.segments[span.segment][span.start : span.stop])
+        out = span.scratch
+        total = add_trees(self._cover, self._count, lambda p: p.segments[span.segment][span.start : span.stop], out)
         assert total is not None
-        torch.div(total, self.weight, out=span.scratch)
+        if math.frexp(self.weight)[0] == 0.5:  # a power of two: to multiply gives the same bits, in half the time
+            torch.mul(total, 1.0 / self.weight, out=out)
+        else:
+            torch.div(total, self.weight, out=out)
 
     def mean_block(self, block: Block, uses: Sequence[int], out: Tensor) -> None:
         """The weighted mean of a block, over micro-batches, then over its uses in the given order."""

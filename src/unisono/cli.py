@@ -67,7 +67,7 @@ def train(
                 update={"observe": settings.observe.model_copy(update={"progress": False})}
             )
         else:
-            typer.echo(to_yaml(settings))
+            typer.echo(to_yaml(settings, defaults=False) + f"# all keys: {run_dir / 'config.yaml'}\n")
         if settings.preload:
             launcher.preload(settings.preload)
         write_config(run_dir, to_yaml(settings))

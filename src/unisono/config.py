@@ -215,9 +215,10 @@ def _section(model: type[BaseModel], location: Sequence[str]) -> type[BaseModel]
     return model
 
 
-def to_yaml(config: BaseModel) -> str:
-    """The resolved configuration as YAML."""
-    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+def to_yaml(config: BaseModel, *, defaults: bool = True) -> str:
+    """The resolved configuration as YAML, with or without the keys that have their default values."""
+    data = config.model_dump(mode="json", exclude_defaults=not defaults)
+    text: str = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, default_flow_style=None)
     return text
 
 

@@ -1,7 +1,7 @@
 """What every worker of ``unisono train`` does: from a configuration to a trained task."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -53,11 +53,19 @@ def optimizer_factory(config: OptimizerConfig) -> Callable[[Iterable[nn.Paramete
     return make
 
 
-def train(config: Mapping[str, Any], resume: bool = False) -> dict[str, Any]:
-    """Train in this worker; how it ended, as data."""
+def train(config: Mapping[str, Any], resume: bool = False, evaluate: bool = True) -> dict[str, Any]:
+    """Train in this worker; how it ended, as data.
+
+    Arguments:
+        config: a `Config`, as data.
+        evaluate: use the task's validation split, and its summary.
+    """
     settings = validate(Config, config, "configuration")
     torch.set_num_threads(settings.threads)
     task = make_task(settings.task, settings.options)
-    trainer = Trainer.from_config(objects_of(task, settings.optimizer), settings)
+    objects = objects_of(task, settings.optimizer)
+    if not evaluate:
+        objects = replace(objects, validation=None, summary=None)
+    trainer = Trainer.from_config(objects, settings)
     result = trainer.fit(settings.steps, resume=resume)
     return asdict(result)

@@ -1,0 +1,106 @@
+"""``unisono verify``: the same run on several numbers of workers, and whether all digests are equal."""
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from unisono.config import Config, more_workers_than_micro_batches, validate
+from unisono.errors import ConfigurationError
+from unisono.launch.local import LocalLauncher
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What `verify` found.
+
+    Attributes:
+        digests: by number of workers.
+        losses: of the last step, by number of workers.
+        seconds: that each took.
+        steps, resume_at: what was trained, and after which step it was stopped and resumed.
+    """
+
+    digests: dict[int, str]
+    losses: dict[int, float]
+    seconds: dict[int, float]
+    steps: int
+    resume_at: int | None
+
+    @property
+    def equal(self) -> bool:
+        """Whether the result does not depend on the number of workers."""
+        return len(set(self.digests.values())) == 1
+
+    def as_dict(self) -> dict[str, Any]:
+        """As data."""
+        return {
+            "equal": self.equal,
+            "digests": {str(n): digest for n, digest in self.digests.items()},
+            "losses": {str(n): loss for n, loss in self.losses.items()},
+            "seconds": {str(n): round(s, 3) for n, s in self.seconds.items()},
+            "steps": self.steps,
+            "resume_at": self.resume_at,
+        }
+
+    def as_text(self) -> str:
+        """For a reader."""
+        if self.equal:
+            return f"equal: {len(self.digests)} numbers of workers, one result"
+        return "NOT EQUAL: the result depends on the number of workers"
+
+
+def verify(
+    launcher: LocalLauncher,
+    config: Config,
+    workers: Sequence[int],
+    steps: int,
+    resume_at: int | None,
+    say: Callable[[str], None] | None,
+) -> Verification:
+    """Train ``steps`` steps on each number of workers.
+
+    With ``resume_at`` each run is stopped after that step and resumed on the next number in the list.
+
+    Raises:
+        ConfigurationError: for a number of workers, or a step, that cannot be.
+    """
+    if resume_at is not None and resume_at >= steps:
+        raise ConfigurationError(f"--resume-at {resume_at} is not before the last step, {steps}; choose an earlier one")
+    for count in workers:
+        if count > config.micro_batches:
+            raise ConfigurationError(more_workers_than_micro_batches(count, config.micro_batches))
+    digests, losses, seconds = {}, {}, {}
+    for i, count in enumerate(workers):
+        started = time.monotonic()
+        if resume_at is None:
+            result = _train(launcher, config, count, steps, None, resume=False)
+        else:
+            with tempfile.TemporaryDirectory(prefix="unisono-verify-") as run_dir:
+                _train(launcher, config, count, resume_at, run_dir, resume=False)
+                following = workers[(i + 1) % len(workers)]
+                result = _train(launcher, config, following, steps, run_dir, resume=True)
+        digests[count], losses[count] = result["digest"], result["loss"]
+        seconds[count] = time.monotonic() - started
+        if say is not None:
+            say(f"{count} worker{'s' * (count > 1)}: {result['digest']}  loss {result['loss']:.6f}  {seconds[count]:.1f} s")
+    return Verification(digests, losses, seconds, steps, resume_at)
+
+
+def _train(
+    launcher: LocalLauncher, config: Config, workers: int, steps: int, run_dir: str | None, *, resume: bool
+) -> dict[str, Any]:
+    data = config.model_dump(mode="json")
+    decay = config.schedule.decay_steps or config.steps  # the schedule is part of the run, however few steps are taken
+    data["schedule"] = {**data["schedule"], "decay_steps": decay}
+    data["layout"] = {**data["layout"], "data": workers}
+    data["observe"] = {"progress": False, "tensorboard": False, "report": False}
+    data |= {"steps": steps, "run_dir": run_dir, "checkpoint": {}, "validation": {}}
+    settings = validate(Config, data, "verify").model_dump(mode="json")
+    arguments = {"config": settings, "resume": resume, "evaluate": False}
+    ending = launcher.run({"call": "unisono.tasks.job:train", "arguments": arguments}, workers)
+    if ending.interrupted:
+        raise KeyboardInterrupt
+    result: dict[str, Any] = ending.results[0]
+    return result

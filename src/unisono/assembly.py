@@ -22,8 +22,8 @@ from unisono.evaluation import Evaluator, Metrics
 from unisono.events import Emitter
 from unisono.launch.world import World
 from unisono.optim.blockwise import BlockOptimizer, Stretch, Unit
-from unisono.optim.eager import without_compiler
 from unisono.optim.classes import pin_variant, update_class
+from unisono.optim.eager import without_compiler
 from unisono.optim.schedules import Schedule, scale
 from unisono.optim.state_spec import state_spec
 from unisono.parallel.bind import ModelTensors, bind, model_tensors, unbind
@@ -191,7 +191,15 @@ def assemble(
     optimizer = BlockOptimizer(prepared.optimizer, prepared.update, state.python_state())
     rates = Rates(schedule, scale(config.scaling, config.global_batch_size), config.clip)
     images = _Images(prepared, state.memory, memory(host.undo(world.rank)), snapshot.memory)
-    owned = _owned_runs(prepared, state, images, optimizer, prepared.owned[world.rank], keep=config.clip is not None)
+    owned = _owned_runs(
+        prepared,
+        state,
+        images,
+        optimizer,
+        prepared.owned[world.rank],
+        keep=config.clip is not None,
+        joinable=device.type == "cpu" and config.threads == 1,
+    )
     commits_buffers = bool(prepared.layout.buffers) and (replicated or world.rank == 0)
     policy = EveryStep(
         group,
@@ -288,14 +296,21 @@ def _owned_runs(
     mine: Sequence[Run],
     *,
     keep: bool,
+    joinable: bool,
 ) -> list[OwnedRun]:
-    """Prepare a worker's runs; ``keep`` gives every run scratch memory of its own, since clipping comes between."""
+    """Prepare a worker's runs.
+
+    Arguments:
+        keep: every run has scratch memory of its own, since clipping comes between its sum and its update.
+        joinable: blocks may be updated as one tensor. With more than one thread a kernel divides a tensor by its size,
+            wherever that falls, so blocks stay apart.
+    """
     layout = prepared.layout
     device = state.memory.device
     shared: dict[str, Tensor] = {}
     result = []
     for run in mine:
-        spans = []
+        spans: list[Span] = []
         for segment, start, stop in layout.spans(run):
             dtype = getattr(torch, layout.flat.segment_dtypes[segment])
             key = f"{dtype} {len(spans)}"
@@ -305,10 +320,12 @@ def _owned_runs(
         gradients = [_within(spans, layout, block) for block in range(run.first, run.stop)]
         units = _units(prepared, state, run)
         for unit, first, count in units:
-            optimizer.attach(unit, _unit_gradient(unit, gradients[first - run.first : first - run.first + count], spans))
+            optimizer.attach(
+                unit, _unit_gradient(unit, gradients[first - run.first : first - run.first + count], spans)
+            )
         tied = any(len(layout.flat.uses_of(b.parameter)) > 1 for b in layout.flat.blocks[run.first : run.stop])
         stretch = None
-        if prepared.update is UpdateClass.ELEMENT and len(spans) == 1 and device.type == "cpu":
+        if prepared.update is UpdateClass.ELEMENT and len(spans) == 1 and joinable:
             stretch = _stretch(spans[0], state, run, units[0][0])
             optimizer.attach(stretch.unit, spans[0].scratch)
         result.append(OwnedRun(run, images.of(run), spans, [unit for unit, _, _ in units], stretch, gradients, tied))
@@ -324,7 +341,7 @@ def _stretch(span: Span, state: TrainingState, run: Run, first: Unit) -> Stretch
         original=first.original,
         span=first.span,
         values=state.span(span.segment, span.start, span.stop),
-        state=state.span_state(span.segment, span.start, span.stop, first.group, run.first),
+        state=state.span_state(span.segment, span.start, span.stop, run.first),
         present=state.present(run.first),
     )
     return Stretch(unit, state.rows(run.first, run.stop))
@@ -347,26 +364,32 @@ def _unit_gradient(unit: Unit, blocks: Sequence[Tensor], spans: Sequence[Span]) 
 
 def _units(prepared: Prepared, state: TrainingState, run: Run) -> list[tuple[Unit, int, int]]:
     """What the optimizer sees of a run: (unit, first block, number of blocks)."""
-    flat, elementwise = prepared.layout.flat, prepared.update is UpdateClass.ELEMENT
+    flat = prepared.layout.flat
     units: list[tuple[Unit, int, int]] = []
     for index in range(run.first, run.stop):
         block = flat.blocks[index]
-        parameter = flat.parameters[block.parameter]
-        if not elementwise and block.index > 0:
+        if prepared.update is not UpdateClass.ELEMENT and block.index > 0:
             unit, first, count = units[-1]
             units[-1] = (unit, first, count + 1)
             continue
-        values = state.values[block.parameter]
-        span = slice(block.start, block.stop) if elementwise else slice(0, parameter.tensor.numel)
+        parameter = flat.parameters[block.parameter]
         assert parameter.group is not None
+        if prepared.update is UpdateClass.ELEMENT:
+            place = flat.padded_place(block)
+            extent = (place.segment, place.offset, place.offset + place.numel)
+            values, kept = state.span(*extent), state.span_state(*extent, index)
+            span = slice(block.start, block.stop)
+        else:
+            values, kept = state.values[block.parameter], state.parameter_state(block.parameter)
+            span = slice(0, parameter.tensor.numel)
         unit = Unit(
             parameter=block.parameter,
             name=parameter.tensor.name,
             group=parameter.group,
             original=prepared.originals[block.parameter],
             span=span,
-            values=values.view(-1)[span] if elementwise else values,
-            state=state.unit_state(block.parameter, index if elementwise else None),
+            values=values,
+            state=kept,
             present=state.present(index),
         )
         units.append((unit, index, 1))

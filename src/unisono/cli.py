@@ -44,7 +44,8 @@ def train(
     overrides: Overrides = None,
     workers: WorkersOption = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest intact checkpoint of run_dir, or of the task's last run.")
+        bool,
+        typer.Option("--resume", help="Go on from the newest intact checkpoint of run_dir, or of the task's last run."),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -63,9 +64,7 @@ def train(
         settings = settings.model_copy(update={"run_dir": str(run_dir)})
         count = choose_workers(settings)
         if as_json:
-            settings = settings.model_copy(
-                update={"observe": settings.observe.model_copy(update={"progress": False})}
-            )
+            settings = settings.model_copy(update={"observe": settings.observe.model_copy(update={"progress": False})})
         else:
             typer.echo(to_yaml(settings, defaults=False) + f"# all keys: {run_dir / 'config.yaml'}\n")
         if settings.preload:
@@ -86,7 +85,9 @@ def run(
     context: typer.Context,
     script: Annotated[Path, typer.Argument(help="A Python script that uses unisono.Trainer.", show_default=False)],
     workers: WorkersOption = None,
-    all_output: Annotated[bool, typer.Option("--all-output", help="Show every worker's output, not only rank 0's.")] = False,
+    all_output: Annotated[
+        bool, typer.Option("--all-output", help="Show every worker's output, not only rank 0's.")
+    ] = False,
 ) -> None:
     """Run a script in several workers; what follows the script is its own arguments.
 
@@ -143,7 +144,9 @@ def doctor(as_json: JsonOption = False) -> None:
 
         findings = examine(launcher)
         if as_json:
-            typer.echo(json.dumps({"healthy": all(f.good for f in findings), "findings": [f.as_dict() for f in findings]}))
+            typer.echo(
+                json.dumps({"healthy": all(f.good for f in findings), "findings": [f.as_dict() for f in findings]})
+            )
         else:
             for finding in findings:
                 typer.echo(f"{'ok  ' if finding.good else 'BAD '} {finding.name:<16} {finding.text}")
@@ -195,7 +198,9 @@ def checkpoint_verify(path: Annotated[Path, typer.Argument(show_default=False)],
         typer.echo(json.dumps({"intact": not damaged, "checkpoints": results}))
     else:
         for r in results:
-            typer.echo(f"{r['path']}: " + (f"intact, digest {r['digest']}" if r["intact"] else f"DAMAGED: {r['reason']}"))
+            typer.echo(
+                f"{r['path']}: " + (f"intact, digest {r['digest']}" if r["intact"] else f"DAMAGED: {r['reason']}")
+            )
     if damaged:
         raise typer.Exit(1)
 

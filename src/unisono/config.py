@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from unisono.errors import ConfigurationError
 
-
 T = TypeVar("T", bound=BaseModel)
 
 
@@ -94,12 +93,12 @@ class TrainingConfig(Section):
     threads: int = Field(1, ge=1, description="Intra-op threads of a worker; part of the run, since it changes bits.")
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, or cuda for a single worker.")
     clip: float | None = Field(None, gt=0, description="Limit of the gradient's global norm.")
-    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
-    scaling: ScalingConfig = Field(default_factory=ScalingConfig)
-    layout: Layout = Field(default_factory=Layout)
-    validation: ValidationConfig = Field(default_factory=ValidationConfig)
-    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
-    observe: ObserveConfig = Field(default_factory=ObserveConfig)
+    schedule: ScheduleConfig = Field(default_factory=lambda: ScheduleConfig())
+    scaling: ScalingConfig = Field(default_factory=lambda: ScalingConfig())
+    layout: Layout = Field(default_factory=lambda: Layout())
+    validation: ValidationConfig = Field(default_factory=lambda: ValidationConfig())
+    checkpoint: CheckpointConfig = Field(default_factory=lambda: CheckpointConfig())
+    observe: ObserveConfig = Field(default_factory=lambda: ObserveConfig())
     run_dir: str | None = Field(None, description="Where records and checkpoints go; null: the next free directory.")
     deadline_s: float = Field(300.0, gt=0, description="Seconds that a worker may wait for another.")
 
@@ -152,7 +151,9 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigurationError(f"cannot read configuration {path}: {error.strerror}; give an existing YAML file") from error
+        raise ConfigurationError(
+            f"cannot read configuration {path}: {error.strerror}; give an existing YAML file"
+        ) from error
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -117,5 +117,6 @@ class Emitter:
         self._listeners.append(listener)
 
     def __call__(self, event: Event) -> None:
+        """Take note of an event."""
         for listener in self._listeners:
             listener(event)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from unisono.assembly import Objects, OptimizerFactory, Worker, assemble, describe
+from unisono.assembly import Objects, OptimizerFactory, assemble, describe
 from unisono.comm.group import SNAPSHOT, STOP
 from unisono.config import Layout, ScheduleConfig, TrainingConfig, more_workers_than_micro_batches, validate
 from unisono.data.feed import Collate, Dataset
@@ -74,7 +74,7 @@ class Result:
 class Trainer:
     """Trains a model on however many workers this process was started with.
 
-    The same script runs under ``python``, ``unisono run -n 4`` and ``torchrun --nproc-per-node 4``, with the same result.
+    The same script runs under ``python``, ``unisono run -n 4`` and ``torchrun --nproc-per-node 4``, with one result.
 
     Arguments:
         model: a factory; called under the run's seed.
@@ -90,7 +90,7 @@ class Trainer:
         layout: "auto", or a `Layout`.
         checkpoint_every: steps between checkpoints; needs ``run_dir``.
         settings: all further keys of `TrainingConfig`: global_batch_size, micro_batch_size, seed, precision, clip,
-            validation_every is written ``validate={"every": 100}``, and so on.
+            run_dir and so on; its section ``validation`` is given as ``validate={"every": 100}``.
 
     Raises:
         ConfigurationError: for anything that cannot be trained, before training starts.
@@ -223,7 +223,8 @@ class _Loop:
         self._recorded: dict[str, Any] | None = None
         self._observers = observers(config.observe, self._run_dir) if world.rank == 0 else []
         if world.rank == 0:
-            for listener in (*self._observers, *trainer._callbacks):
+            listeners: list[Listener] = [*self._observers, *trainer._callbacks]
+            for listener in listeners:
                 self._emit.add(listener)
             self._prepare_run_dir(resume)
         device = torch.device(config.device)
@@ -332,7 +333,9 @@ class _Loop:
             name = type(prepared.optimizer).__name__
             self._emit(Notice(f"optimizer {name} is of no known class, so rank 0 updates everything; see update_class"))
         if in_notebook():
-            self._emit(Notice("a notebook runs one worker; for more, move the code to a script: unisono run -n 2 script.py"))
+            self._emit(
+                Notice("a notebook runs one worker; for more, move the code to a script: unisono run -n 2 script.py")
+            )
 
     def _flags(self) -> int:
         """What this worker asks for with the step that begins."""

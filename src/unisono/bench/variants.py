@@ -148,7 +148,7 @@ def accelerate(shape: str, micro_batch: int, steps: int, warmup: int, memory: bo
 def fabric(shape: str, micro_batch: int, steps: int, warmup: int, memory: bool) -> dict[str, Any]:
     """Lightning Fabric with its DDP strategy."""
     from lightning_fabric import Fabric
-    from lightning_fabric.plugins.environments import TorchElasticEnvironment
+    from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
     torch.manual_seed(0)
     lightning = Fabric(accelerator="cpu", devices=2, strategy="ddp", plugins=[TorchElasticEnvironment()])

@@ -38,8 +38,16 @@ def examine(launcher: LocalLauncher) -> list[Finding]:
         Finding("cpu", True, f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {cores()} cores"),
         Finding("memory", True, f"{memory / 2**30:.1f} GiB"),
         Finding("disk", free > 1 << 30, f"{free / 2**30:.1f} GiB free in this directory"),
-        Finding("shared memory", hasattr(os, "memfd_create"), "memfd_create" if hasattr(os, "memfd_create") else "none: one worker only"),
-        Finding("process fences", hasattr(os, "pidfd_open"), "pidfd" if hasattr(os, "pidfd_open") else "none: one worker only"),
+        Finding(
+            "shared memory",
+            hasattr(os, "memfd_create"),
+            "memfd_create" if hasattr(os, "memfd_create") else "none: one worker only",
+        ),
+        Finding(
+            "process fences",
+            hasattr(os, "pidfd_open"),
+            "pidfd" if hasattr(os, "pidfd_open") else "none: one worker only",
+        ),
         Finding("cuda", True, torch.cuda.get_device_name() if cuda else "no device"),
     ]
     digests = [launcher.run({"call": "unisono.check.doctor:probe", "arguments": {}}, n).results[0] for n in (1, 2)]

@@ -84,7 +84,8 @@ def verify(
         digests[count], losses[count] = result["digest"], result["loss"]
         seconds[count] = time.monotonic() - started
         if say is not None:
-            say(f"{count} worker{'s' * (count > 1)}: {result['digest']}  loss {result['loss']:.6f}  {seconds[count]:.1f} s")
+            name = f"{count} worker{'s' * (count > 1)}"
+            say(f"{name}: {result['digest']}  loss {result['loss']:.6f}  {seconds[count]:.1f} s")
     return Verification(digests, losses, seconds, steps, resume_at)
 
 

@@ -27,7 +27,7 @@ class Region:
 
     def part(self, offset: int, size_bytes: int) -> "Region":
         """A region inside this one."""
-        assert 0 <= offset and offset + size_bytes <= self.size_bytes
+        assert offset >= 0 and offset + size_bytes <= self.size_bytes
         return Region(self.offset + offset, size_bytes)
 
 

@@ -1,4 +1,4 @@
-"""The contract that every way of communicating meets: who is in a group, and how a step's partials become sums.
+"""The contract that every way of communicating meets: who trains together, and how partials become sums.
 
 A step is: fill partials (`partial`), `publish` them, `collect` a set that covers the step, update, `finish`, and, before
 the new state is read, `settle`. Every wait has a deadline; `revoke` frees all who wait; `reform` makes the

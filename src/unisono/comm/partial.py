@@ -87,7 +87,7 @@ class Partial:
             self.entries.append(field(f"buffer {i}").view(getattr(torch, spec.dtype)).view(spec.shape))
         host = memory if memory.device.type == "cpu" else torch.zeros(layout.size_bytes, dtype=torch.uint8)
         scalars, counts = layout.fields.named["scalars"], layout.fields.named["counts"]
-        words = memoryview(host.numpy())
+        words = host.numpy().data
         self.scalars = words[scalars.offset : scalars.offset + scalars.size_bytes].cast("d")
         self.counts = words[counts.offset : counts.offset + counts.size_bytes].cast("i")
 

@@ -36,8 +36,8 @@ class TextFile:
 class Corpus:
     """Files in order of name, divided into training and validation.
 
-    A file goes to validation by a hash of its name, so that a corpus that grows keeps its division. Where that leaves one
-    of the two empty (a single file, say), the last tenth of the bytes is held out instead.
+    A file goes to validation by a hash of its name, so that a corpus that grows keeps its division. Where that leaves
+    one of the two empty (a single file, say), the last tenth of the bytes is held out instead.
     """
 
     train: tuple[TextFile, ...]
@@ -162,7 +162,8 @@ class Windows:
         self._context = context
         if len(self) < 1:
             raise DataError(
-                f"the {split} split has {len(self.bytes)} bytes; a sample takes {context + 1}: give more text, or a smaller context"
+                f"the {split} split has {len(self.bytes)} bytes; a sample takes {context + 1}: "
+                "give more text, or a smaller context"
             )
 
     def __len__(self) -> int:

@@ -85,7 +85,9 @@ class LocalLauncher:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -219,7 +221,8 @@ class LocalLauncher:
             raise LaunchError("the fork server was lost; all workers have been ended")
         if message["op"] == "refused":
             raise LaunchError(
-                f"the fork server has {message['tasks']} threads; a preloaded module started one: take it out of preload"
+                f"the fork server has {message['tasks']} threads; a preloaded module started one: "
+                "take it out of preload"
             )
         worker = next((w for w in self._workers if w.pid in (0, message["pid"]) and w.rank == message["rank"]), None)
         if worker is None:  # of an earlier set of workers

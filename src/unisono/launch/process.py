@@ -1,5 +1,6 @@
 """What Linux offers to keep processes together: dying with a parent, being waited for and killed by descriptor."""
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -23,10 +24,8 @@ def die_with_parent(parent: int, signal_number: int = signal.SIGKILL) -> None:
 
 def kill_group(leader: int) -> None:
     """End every process of a group, its own children included."""
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(leader, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass
 
 
 def tasks() -> int:

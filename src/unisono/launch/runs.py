@@ -45,10 +45,14 @@ def next_run_dir(given: str | None, task: str, *, resume: bool) -> Path:
             raise ConfigurationError(f"no run in {path}; start it without --resume")
         return path
     name = re.sub(r"[^A-Za-z0-9_.]+", "-", task.rpartition(":")[2])
-    existing = sorted(int(p.name.rpartition("-")[2]) for p in ROOT.glob(f"{name}-*") if p.name.rpartition("-")[2].isdigit())
+    existing = sorted(
+        int(p.name.rpartition("-")[2]) for p in ROOT.glob(f"{name}-*") if p.name.rpartition("-")[2].isdigit()
+    )
     if resume:
         if not existing:
-            raise ConfigurationError(f"no run of task {task} in {ROOT}/ to resume; start one, or give run_dir=DIRECTORY")
+            raise ConfigurationError(
+                f"no run of task {task} in {ROOT}/ to resume; start one, or give run_dir=DIRECTORY"
+            )
         return ROOT / f"{name}-{existing[-1]:03d}"
     return ROOT / f"{name}-{(existing[-1] if existing else 0) + 1:03d}"
 

@@ -4,6 +4,7 @@ A worker forked from it begins in milliseconds and shares its memory. It reports
 ends all of them, with their children, when the launcher is gone.
 """
 
+import contextlib
 import importlib
 import os
 import select
@@ -30,11 +31,11 @@ class ForkServer:
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
         while True:
-            ready, _, _ = select.select([self._launcher, self._wake_read], [], [])
+            ready, _, _ = select.select([self._launcher.fileno(), self._wake_read], [], [])
             if self._wake_read in ready:
                 os.read(self._wake_read, 4096)
                 self._reap()
-            if self._launcher in ready:
+            if self._launcher.fileno() in ready:
                 message, descriptors = receive(self._launcher, 3)
                 if message is None:
                     break
@@ -62,10 +63,8 @@ class ForkServer:
         process = os.fork()
         if process == 0:
             self._become_worker(server, message, descriptors)
-        try:
+        with contextlib.suppress(PermissionError, ProcessLookupError):  # the child did it first, or has ended
             os.setpgid(process, process)
-        except (PermissionError, ProcessLookupError):
-            pass  # the child did it first, or has ended
         for descriptor in descriptors:
             os.close(descriptor)
         self._workers[process] = message["rank"]

@@ -37,6 +37,7 @@ class Progress:
         self._rate: float | None = None
 
     def __call__(self, event: Event) -> None:
+        """Take note of an event."""
         match event:
             case RunStarted():
                 self._start(event)

@@ -19,6 +19,7 @@ class EventLog:
         self._file = path.open("a", encoding="utf-8", buffering=1 << 14)
 
     def __call__(self, event: Event) -> None:
+        """Take note of an event."""
         if isinstance(event, PhaseEntered):
             return
         self._file.write(json.dumps({"event": type(event).__name__, **asdict(event)}) + "\n")
@@ -39,6 +40,7 @@ class TensorBoard:
         self._writer: SummaryWriter | None = None
 
     def __call__(self, event: Event) -> None:
+        """Take note of an event."""
         if isinstance(event, StepFinished) and event.step % self._every == 0:
             writer = self._open()
             writer.add_scalar("train/loss", event.loss, event.step)

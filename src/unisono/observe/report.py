@@ -30,6 +30,7 @@ class ReportWriter:
         self._finished = False
 
     def __call__(self, event: Event) -> None:
+        """Take note of an event."""
         self._finished = self._finished or isinstance(event, RunFinished)
 
     def close(self) -> None:
@@ -98,7 +99,7 @@ def _last(events: Sequence[Record], kind: str) -> Record | None:
 def _workers(steps: Sequence[Record]) -> list[Mapping[str, Any]]:
     """Mean milliseconds of a step in each phase, for each worker; the first step, which warms up, left out."""
     measured = [s["phases"] for s in steps[1:]] or [s["phases"] for s in steps]
-    rows = []
+    rows: list[Mapping[str, Any]] = []
     for rank in range(len(measured[-1]) if measured else 0):
         own = [phases[rank] for phases in measured if rank < len(phases)]
         rows.append({"rank": rank, **{p: 1e3 * sum(o[p] for o in own) / len(own) for p in PHASES}})

@@ -26,7 +26,7 @@ class Unit:
         group: the optimizer's parameter group.
         original: the parameter that the user's optimizer was made with.
         span: elements of the original that the unit covers.
-        values: the unit's values in the arena.
+        values: the unit's values in the arena; a block's with the padding behind it.
         state: the unit's optimizer state in the arena.
         present: one word, 1 once ``state`` holds values.
     """
@@ -175,7 +175,9 @@ def _part(value: object, unit: Unit) -> object:
     if not isinstance(value, Tensor):
         return value
     if value.numel() == unit.original.numel() and value.dim() > 0:
-        return value.detach().reshape(-1)[unit.span].reshape(unit.values.shape)
+        part = value.detach().reshape(-1)[unit.span]
+        padding = torch.zeros(unit.values.numel() - part.numel(), dtype=part.dtype, device=part.device)
+        return torch.cat([part, padding]).reshape(unit.values.shape)
     return value.detach().clone()
 
 

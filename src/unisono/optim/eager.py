@@ -1,7 +1,7 @@
 """torch.optim without torch's compiler: making and stepping an optimizer would import it, for 1.2 s in every worker.
 
-torch wraps methods of its optimizers so that ``torch.compile`` can trace around them; the wrappers import the compiler when
-they are first called, compiled or not. Nothing here is compiled, so the methods inside are called.
+torch wraps methods of its optimizers so that ``torch.compile`` can trace around them; the wrappers import the compiler
+when they are first called, compiled or not. Nothing here is compiled, so the methods inside are called.
 """
 
 import inspect

@@ -20,7 +20,9 @@ def kernel(optimizer: Optimizer, group: Mapping[str, Any]) -> Kernel | None:
     unusual = group.get("capturable") or group.get("differentiable") or not group.get("fused")
     if unusual or isinstance(group.get("lr"), Tensor):
         return None
-    if type(optimizer) is torch.optim.AdamW or (type(optimizer) is torch.optim.Adam and group["decoupled_weight_decay"]):
+    if type(optimizer) is torch.optim.AdamW or (
+        type(optimizer) is torch.optim.Adam and group["decoupled_weight_decay"]
+    ):
         return _adamw
     if type(optimizer) is torch.optim.Adam:
         return _adam

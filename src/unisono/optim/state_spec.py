@@ -20,21 +20,50 @@ from unisono.plan.blocks import FlatLayout, TensorSpec
 PROBE_ELEMENTS = 8
 
 
+Keys = tuple[tuple[str, str], ...]
+"""State by key and dtype."""
+
+
+@dataclass(frozen=True, slots=True)
+class ElementState:
+    """What an element-wise optimizer keeps for the parameters of one group and dtype.
+
+    Attributes:
+        elements: state with a value for each element.
+        scalars: state with one value a parameter.
+    """
+
+    group: int
+    dtype: str
+    elements: Keys
+    scalars: Keys
+
+
 @dataclass(frozen=True, slots=True)
 class OptimizerSpec:
     """The state that an optimizer keeps.
 
     Attributes:
         update: its class.
-        element_keys: for the element-wise class: state with a value for each element, (key, dtype) by parameter group.
-        scalar_keys: for the element-wise class: state with one value a parameter, (key, dtype) by parameter group.
+        element_states: for the element-wise class.
         tensors: for the other classes: state by parameter, in flat order.
     """
 
     update: UpdateClass
-    element_keys: tuple[tuple[tuple[str, str], ...], ...] = ()
-    scalar_keys: tuple[tuple[tuple[str, str], ...], ...] = ()
+    element_states: tuple[ElementState, ...] = ()
     tensors: tuple[tuple[TensorSpec, ...], ...] = ()
+
+    def state_of(self, group: int, dtype: str) -> ElementState:
+        """What is kept for the parameters of a group and dtype."""
+        return next(state for state in self.element_states if (state.group, state.dtype) == (group, dtype))
+
+    def element_keys(self, dtype: str) -> Keys:
+        """What is kept for each element of any parameter of a dtype, in order of key."""
+        return tuple(sorted({item for state in self.element_states if state.dtype == dtype for item in state.elements}))
+
+    def scalar_keys(self) -> tuple[str, ...]:
+        """All keys with one value a parameter, in order."""
+        return tuple(sorted({key for state in self.element_states for key, _ in state.scalars}))
 
 
 def clone(optimizer: Optimizer, groups: Sequence[Sequence[nn.Parameter]]) -> Optimizer:
@@ -59,11 +88,17 @@ def state_spec(
 ) -> OptimizerSpec:
     """Find the state; ``parameters`` are in flat order."""
     if update is UpdateClass.ELEMENT:
-        rows = [_element_state(optimizer, g) for g in range(len(optimizer.param_groups))]
-        return OptimizerSpec(update, tuple(row[0] for row in rows), tuple(row[1] for row in rows))
+        kinds: dict[tuple[int, str], nn.Parameter] = {}
+        for spec, parameter in zip(flat.parameters, parameters, strict=True):
+            if spec.group is not None:
+                kinds.setdefault((spec.group, spec.tensor.dtype), parameter)
+        return OptimizerSpec(update, tuple(_element_state(optimizer, *kind, first) for kind, first in kinds.items()))
     groups = [spec.group for spec in flat.parameters]
     if update is UpdateClass.PARAMETER:
-        found = [_alone(optimizer, group, p) if group is not None else {} for group, p in zip(groups, parameters, strict=True)]
+        found = [
+            _alone(optimizer, group, p) if group is not None else {}
+            for group, p in zip(groups, parameters, strict=True)
+        ]
     else:
         found = _together(optimizer, groups, parameters)
     return OptimizerSpec(update, tensors=tuple(tuple(_specs(state)) for state in found))
@@ -78,13 +113,7 @@ def _step(optimizer: Optimizer) -> None:
         ) from error
 
 
-def _element_state(
-    optimizer: Optimizer, group: int
-) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]:
-    members = optimizer.param_groups[group]["params"]
-    if not members:
-        return (), ()
-    first = members[0]
+def _element_state(optimizer: Optimizer, group: int, dtype: str, first: nn.Parameter) -> ElementState:
     state = initial_state(optimizer, first)
     numel = first.numel()
     if not state:
@@ -105,7 +134,7 @@ def _element_state(
                 f"optimizer {type(optimizer).__name__} keeps state {key!r} of type {type(value).__name__}, "
                 "which is not element-wise; leave its update_class out, and one owner will update everything"
             )
-    return tuple(elements), tuple(scalars)
+    return ElementState(group, dtype, tuple(elements), tuple(scalars))
 
 
 def _alone(optimizer: Optimizer, group: int, parameter: nn.Parameter) -> dict[str, Any]:

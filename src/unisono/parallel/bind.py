@@ -90,7 +90,8 @@ def bind(model: nn.Module, flat: FlatLayout, values: Sequence[Tensor]) -> list[n
                 parameter.data = value
             else:
                 first = by_name[spec.uses[0]]
-                parameter = nn.Parameter(value, requires_grad=first.requires_grad)
+                parameter = nn.Parameter(value.new_empty(0), requires_grad=first.requires_grad)
+                parameter.data = value  # and not Parameter(value), which would share the arena's version counter
                 module.register_parameter(attribute, parameter)
             by_name[name] = parameter
     return [by_name[name] for name, _ in flat.uses]

@@ -1,8 +1,8 @@
 """A model's buffers: private to a worker, equal at the start of every micro-batch, averaged once a step.
 
 Every micro-batch starts from the step's buffers. Those that it wrote (BatchNorm's running statistics) enter the
-canonical sum; at the commit they become the mean over the micro-batches that wrote them. Counters take the value that the
-first micro-batch gave them: they advance once a step, not once a micro-batch.
+canonical sum; at the commit they become the mean over the micro-batches that wrote them. Counters take the value that
+the first micro-batch gave them: they advance once a step, not once a micro-batch.
 """
 
 from collections.abc import Sequence

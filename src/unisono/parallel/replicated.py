@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +99,9 @@ class Replica:
         self._versions = [p._version for _, p in uses]
         self._chain: Sequence[Partial] = ()
         self._seen = bytearray(len(uses))
-        self._handles = [p.register_post_accumulate_grad_hook(self._take(u)) for u, (_, p) in enumerate(uses)]
+        self._handles = [
+            cast(Any, p).register_post_accumulate_grad_hook(self._take(u)) for u, (_, p) in enumerate(uses)
+        ]
 
     def close(self) -> None:
         """Take the hooks off the model."""
@@ -161,7 +163,7 @@ class Replica:
             chain[0].clear()
         self._chain = chain
         self._seen = bytearray(len(self._uses))
-        forwarded.loss.backward()
+        cast(Any, forwarded.loss).backward()
         for u in range(len(self._uses)):
             if not self._seen[u]:
                 add_entry(chain, u, None)

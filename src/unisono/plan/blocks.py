@@ -104,6 +104,15 @@ class FlatLayout:
         place = self.places[block.parameter]
         return Place(place.segment, place.offset + block.start, block.stop - block.start)
 
+    def padded_place(self, block: Block) -> Place:
+        """Where a block lies with the padding behind its parameter's last element: whole vectors of any kernel.
+
+        A kernel computes what is left over from whole vectors by other instructions, whose last bit can differ. With
+        its padding, every element is computed the same way, alone or in any stretch.
+        """
+        place = self.block_place(block)
+        return Place(place.segment, place.offset, aligned(place.numel))
+
     def uses_of(self, parameter: int) -> list[int]:
         """The uses of a parameter in order of name: the order in which their gradients are added."""
         found = [u for u, (_, p) in enumerate(self.uses) if p == parameter]

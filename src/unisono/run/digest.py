@@ -14,13 +14,15 @@ from torch import Tensor
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor in row-major order; copied only where it is not contiguous or not on the CPU."""
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def digest(step: int, tensors: Iterable[tuple[str, Tensor]]) -> str:
     """The digest, 64 hexadecimal characters, of a state after ``step`` steps.
 
-    >>> digest(0, [("a", torch.zeros(2)), ("b", torch.ones(1))]) == digest(0, [("b", torch.ones(1)), ("a", torch.zeros(2))])
+    >>> digest(0, [("a", torch.zeros(2)), ("b", torch.ones(1))]) == digest(
+    ...     0, [("b", torch.ones(1)), ("a", torch.zeros(2))]
+    ... )
     True
     """
     whole = hashlib.sha256(f"step {step}\n".encode())

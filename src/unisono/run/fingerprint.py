@@ -1,4 +1,4 @@
-"""What of the machine belongs to a run's definition: it is recorded with the run, and a difference on resume is said."""
+"""What of the machine belongs to a run's definition: recorded with the run; a difference on resume is said."""
 
 import platform
 from dataclasses import asdict, dataclass

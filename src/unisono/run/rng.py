@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from numpy.random import mtrand
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -53,15 +54,15 @@ class Isolation:
         self._saved: tuple[Any, Any, Any] | None = None
 
     def __enter__(self) -> Self:
-        self._saved = random.getstate(), np.random.get_bit_generator(), torch.get_rng_state()
-        np.random.set_bit_generator(self._generator)
+        self._saved = random.getstate(), mtrand.get_bit_generator(), torch.get_rng_state()
+        mtrand.set_bit_generator(self._generator)
         return self
 
     def __exit__(self, *exception: object) -> None:
         assert self._saved is not None
         python_state, numpy_generator, torch_state = self._saved
         random.setstate(python_state)
-        np.random.set_bit_generator(numpy_generator)
+        mtrand.set_bit_generator(numpy_generator)
         torch.set_rng_state(torch_state)
 
     def seed(self, number: int) -> None:
@@ -98,7 +99,7 @@ class ModuleRandom:
         self._generator = torch.default_generator
         self._device_generator: torch.Generator | None = None
         if device.type == "cuda":
-            torch.cuda.init()
+            torch.cuda.init()  # type: ignore[no-untyped-call]
             self._device_generator = torch.cuda.default_generators[device.index or 0]
         self._key = 0
         self._calls: dict[int, int] = {}

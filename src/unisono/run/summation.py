@@ -109,8 +109,8 @@ def accumulation(start: int, stop: int, count: int) -> tuple[tuple[Leaf, ...], i
     ([(0,), (0,), (1,), (1, 0)], 2)
     """
     leaves: list[Leaf] = []
-    kept = most = 0
-    for node in subtrees(start, stop, count):
+    most = 0
+    for kept, node in enumerate(subtrees(start, stop, count)):
         stack: list[int] = []  # buffers of pending sums, largest first
         free = list(range(kept, kept + node.level + 1))
         last = min(node.stop, count)
@@ -128,7 +128,6 @@ def accumulation(start: int, stop: int, count: int) -> tuple[tuple[Leaf, ...], i
             del stack[len(stack) - merges + 1 :]
             most = max(most, max(chain) + 1)
             leaves.append(Leaf(leaf, chain, opens, (node, stack[0]) if final else None))
-        kept += 1
     return tuple(leaves), most
 
 
@@ -141,11 +140,10 @@ def covering(published: Iterable[Node], count: int) -> tuple[Node, ...] | None:
             largest[node.start] = node
     chosen, at = [], 0
     while at < count:
-        node = largest.get(at)  # type: ignore[assignment]
-        if node is None:
+        if at not in largest:
             return None
-        chosen.append(node)
-        at = node.stop
+        chosen.append(largest[at])
+        at = largest[at].stop
     return tuple(chosen)
 
 

@@ -51,7 +51,9 @@ def remove_leftovers(directory: Path) -> None:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def save(directory: Path, step: int, tensors: Iterable[tuple[str, Tensor]], about: Description) -> tuple[Path, Manifest]:
+def save(
+    directory: Path, step: int, tensors: Iterable[tuple[str, Tensor]], about: Description
+) -> tuple[Path, Manifest]:
     """Write the checkpoint of a step; an older one of the same step is replaced.
 
     Raises:
@@ -88,7 +90,9 @@ def save(directory: Path, step: int, tensors: Iterable[tuple[str, Tensor]], abou
         _sync(directory)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(f"cannot write checkpoint {target}: {error.strerror}; older ones are untouched") from error
+        raise CheckpointError(
+            f"cannot write checkpoint {target}: {error.strerror}; older ones are untouched"
+        ) from error
     return target, manifest
 
 

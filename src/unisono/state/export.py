@@ -30,9 +30,15 @@ def export(path: Path, target: Path) -> list[Path]:
     target.mkdir(parents=True, exist_ok=True)
     tensors = state_dict(path)
     seen: dict[int, str] = {}
-    ties = {name: seen[t.data_ptr()] for name, t in tensors.items() if seen.setdefault(t.data_ptr(), name) != name and t.numel()}
+    ties = {
+        name: seen[t.data_ptr()]
+        for name, t in tensors.items()
+        if seen.setdefault(t.data_ptr(), name) != name and t.numel()
+    }
     plain = {name: tensor for name, tensor in tensors.items() if name not in ties}
     written = [target / "model.safetensors", target / "state_dict.pt"]
-    safetensors.torch.save_file(plain, written[0], metadata={"format": "pt", **{f"tie:{k}": v for k, v in ties.items()}})
+    safetensors.torch.save_file(
+        plain, written[0], metadata={"format": "pt", **{f"tie:{k}": v for k, v in ties.items()}}
+    )
     torch.save(tensors, written[1])
     return written

@@ -54,12 +54,16 @@ class StateLayout:
         return Run(len(self.flat.blocks), len(self.flat.blocks) + 1)
 
     def spans(self, run: Run) -> list[tuple[int, int, int]]:
-        """(segment, start, stop) in elements that a run covers, adjacent blocks joined."""
+        """(segment, start, stop) in elements that a run covers, padding included, adjacent blocks joined."""
         spans: list[tuple[int, int, int]] = []
         for block in self.flat.blocks[run.first : run.stop]:
-            place = self.flat.block_place(block)
+            place = self.flat.padded_place(block)
             previous = self.flat.parameters[block.parameter - 1] if block.parameter else None
-            joined = spans and spans[-1][0] == place.segment and (block.index > 0 or (previous and previous.group is not None))
+            joined = (
+                spans
+                and spans[-1][0] == place.segment
+                and (block.index > 0 or (previous and previous.group is not None))
+            )
             if joined:
                 spans[-1] = (place.segment, spans[-1][1], place.offset + place.numel)
             else:
@@ -73,8 +77,8 @@ class StateLayout:
             return [named[f"buffer {b}"] for b in range(len(self.buffers))]
         ranges: list[Region] = []
         for segment, start, stop in self.spans(run):
-            keys = sorted({key for keys in self.optimizer.element_keys for key, _ in keys})
-            for name in (f"values {segment}", *(f"state {key} {segment}" for key in keys)):
+            keys = self.optimizer.element_keys(self.flat.segment_dtypes[segment])
+            for name in (f"values {segment}", *(f"state {key} {segment}" for key, _ in keys)):
                 region = named[name]
                 size = region.size_bytes // max(1, self.flat.segment_elements[segment])
                 ranges.append(region.part(start * size, (stop - start) * size))
@@ -94,10 +98,9 @@ def state_layout(flat: FlatLayout, optimizer: OptimizerSpec, buffers: Sequence[T
     regions = Regions()
     for segment, (dtype, elements) in enumerate(zip(flat.segment_dtypes, flat.segment_elements, strict=True)):
         regions.add(f"values {segment}", elements * item_size(dtype), 4096)
-        keys = {key: key_dtype for keys in optimizer.element_keys for key, key_dtype in keys}
-        for key, key_dtype in sorted(keys.items()):
+        for key, key_dtype in optimizer.element_keys(dtype):
             regions.add(f"state {key} {segment}", elements * item_size(key_dtype), 4096)
-    scalars = tuple(sorted({key for keys in optimizer.scalar_keys for key, _ in keys}))
+    scalars = optimizer.scalar_keys()
     regions.add("scalars", CELL * (1 + len(scalars)) * max(1, len(flat.blocks)))
     for parameter, specs in enumerate(optimizer.tensors):
         for spec in specs:

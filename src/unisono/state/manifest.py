@@ -1,7 +1,7 @@
 """The manifest of a checkpoint: what was saved, and checksums of every chunk of every file and of itself.
 
-Canonical JSON with a checksum of the rest as its first key. Every byte of it counts: a manifest whose bytes are not exactly
-those that its contents lead to is damaged.
+Canonical JSON with a checksum of the rest as its first key. Every byte of it counts: a manifest whose bytes are not
+exactly those that its contents lead to is damaged.
 """
 
 import hashlib

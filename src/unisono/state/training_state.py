@@ -7,6 +7,7 @@ from torch import Tensor
 
 from unisono.errors import CheckpointError
 from unisono.optim.blockwise import torch_dtype
+from unisono.optim.state_spec import ElementState
 from unisono.plan.assignment import UpdateClass
 from unisono.run.digest import digest
 from unisono.state.layout import CELL, StateLayout
@@ -35,7 +36,7 @@ class TrainingState:
         self._first_block = {b.parameter: i for i, b in reversed(list(enumerate(layout.flat.blocks)))}
         self._rows = self._region("scalars")
         if memory.device.type == "cpu":
-            self._present = memoryview(self._rows.numpy()).cast("B").cast("Q")
+            self._present = self._rows.numpy().data.cast("B").cast("Q")
             self._present_stride = layout.row_bytes // CELL
         else:  # a device's memory has no host view: the words are this process's own
             self._present = frozen._present if frozen else memoryview(bytearray(CELL * layout.blocks)).cast("Q")
@@ -52,19 +53,21 @@ class TrainingState:
         segment = self._region(f"values {place.segment}").view(torch_dtype(spec.tensor.dtype))
         return segment[place.offset : place.offset + place.numel].view(spec.tensor.shape)
 
-    def element_state(self, key: str, parameter: int) -> Tensor:
+    def element_state(self, key: str, dtype: str, parameter: int) -> Tensor:
         """A parameter's element-wise optimizer state, in the parameter's shape."""
-        flat = self.layout.flat
-        spec, place = flat.parameters[parameter], flat.places[parameter]
-        dtype = next(d for keys in self.layout.optimizer.element_keys for k, d in keys if k == key)
+        spec, place = self.layout.flat.parameters[parameter], self.layout.flat.places[parameter]
         segment = self._region(f"state {key} {place.segment}").view(torch_dtype(dtype))
         return segment[place.offset : place.offset + place.numel].view(spec.tensor.shape)
 
-    def scalar(self, key: str, block: int) -> Tensor:
+    def scalar(self, key: str, dtype: str, block: int) -> Tensor:
         """A block's scalar of optimizer state, a tensor of no dimensions."""
-        dtype = next(d for keys in self.layout.optimizer.scalar_keys for k, d in keys if k == key)
         start = block * self.layout.row_bytes + CELL * (1 + self.layout.scalar_keys.index(key))
         return self._rows[start : start + CELL].view(torch_dtype(dtype))[0]
+
+    def _state_of(self, parameter: int) -> ElementState:
+        spec = self.layout.flat.parameters[parameter]
+        assert spec.group is not None
+        return self.layout.optimizer.state_of(spec.group, spec.tensor.dtype)
 
     def present(self, block: int) -> memoryview:
         """One word: whether the block has optimizer state yet."""
@@ -75,40 +78,28 @@ class TrainingState:
         """The bytes in which a coupled optimizer's plain numbers are kept."""
         if self.layout.optimizer.update is not UpdateClass.COUPLED:
             return None
-        return memoryview(self._region("python").numpy())
+        return self._region("python").numpy().data
 
-    def unit_state(self, parameter: int, block: int | None) -> dict[str, Tensor]:
-        """The optimizer state of one block, or of a whole parameter, as the optimizer names it."""
-        spec = self.layout.optimizer
-        flat = self.layout.flat
-        group = flat.parameters[parameter].group
-        assert group is not None
-        if spec.update is not UpdateClass.ELEMENT:
-            return {
-                t.name: self._region(f"state of {parameter} {t.name}").view(torch_dtype(t.dtype)).view(t.shape)
-                for t in spec.tensors[parameter]
-            }
-        assert block is not None
-        b = flat.blocks[block]
-        state = {
-            key: self.element_state(key, parameter).view(-1)[b.start : b.stop] for key, _ in spec.element_keys[group]
+    def parameter_state(self, parameter: int) -> dict[str, Tensor]:
+        """The optimizer state of a whole parameter, for classes that are not element-wise."""
+        return {
+            t.name: self._region(f"state of {parameter} {t.name}").view(torch_dtype(t.dtype)).view(t.shape)
+            for t in self.layout.optimizer.tensors[parameter]
         }
-        state.update({key: self.scalar(key, block) for key, _ in spec.scalar_keys[group]})
-        return state
 
     def span(self, segment: int, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of a segment's values."""
         dtype = torch_dtype(self.layout.flat.segment_dtypes[segment])
         return self._region(f"values {segment}").view(dtype)[start:stop]
 
-    def span_state(self, segment: int, start: int, stop: int, group: int, block: int) -> dict[str, Tensor]:
-        """The element-wise optimizer state of a span, with the scalars of ``block``."""
-        spec = self.layout.optimizer
+    def span_state(self, segment: int, start: int, stop: int, block: int) -> dict[str, Tensor]:
+        """The element-wise optimizer state of a span, with the scalars of ``block``, to whose group all of it belongs."""
+        kept = self._state_of(self.layout.flat.blocks[block].parameter)
         state = {
             key: self._region(f"state {key} {segment}").view(torch_dtype(dtype))[start:stop]
-            for key, dtype in spec.element_keys[group]
+            for key, dtype in kept.elements
         }
-        return state | {key: self.scalar(key, block) for key, _ in spec.scalar_keys[group]}
+        return state | {key: self.scalar(key, dtype, block) for key, dtype in kept.scalars}
 
     def rows(self, first: int, stop: int) -> Tensor:
         """The scalars of blocks [first, stop), (blocks, cells), as int64."""
@@ -125,12 +116,12 @@ class TrainingState:
             if parameter.group is None or first is None or not self.present(first)[0]:
                 continue
             if spec.update is UpdateClass.ELEMENT:
-                for key, _ in spec.element_keys[parameter.group]:
-                    yield f"{OPTIMIZER}/{name}/{key}", self.element_state(key, p)
-                for key, _ in spec.scalar_keys[parameter.group]:
-                    yield f"{OPTIMIZER}/{name}/{key}", self.scalar(key, first)
+                for key, dtype in self._state_of(p).elements:
+                    yield f"{OPTIMIZER}/{name}/{key}", self.element_state(key, dtype, p)
+                for key, dtype in self._state_of(p).scalars:
+                    yield f"{OPTIMIZER}/{name}/{key}", self.scalar(key, dtype, first)
             else:
-                for key, tensor in self.unit_state(p, None).items():
+                for key, tensor in self.parameter_state(p).items():
                     yield f"{OPTIMIZER}/{name}/{key}", tensor
         for buffer, tensor in zip(self.layout.buffers, self.buffers, strict=True):
             yield f"{BUFFER}/{buffer.name}", tensor
@@ -150,13 +141,13 @@ class TrainingState:
             if not has_state or parameter.group is None:
                 continue
             if spec.update is UpdateClass.ELEMENT:
-                for key, _ in spec.element_keys[parameter.group]:
-                    self._take(tensors, f"{OPTIMIZER}/{name}/{key}", self.element_state(key, p))
-                for key, _ in spec.scalar_keys[parameter.group]:
+                for key, dtype in self._state_of(p).elements:
+                    self._take(tensors, f"{OPTIMIZER}/{name}/{key}", self.element_state(key, dtype, p))
+                for key, dtype in self._state_of(p).scalars:
                     for block in blocks:
-                        self._take(tensors, f"{OPTIMIZER}/{name}/{key}", self.scalar(key, block))
+                        self._take(tensors, f"{OPTIMIZER}/{name}/{key}", self.scalar(key, dtype, block))
             else:
-                for key, tensor in self.unit_state(p, None).items():
+                for key, tensor in self.parameter_state(p).items():
                     self._take(tensors, f"{OPTIMIZER}/{name}/{key}", tensor)
         for buffer, tensor in zip(self.layout.buffers, self.buffers, strict=True):
             self._take(tensors, f"{BUFFER}/{buffer.name}", tensor)

@@ -151,6 +151,8 @@ class EveryStep:
             for span in owned.spans:
                 sums.mean_span(span)
             return
+        for span in owned.spans:
+            span.scratch.zero_()
         for block, gradient in zip(self._flat.blocks[owned.run.first : owned.run.stop], owned.gradients, strict=True):
             sums.mean_block(block, self._uses_of[block.parameter], gradient)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -46,7 +46,7 @@ def optimizer_factory(config: OptimizerConfig) -> Callable[[Iterable[nn.Paramete
 
     def make(parameters: Iterable[nn.Parameter]) -> Optimizer:
         try:
-            return kind(parameters, lr=config.lr, **config.options)
+            return cast(Any, kind)(parameters, lr=config.lr, **config.options)  # type: ignore[no-any-return]
         except (TypeError, ValueError) as error:
             raise ConfigurationError(f"optimizer.options do not fit {config.name}: {error}") from error
 

@@ -61,7 +61,11 @@ def make_task(name: str, options: Mapping[str, Any]) -> Task:
         known = ", ".join(inspect.signature(kind).parameters) or "none"
         raise ConfigurationError(f"options of task {name!r}: {error}; its options are {known}") from error
     task: Task = kind(**options)
-    lacking = [method for method in ("model", "dataset", "loss", "optimizer") if not callable(getattr(task, method, None))]
+    lacking = [
+        method for method in ("model", "dataset", "loss", "optimizer") if not callable(getattr(task, method, None))
+    ]
     if lacking:
-        raise ConfigurationError(f"task {name!r} has no {', '.join(lacking)}; a task has model, dataset, loss, optimizer")
+        raise ConfigurationError(
+            f"task {name!r} has no {', '.join(lacking)}; a task has model, dataset, loss, optimizer"
+        )
     return task

@@ -1,0 +1,110 @@
+"""The parity matrix: one digest for every number of workers and ZeRO stage, whatever is trained, however it is cut."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests import toys
+from unisono.launch.local import LocalLauncher
+from unisono.run.rng import Isolation, derive
+from unisono.run.sampling import Sampler
+
+CASES: dict[str, dict[str, Any]] = {
+    "dropout, clipping, AdamW": {"model": "mlp", "clip": 0.5},
+    "SGD with momentum": {"model": "mlp", "optimizer": "momentum"},
+    "bf16 autocast": {"model": "mlp", "precision": "bf16"},
+    "BatchNorm": {"model": "norm", "optimizer": "momentum"},
+    "tied weights": {"model": "tied", "clip": 0.1},
+    "untouched parameters": {"model": "untouched", "optimizer": "adam"},
+    "two dtypes": {"model": "double", "clip": 1.0},
+    "weighted loss": {"model": "mlp", "loss": "weighted", "clip": 1.0},
+    "augmentation by python, numpy, torch": {"model": "mlp", "augment": True},
+    "activation checkpointing": {"model": "checkpointed"},
+    "per-parameter optimizer": {"model": "mlp", "optimizer": "adafactor"},
+    "per-parameter optimizer on some parameters": {"model": "mlp", "optimizer": "muon"},
+    "coupled optimizer": {"model": "mlp", "optimizer": "coupled"},
+    "state made by the optimizer's constructor": {"model": "untouched", "optimizer": "adagrad"},
+    "cosine schedule, linear scaling": {
+        "model": "mlp",
+        "schedule": {"name": "cosine", "warmup_steps": 2},
+        "scaling": {"rule": "linear", "base_batch_size": 56},
+    },
+    "micro-batches of one row": {"model": "mlp", "micro_batch_size": 1, "global_batch_size": 5},
+    "validation in between": {"model": "norm", "validated": True, "validate": {"every": 2}},
+}
+
+
+def train(pool: LocalLauncher, workers: int, **arguments: Any) -> dict[str, Any]:
+    result: dict[str, Any] = pool.run({"call": "tests.jobs:train", "arguments": arguments}, workers).results[0]
+    return result
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda name: name)
+def test_one_result(pool: LocalLauncher, case: str) -> None:
+    expected = train(pool, 1, **CASES[case])
+    assert len(expected["losses"]) == 6 and all(math.isfinite(loss) for loss in expected["losses"])
+    for workers, zero in ((2, 1), (3, 0), (4, 1)):
+        result = train(pool, workers, layout={"zero": zero}, **CASES[case])
+        assert result["digest"] == expected["digest"], f"{workers} workers, ZeRO {zero}"
+        assert result["losses"] == expected["losses"]
+        assert result["validations"] == expected["validations"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda name: name)
+def test_one_result_across_a_resume(pool: LocalLauncher, case: str, tmp_path: Path) -> None:
+    """Stopped after step 3 on 3 workers (ZeRO 1), resumed on 2 (ZeRO 0)."""
+    expected = train(pool, 1, **CASES[case])
+    settings = {"run_dir": str(tmp_path), **CASES[case]}
+    if "schedule" in settings:
+        settings["schedule"] = {**settings["schedule"], "decay_steps": 6}
+    train(pool, 3, steps=3, **settings)
+    result = train(pool, 2, layout={"zero": 0}, resume=True, **settings)
+    assert result["digest"] == expected["digest"]
+    assert result["losses"] == expected["losses"][3:]
+
+
+def test_checkpointing_changes_nothing(pool: LocalLauncher) -> None:
+    """Recomputation in the backward draws the dropout of the forward."""
+    with_it, without = (train(pool, 2, model=name)["digest"] for name in ("checkpointed", "not_checkpointed"))
+    assert with_it == without
+
+
+def test_seeds_differ(pool: LocalLauncher) -> None:
+    assert train(pool, 1, seed=1)["digest"] != train(pool, 1, seed=2)["digest"]
+
+
+def test_no_weight_skips_the_update(pool: LocalLauncher) -> None:
+    digests = {train(pool, n, loss="no_weight", steps=1)["digest"] for n in (1, 2)}
+    assert len(digests) == 1
+
+
+def plain_loop(optimizer_name: str, steps: int, micro: int, count: int) -> list[float]:
+    """The twenty lines of plain PyTorch that a run of ours must agree with: one process, accumulation, clipping."""
+    with Isolation() as isolation:
+        isolation.seed(derive(0, "init"))
+        model = toys.MODELS["plain"]()
+    optimizer = toys.OPTIMIZERS[optimizer_name](model.parameters())
+    data, sampler = toys.Samples(), Sampler(toys.SAMPLES, 0, micro * count, micro)
+    losses = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        total = 0.0
+        for m in range(count):
+            rows = [data[i] for i in sampler.indices(step, m).tolist()]
+            loss = F.mse_loss(model(torch.stack([r[0] for r in rows])), torch.stack([r[1] for r in rows])) / count
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(total)
+    return losses
+
+
+@pytest.mark.parametrize(("optimizer", "tolerance"), [("momentum", 1e-6), ("adamw", 5e-5)])
+def test_losses_agree_with_plain_pytorch(pool: LocalLauncher, optimizer: str, tolerance: float) -> None:
+    ours = train(pool, 2, model="plain", optimizer=optimizer, steps=20, clip=1.0)["losses"]
+    assert ours == pytest.approx(plain_loop(optimizer, 20, 4, 7), rel=tolerance)

@@ -1,0 +1,246 @@
+"""Small models, data sets and optimizers that exercise one thing each, made by name so that workers can make them."""
+
+import random
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+SAMPLES = 60
+
+
+class Tied(nn.Module):
+    """Input and output embedding share one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 8)
+        self.mix = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 11, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(torch.tanh(self.mix(self.embedding(x.abs().long().clamp(max=10)[:, 0]))))
+        return y[:, :4]
+
+
+class Untouched(nn.Module):
+    """A branch that few micro-batches take, and one that none takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.always = nn.Linear(6, 4)
+        self.sometimes = nn.Linear(6, 4)
+        self.never = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.always(x)
+        if float(x[0, 0].detach()) > 0.6:
+            y = y + self.sometimes(x)
+        return y
+
+
+class Checkpointed(nn.Module):
+    """Dropout inside activation checkpointing, one module called twice: the recomputation must draw the same."""
+
+    def __init__(self, on: bool) -> None:
+        super().__init__()
+        self.on = on
+        self.first = nn.Linear(6, 16)
+        self.drop = nn.Dropout(0.3)
+        self.second = nn.Linear(16, 16)
+        self.out = nn.Linear(16, 4)
+
+    def inner(self, x: Tensor) -> Tensor:
+        y: Tensor = self.drop(torch.tanh(self.second(self.drop(x))))
+        return y
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for _ in range(2):
+            x = checkpoint(self.inner, x, use_reentrant=False) if self.on else self.inner(x)
+        y: Tensor = self.out(x)
+        return y
+
+
+class Counter(nn.Module):
+    """Counts its calls on itself: not pure."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 4)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        y: Tensor = self.linear(x) * self.calls
+        return y
+
+
+class PythonNoise(nn.Module):
+    """Draws from Python's random: not pure."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x) + random.random()
+        return y**2
+
+
+class WritesParameter(nn.Module):
+    """Changes a parameter in its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.linear.weight.clamp_(-1, 1)
+        y: Tensor = self.linear(x)
+        return y
+
+
+def mlp() -> nn.Module:
+    """Larger than one block, with dropout."""
+    return nn.Sequential(
+        nn.Linear(6, 300), nn.ReLU(), nn.Dropout(0.2), nn.Linear(300, 300), nn.Tanh(), nn.Linear(300, 4)
+    )
+
+
+def plain() -> nn.Module:
+    """Nothing that draws: what a plain loop computes too."""
+    return nn.Sequential(nn.Linear(6, 300), nn.Tanh(), nn.Linear(300, 301), nn.ReLU(), nn.Linear(301, 4))
+
+
+def norm() -> nn.Module:
+    """BatchNorm and dropout."""
+    return nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 4))
+
+
+def double() -> nn.Module:
+    """Parameters of two dtypes."""
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(6, 8)
+            self.b = nn.Linear(8, 4).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.b(self.a(x).double())
+            return y.float()
+
+    return Mixed()
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "mlp": mlp,
+    "plain": plain,
+    "norm": norm,
+    "tied": Tied,
+    "untouched": Untouched,
+    "double": double,
+    "checkpointed": lambda: Checkpointed(True),
+    "not_checkpointed": lambda: Checkpointed(False),
+    "counter": Counter,
+    "python_noise": PythonNoise,
+    "writes_parameter": WritesParameter,
+}
+
+
+class Samples:
+    """Pairs of (6,) and (4,); with ``augment``, noise from python, numpy and torch is added to each."""
+
+    def __init__(self, augment: bool = False, fail_at: int | None = None) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.inputs = torch.randn(SAMPLES, 6, generator=generator)
+        self.targets = torch.randn(SAMPLES, 4, generator=generator)
+        self.augment = augment
+        self.fail_at = fail_at
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if index == self.fail_at:
+            raise ValueError("this sample is broken")
+        x = self.inputs[index]
+        if self.augment:
+            x = x + random.random() + float(np.random.rand()) + torch.rand(6)
+        return x, self.targets[index]
+
+
+def weighted(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """A masked loss: (sum, weight); the weight differs between micro-batches."""
+    mask = (target[:, 0] > 0).float()
+    return (((output - target) ** 2).mean(1) * mask).sum(), mask.sum()
+
+
+def no_weight(output: Tensor, target: Tensor) -> tuple[Tensor, float]:
+    """Everything masked."""
+    return ((output - target) ** 2).sum(), 0.0
+
+
+def not_a_number(output: Tensor, target: Tensor) -> Tensor:
+    """A loss that is NaN."""
+    return (output - target).sum() * float("nan")
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "mse": F.mse_loss,
+    "weighted": weighted,
+    "no_weight": no_weight,
+    "nan": not_a_number,
+}
+
+
+class Coupled(torch.optim.Optimizer):
+    """A custom optimizer whose update depends on all gradients, with a plain number in its group."""
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float) -> None:
+        super().__init__(params, {"lr": lr, "count": 0})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["count"] += 1
+            total = sum(float(p.grad.double().pow(2).sum()) for p in group["params"] if p.grad is not None)
+            for p in group["params"]:
+                if p.grad is not None:
+                    state = self.state[p]
+                    if "average" not in state:
+                        state["average"] = torch.zeros_like(p)
+                    state["average"].lerp_(p.grad, 0.5)
+                    p.data.add_(state["average"], alpha=-group["lr"] / (group["count"] + total**0.5))
+
+
+def muon(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Muon for matrices only; vectors stay as they are."""
+    return torch.optim.Muon([p for p in params if p.dim() == 2], lr=1e-2)
+
+
+OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.01, nesterov=True),
+    "adam": lambda p: torch.optim.Adam(p, lr=1e-2, amsgrad=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2),
+    "nadam": lambda p: torch.optim.NAdam(p, lr=1e-2),
+    "radam": lambda p: torch.optim.RAdam(p, lr=1e-2),
+    "adamax": lambda p: torch.optim.Adamax(p, lr=1e-2),
+    "adadelta": lambda p: torch.optim.Adadelta(p, lr=1.0),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2, initial_accumulator_value=0.1),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.5, centered=True),
+    "rprop": lambda p: torch.optim.Rprop(p, lr=1e-2),
+    "asgd": lambda p: torch.optim.ASGD(p, lr=1e-2),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2),
+    "muon": muon,
+    "coupled": lambda p: Coupled(p, lr=1e-2),
+    "lbfgs": lambda p: torch.optim.LBFGS(p),
+    "sparse_adam": lambda p: torch.optim.SparseAdam(list(p)),
+}

@@ -55,8 +55,13 @@ def train(steps: int = 6, resume: bool = False, **options: Any) -> dict[str, Any
 def fail(rank: int, how: str, step: int = 2, phase: str = "compute", **options: Any) -> dict[str, Any]:
     """Train toys; the worker of a rank meets with a fault at (step, phase)."""
 
+    struck = False
+
     def strike(event: Event) -> None:
-        if isinstance(event, PhaseEntered) and (event.rank, event.step, event.phase) == (rank, step, phase):
+        nonlocal struck
+        here = isinstance(event, PhaseEntered) and (event.rank, event.step, event.phase) == (rank, step, phase)
+        if here and not struck:
+            struck = True
             if how == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             elif how == "raise":
@@ -81,3 +86,8 @@ def leave_child() -> int:
     import subprocess
 
     return subprocess.Popen(["sleep", "300"]).pid
+
+
+def train_twice() -> list[str]:
+    """Two trainers of different sizes in one process."""
+    return [trainer(model=model).fit(3).digest for model in ("mlp", "norm")]

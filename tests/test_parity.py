@@ -20,6 +20,7 @@ CASES: dict[str, dict[str, Any]] = {
     "BatchNorm": {"model": "norm", "optimizer": "momentum"},
     "tied weights": {"model": "tied", "clip": 0.1},
     "untouched parameters": {"model": "untouched", "optimizer": "adam"},
+    "parameters that are first touched late": {"model": "untouched", "optimizer": "momentum"},
     "two dtypes": {"model": "double", "clip": 1.0},
     "weighted loss": {"model": "mlp", "loss": "weighted", "clip": 1.0},
     "augmentation by python, numpy, torch": {"model": "mlp", "augment": True},

@@ -96,6 +96,8 @@ class Worker:
         """Give the model memory of its own; once."""
         if not self.released:
             self.released = True
+            self.replica.buffers.invalidate()
+            self.replica.buffers.reset()
             self.replica.close()
             unbind(self.prepared.model, self.prepared.layout.flat)
 
@@ -157,7 +159,7 @@ def assemble(
     device: torch.device,
     schedule: Schedule,
     listeners: Emitter | None,
-    restore: Callable[[TrainingState], int],
+    restore: Callable[[Prepared, TrainingState], int],
 ) -> tuple[Worker, int]:
     """Share memory with the other workers, fill it, and build the engine.
 
@@ -174,11 +176,12 @@ def assemble(
     group = HostGroup(
         arena, host, prepared.partials, world.rank, range(world.size), 1, config.deadline_s, memory=memory
     )
-    group.assemble(_fingerprint(prepared, config))
+    feed = Feed(objects.data, config.seed, "training", objects.collate, device)
+    group.assemble(_fingerprint(prepared, config, feed.size))
     replicated = config.layout.zero == 0
     state = TrainingState(prepared.layout, memory(host.state(world.rank if replicated else 0)))
     snapshot = TrainingState(prepared.layout, memory(host.snapshot()), frozen=state)
-    versions = arena.words(host.regions.named["versions"])
+    versions = arena.words(host.versions(world.rank if replicated else 0))
     step = _fill(prepared, group, state, memory, versions, restore)
     flat = prepared.layout.flat
     bound = bind(prepared.model, flat, state.values)
@@ -211,7 +214,6 @@ def assemble(
         optimizer,
         rates,
     )
-    feed = Feed(objects.data, config.seed, "training", objects.collate, device)
     sampler = Sampler(feed.size, config.seed, config.global_batch_size, config.micro_batch_size)
     share = micro_batches(config.micro_batches, world.size)[world.rank]
     names = [name for name, _ in flat.uses] + [spec.name for spec in prepared.layout.buffers]
@@ -233,9 +235,9 @@ def assemble(
     return Worker(prepared, group, state, snapshot, versions, replica, engine, evaluator), step
 
 
-def _fingerprint(prepared: Prepared, config: TrainingConfig) -> int:
+def _fingerprint(prepared: Prepared, config: TrainingConfig, samples: int) -> int:
     """A hash of what all workers must agree on, never 0."""
-    agreed = (prepared.layout, prepared.host, config.model_dump(exclude={"run_dir", "observe"}))
+    agreed = (prepared.layout, prepared.host, samples, config.model_dump(exclude={"run_dir", "observe"}))
     return int.from_bytes(hashlib.sha256(repr(agreed).encode()).digest()[:8], "little") | 1
 
 
@@ -245,7 +247,7 @@ def _fill(
     state: TrainingState,
     memory: Callable[[Region], Tensor],
     versions: memoryview,
-    restore: Callable[[TrainingState], int],
+    restore: Callable[[Prepared, TrainingState], int],
 ) -> int:
     """Initial values, or those of a checkpoint, by rank 0; replicas are copies of its own. Returns the step."""
     step = 0
@@ -255,12 +257,13 @@ def _fill(
                 value.copy_(parameter)
             for value, (_, buffer) in zip(state.buffers, prepared.tensors.buffers, strict=True):
                 value.copy_(buffer)
-        step = restore(state)
-        for block in range(len(versions)):
-            versions[block] = step
+        step = restore(prepared, state)
     step = int.from_bytes(group.all_gather(step.to_bytes(8, "little"), "initial state")[0], "little")
     if prepared.host.replicas > 1 and group.rank > 0:
         state.memory.copy_(memory(prepared.host.state(0)))
+    if group.rank == 0 or prepared.host.replicas > 1:
+        for block in range(len(versions)):
+            versions[block] = step
     group.finish(step)
     group.settle(step)
     return step
@@ -400,5 +403,9 @@ def describe(prepared: Prepared, run: dict[str, Any], fingerprint: dict[str, Any
     """What a checkpoint records besides tensors (see `state.checkpoint.Description`)."""
     plain = set(prepared.model.state_dict(keep_vars=True))
     ties = {name: uses[0] for _, uses in prepared.tensors.parameters for name in uses[1:]}
+    first = {id(buffer): name for name, buffer in prepared.tensors.buffers}
+    for name, buffer in prepared.model.named_buffers(remove_duplicate=False):
+        if name in plain and first.get(id(buffer), name) != name:
+            ties[name] = first[id(buffer)]
     buffers = tuple(name for name, _ in prepared.tensors.buffers if name in plain)
     return {"ties": ties, "plain_buffers": buffers, "run": run, "fingerprint": fingerprint}

@@ -66,6 +66,7 @@ class Engine:
         """
         phases = self._phases
         phases.begin(step)
+        self._replica.buffers.invalidate()  # whoever used the model since may have written to them
         for action in self._share.actions:
             self._execute(step, action, check_purity)
         outcome = self._policy.conclude(step, phases)
@@ -76,8 +77,6 @@ class Engine:
             self._feed.load_ahead(step + 1, self._share.actions[0].micro_batch)
         phases.enter("wait")
         self._group.settle(step)
-        if outcome.buffers_written:
-            self._replica.buffers.invalidate()
         return outcome
 
     def _execute(self, step: int, action: Action, check_purity: bool) -> None:
@@ -89,6 +88,7 @@ class Engine:
             if check_purity and m == 0:
                 self._replica.backward(self._replica.forward(step, m, batch), self._chain(m), opens=True)
                 self._first = _copy(self._chain(m)[0])
+                batch = self._feed.load(step, m)  # loading must be pure too, and the model may have changed its input
             self._forwarded[m] = self._replica.forward(step, m, batch)
         else:
             leaf = self._share.leaves[m]

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from unisono.assembly import Objects, OptimizerFactory, assemble, describe
+from unisono.assembly import Objects, OptimizerFactory, Prepared, assemble, describe
 from unisono.comm.group import SNAPSHOT, STOP
 from unisono.config import Layout, ScheduleConfig, TrainingConfig, more_workers_than_micro_batches, validate
-from unisono.data.feed import Collate, Dataset
+from unisono.data.feed import Collate, Dataset, size_of
 from unisono.errors import CheckpointError, ConfigurationError
 from unisono.evaluation import Metrics
 from unisono.events import (
@@ -34,20 +34,21 @@ from unisono.events import (
     ValidationFinished,
 )
 from unisono.launch.process import keep_freed_memory
-from unisono.launch.world import World, discover, in_notebook
+from unisono.launch.world import World, in_notebook, this_process
 from unisono.observe.choose import observers
+from unisono.optim.classes import described
 from unisono.optim.schedules import Schedule, schedule
 from unisono.parallel.replicated import Loss
 from unisono.plan.assignment import UpdateClass
 from unisono.run.fingerprint import fingerprint
-from unisono.state.checkpoint import DIRECTORY, Description, newest_intact, remove_leftovers, steps_in
+from unisono.state.checkpoint import DIRECTORY, Description, newest_intact, remove_leftovers, set_aside, steps_in
 from unisono.state.training_state import TrainingState
 from unisono.state.writer import CheckpointWriter, Retention
 from unisono.sync.policy import Outcome
 
 RUN_KEYS = ("seed", "global_batch_size", "micro_batch_size", "precision", "clip", "schedule", "scaling")
 """Settings that define the run; those of `FIXED` may not change when it is resumed."""
-FIXED = ("seed", "global_batch_size", "micro_batch_size")
+FIXED = ("seed", "global_batch_size", "micro_batch_size", "samples")
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,11 +171,12 @@ class Trainer:
             steps: the run's length; a run that was stopped goes on to it when resumed.
             resume: go on from the newest intact checkpoint in ``run_dir``.
         """
-        world = discover()
+        world = this_process()
         config = self._checked(world, steps, resume)
         self._stop = False
         keep_freed_memory()
-        with _threads(config.threads), _interrupts(self.stop), _deterministic(config.device):
+        random_state = torch.random.fork_rng(devices=[])
+        with random_state, _threads(config.threads), _interrupts(self.stop), _deterministic(config.device):
             loop = _Loop(self, world, config, steps, resume)
             try:
                 return loop.run()
@@ -213,7 +215,7 @@ class _Loop:
         self._run_dir = Path(config.run_dir) if config.run_dir is not None else None
         self._writer: CheckpointWriter | None = None
         self._wanted: int | None = None  # the step whose state is to be saved
-        self._writing = 0
+        self._best_wanted: int | None = None
         self._best: float | None = None
         self._worse = 0
         self._metrics: dict[str, float] | None = None
@@ -278,27 +280,30 @@ class _Loop:
                 "resume it (--resume, or fit(resume=True)), or give another run_dir"
             )
         remove_leftovers(checkpoints)
-        remove_leftovers(self._run_dir)
+        for name in ("config.yaml.tmp", "report.html.tmp"):
+            (self._run_dir / name).unlink(missing_ok=True)
         retention = Retention(self._config.checkpoint.keep, self._config.checkpoint.keep_best)
         self._writer = CheckpointWriter(checkpoints, retention, self._emit)
 
-    def _restore(self, state: TrainingState) -> int:
+    def _restore(self, prepared: Prepared, state: TrainingState) -> int:
         """On rank 0: load the newest intact checkpoint into the state, where that is wanted."""
         if not self._resume:
             return 0
         assert self._run_dir is not None
         path, manifest, tensors, damaged = newest_intact(self._run_dir / DIRECTORY)
-        self._compare(manifest.run, manifest.fingerprint, path)
+        self._compare(prepared, manifest.run, manifest.fingerprint, path)
+        for aside in damaged:
+            set_aside(aside)
         state.load(tensors)
         best = manifest.best or {}
         self._best, self._worse = best.get("value"), int(best.get("worse", 0))
         if self._writer is not None:
             self._writer.best_step = best.get("step")
-        self._notices.append(Resumed(manifest.step, str(path), damaged))
+        self._notices.append(Resumed(manifest.step, str(path), list(damaged.values())))
         return manifest.step
 
-    def _compare(self, run: Mapping[str, Any], recorded: Mapping[str, Any], path: Path) -> None:
-        mine = self._definition()
+    def _compare(self, prepared: Prepared, run: Mapping[str, Any], recorded: Mapping[str, Any], path: Path) -> None:
+        mine = self._definition(prepared)
         for key in FIXED:
             if run.get(key) != mine[key]:
                 raise ConfigurationError(
@@ -311,11 +316,18 @@ class _Loop:
             text = "from here on the run is not the one that was started: " + "; ".join(changed)
             self._notices.append(Notice(text))
 
-    def _definition(self) -> dict[str, Any]:
+    def _definition(self, prepared: Prepared) -> dict[str, Any]:
+        """What the run is, apart from its code: recorded, and compared when it is resumed."""
         if self._recorded is None:
             settings = self._config.model_dump(mode="json")
             facts = self._trainer._objects.definition
-            self._recorded = {key: settings[key] for key in RUN_KEYS} | {"task": dict(facts()) if facts else {}}
+            self._recorded = {key: settings[key] for key in RUN_KEYS} | {
+                "samples": size_of(self._trainer._objects.data, "training"),
+                "task": dict(facts()) if facts else {},
+                "optimizer": described(prepared.optimizer),
+            }
+            if self._config.schedule.name != "constant":
+                self._recorded["schedule_steps"] = self._config.schedule.decay_steps or self._steps
         return self._recorded
 
     def _announce(self) -> None:
@@ -342,6 +354,8 @@ class _Loop:
         flags = STOP if self._trainer._stop else 0
         if self._writer is not None:
             self._writer.poll()
+            if self._wanted is not None and self._wanted == self._best_wanted:
+                self._writer.finish()  # the best state is this one, and no later one
             if self._wanted is not None and not self._writer.busy:
                 flags |= SNAPSHOT
         return flags
@@ -388,7 +402,7 @@ class _Loop:
         self._best, self._worse = (value, 0) if better else (self._best, self._worse + 1)
         self._metrics, self._evaluated = metrics, step
         if better and self._writer is not None and self._config.checkpoint.keep_best:
-            self._writer.best_step = step
+            self._best_wanted = step
             if self._config.checkpoint.every is not None:
                 self._wanted = step
         self._emit(ValidationFinished(step, metrics, evaluator.samples, time.perf_counter() - began, better))
@@ -396,26 +410,28 @@ class _Loop:
 
     def _save(self, step: int, state: TrainingState) -> None:
         assert self._writer is not None
+        if step == self._best_wanted:
+            self._writer.best_step = step
         best = None
         if self._best is not None:
             best = {"value": self._best, "worse": self._worse, "step": self._writer.best_step}
-        about = Description(**describe(self._worker.prepared, self._definition(), self._fingerprint))
+        about = Description(
+            **describe(self._worker.prepared, self._definition(self._worker.prepared), self._fingerprint)
+        )
         about = replace(about, validation=self._metrics if self._evaluated == step else None, best=best)
         self._writer.begin(step, state, about)
-        self._writing = step
-        if self._wanted == step:
+        if self._wanted is not None and step >= self._wanted:
             self._wanted = None
 
     def _finish(self, step: int, reason: str, seconds: float) -> Result:
         worker = self._worker
-        worker.group.barrier("finish")
+        digest = self._digest(step)
         if self._writer is not None:
             self._writer.finish()
             saved = step in steps_in(self._writer.directory)
             if (self._config.checkpoint.at_end or self._wanted is not None) and not saved and step > 0:
                 self._save(step, worker.state)
                 self._writer.finish()
-        digest = self._digest(step)
         run_dir = str(self._run_dir) if self._run_dir else None
         worker.release()
         summary = self._trainer._objects.summary

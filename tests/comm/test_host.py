@@ -96,7 +96,7 @@ def test_a_missing_rank_is_named_with_what_it_did_last() -> None:
     first.publish(3, 0, Node(0, 0))
     with pytest.raises(WaitTimeout, match="micro-batches 1-3 of step 3 are not published; rank 1: compute of step 7"):
         first.collect(3, 4)
-    with pytest.raises(WaitTimeout, match="commit of step 3 .* rank 0 is missing"):
+    with pytest.raises(WaitTimeout, match=r"commit of step 3 .* rank 0 is missing"):
         first.settle(3)
 
 

@@ -58,7 +58,11 @@ class Arena:
 
     def __init__(self, descriptor: int | None, size_bytes: int) -> None:
         try:
-            self._mapping = mmap.mmap(-1 if descriptor is None else descriptor, size_bytes)
+            if descriptor is None:  # pages that nobody touches are not reserved either, as with a descriptor
+                flags = mmap.MAP_SHARED | getattr(mmap, "MAP_NORESERVE", 0)
+                self._mapping = mmap.mmap(-1, size_bytes, flags=flags)
+            else:
+                self._mapping = mmap.mmap(descriptor, size_bytes)
         except (OSError, ValueError) as error:
             raise LaunchError(f"cannot map {size_bytes / 2**30:.2f} GiB of shared memory: {error}") from error
         if descriptor is not None and hasattr(mmap, "MADV_DONTFORK"):

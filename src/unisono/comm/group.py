@@ -1,7 +1,7 @@
 """The contract that every way of communicating meets: who trains together, and how partials become sums.
 
-A step is: fill partials (`partial`), `publish` them, `collect` a set that covers the step, update, `finish`, and, before
-the new state is read, `settle`. Every wait has a deadline; `revoke` frees all who wait; `reform` makes the
+A step is: fill partials (`partial`), `publish` them, `collect` a set that covers the step, update, `finish`, and,
+before the new state is read, `settle`. Every wait has a deadline; `revoke` frees all who wait; `reform` makes the
 group of the next generation.
 """
 

@@ -35,6 +35,10 @@ class HostLayout:
         """Bytes of address space."""
         return self.regions.size_bytes
 
+    def versions(self, replica: int) -> Region:
+        """The versions of a replica's blocks, one word each."""
+        return self.regions.named["versions"].part(replica * 8 * self.blocks, 8 * self.blocks)
+
     def mailbox(self, slot: int, number: int) -> Region:
         """Where a slot's message goes; two halves in turn, since a slower reader may still read the last."""
         return self.regions.named["mailboxes"].part((slot * 2 + number % 2) * MAILBOX_BYTES, MAILBOX_BYTES)
@@ -69,7 +73,7 @@ def host_layout(
         raise ValueError(f"{entries} partials a slot exceed the {ENTRIES} that can be published")
     regions = Regions()
     regions.add("header", header_bytes(slots))
-    regions.add("versions", 8 * blocks)
+    regions.add("versions", 8 * blocks * replicas)
     regions.add("reports", 8 * slots * 2 * len(PHASES))
     regions.add("mailboxes", slots * 2 * MAILBOX_BYTES, PAGE)
     regions.add("state", replicas * _paged(state_bytes), PAGE)

@@ -1,5 +1,6 @@
 """Which worker this process is: read from the environment, once, and passed on."""
 
+import functools
 import os
 import socket
 import sys
@@ -59,7 +60,13 @@ def in_notebook() -> bool:
     return "ipykernel" in sys.modules
 
 
-def discover(environ: Mapping[str, str] = os.environ) -> World:
+@functools.cache
+def this_process() -> World:
+    """This process's world: one line to the arena's keeper, however many times it trains."""
+    return discover(os.environ)
+
+
+def discover(environ: Mapping[str, str]) -> World:
     """This process's world, from the environment that ``unisono run``, ``torchrun`` or nobody has set.
 
     Raises:

@@ -71,6 +71,7 @@ class BlockOptimizer:
         self._step = stepper(self._optimizer)
         self._constructed = optimizer
         self._coupled = update is UpdateClass.COUPLED
+        self._update = update
         self._python_state = python_state
         self._rates = [float(group["lr"]) if "lr" in group else None for group in optimizer.param_groups]
         self._parameters: dict[int, nn.Parameter] = {}
@@ -101,6 +102,14 @@ class BlockOptimizer:
 
     def step(self, units: Sequence[Unit]) -> None:
         """Update the units from the gradients in the memory they were attached with."""
+        fresh = [unit for unit in units if not unit.present[0]]
+        if self._update is UpdateClass.ELEMENT and fresh and len(fresh) < len(units):
+            # some classes take one path for a whole list, by whether its first tensor has state
+            units = [unit for unit in units if unit.present[0]]
+            self._step_alike(fresh)
+        self._step_alike(units)
+
+    def _step_alike(self, units: Sequence[Unit]) -> None:
         groups = self._optimizer.param_groups
         for group in groups:
             group["params"] = []
@@ -139,12 +148,16 @@ class BlockOptimizer:
                 state[key] = view
         unit.present[0] = 1
 
-    def _load_python_state(self, units: Sequence[Unit]) -> None:
+    def _stored_numbers(self) -> dict[str, Any]:
         assert self._python_state is not None
         size = int.from_bytes(self._python_state[:8], "little")
         if not size:
-            return
-        stored = json.loads(bytes(self._python_state[8 : 8 + size]))
+            return {"groups": [{}] * len(self._optimizer.param_groups), "state": {}}
+        stored: dict[str, Any] = json.loads(bytes(self._python_state[8 : 8 + size]))
+        return stored
+
+    def _load_python_state(self, units: Sequence[Unit]) -> None:
+        stored = self._stored_numbers()
         for group, values in zip(self._optimizer.param_groups, stored["groups"], strict=True):
             group.update({key: value for key, value in values.items() if key != "lr"})
         for unit in units:
@@ -152,9 +165,10 @@ class BlockOptimizer:
 
     def _store_python_state(self, units: Sequence[Unit]) -> None:
         assert self._python_state is not None
+        updated = {unit.name: _numbers(self._optimizer.state[self._parameters[id(unit)]]) for unit in units}
         stored = {
             "groups": [_numbers(group) for group in self._optimizer.param_groups],
-            "state": {unit.name: _numbers(self._optimizer.state[self._parameters[id(unit)]]) for unit in units},
+            "state": {**self._stored_numbers()["state"], **updated},
         }
         data = json.dumps(stored, sort_keys=True).encode()
         if len(data) + 8 > len(self._python_state):

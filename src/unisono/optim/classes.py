@@ -1,5 +1,7 @@
 """Which class an optimizer is of: what the update of one element depends on, and thus how it may be divided."""
 
+from typing import Any
+
 import torch
 from torch.optim import Optimizer
 
@@ -30,6 +32,11 @@ def update_class(optimizer: Optimizer) -> UpdateClass:
     for refused, reason in _REFUSED.items():
         if isinstance(optimizer, refused):
             raise ConfigurationError(f"optimizer {kind.__name__} cannot be used: {reason}")
+    if any(isinstance(value, Optimizer) for value in vars(optimizer).values()):
+        raise ConfigurationError(
+            f"optimizer {kind.__name__} wraps another optimizer, whose parameters would not be the blocks that are "
+            "updated here; use the inner optimizer"
+        )
     declared = getattr(optimizer, "update_class", None)
     if declared is not None:
         try:
@@ -51,10 +58,25 @@ def pin_variant(optimizer: Optimizer) -> None:
 
     Variants differ in the last bits, and torch would choose by device and number of tensors.
     """
-    fusable = type(optimizer) in _FUSED_ON_CPU
     for group in optimizer.param_groups:
+        # the fused SGD of torch 2.13 gives wrong values for half precision on a CPU
+        whole = all(p.dtype in (torch.float32, torch.float64) for p in group["params"])
+        fusable = type(optimizer) in _FUSED_ON_CPU and whole
         unset = group.get("fused") is None or "foreach" not in group
         if "fused" in group and unset:
             group["fused"] = fusable and not group.get("differentiable", False) and group.get("foreach") is not True
         if "foreach" in group and group["foreach"] is None:
             group["foreach"] = False
+
+
+def described(optimizer: Optimizer) -> dict[str, Any]:
+    """An optimizer's class and the settings of its groups, to record with the run."""
+    groups = [
+        {
+            k: list(v) if isinstance(v, tuple) else v
+            for k, v in group.items()
+            if isinstance(v, int | float | str | tuple)
+        }
+        for group in optimizer.param_groups
+    ]
+    return {"class": type(optimizer).__name__, "groups": groups}

@@ -101,10 +101,38 @@ def state_spec(
         ]
     else:
         found = _together(optimizer, groups, parameters)
+    for state in found:
+        _refuse_what_cannot_be_kept(optimizer, state, numbers=update is UpdateClass.COUPLED)
     return OptimizerSpec(update, tensors=tuple(tuple(_specs(state)) for state in found))
 
 
-def _step(optimizer: Optimizer) -> None:
+def _refuse_what_cannot_be_kept(optimizer: Optimizer, state: dict[str, Any], *, numbers: bool) -> None:
+    allowed = (Tensor, int, float) if numbers else (Tensor,)
+    for key, value in state.items():
+        if value is not None and not isinstance(value, allowed):
+            remedy = "keep tensors" if numbers else "make it a tensor, or leave update_class out"
+            raise ConfigurationError(
+                f"optimizer {type(optimizer).__name__} keeps state {key!r} of type {type(value).__name__}, "
+                f"which cannot be shared and saved; {remedy}"
+            )
+
+
+def _step(optimizer: Optimizer, *, coupled: bool = False) -> None:
+    before = [_settings(group) for group in optimizer.param_groups]
+    _take_step(optimizer)
+    after = [_settings(group) for group in optimizer.param_groups]
+    if not coupled and after != before:
+        raise ConfigurationError(
+            f"optimizer {type(optimizer).__name__} counts in its parameter groups, which each owner would do at "
+            "its own pace; leave its update_class out, and one owner will update everything"
+        )
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if isinstance(value, int | float)}
+
+
+def _take_step(optimizer: Optimizer) -> None:
     try:
         stepper(optimizer)()
     except TypeError as error:
@@ -155,7 +183,7 @@ def _together(
             probe.grad = torch.zeros_like(probe)
             members[group].append(probe)
     trial = clone(optimizer, members)
-    _step(trial)
+    _step(trial, coupled=True)
     return [dict(trial.state.get(probe, {})) for probe in probes]
 
 

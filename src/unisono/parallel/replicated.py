@@ -124,7 +124,7 @@ class Replica:
         else:
             result = self._loss(call(self.model, inputs), target)
         loss, weight = loss_and_weight(result)
-        if not loss.requires_grad:
+        if not loss.requires_grad and weight > 0:
             raise ConfigurationError(
                 "the loss does not depend on any trained parameter; return what the model's output leads to"
             )
@@ -163,7 +163,8 @@ class Replica:
             chain[0].clear()
         self._chain = chain
         self._seen = bytearray(len(self._uses))
-        cast(Any, forwarded.loss).backward()
+        if forwarded.loss.requires_grad:  # a micro-batch of weight 0 need not depend on anything
+            cast(Any, forwarded.loss).backward()
         for u in range(len(self._uses)):
             if not self._seen[u]:
                 add_entry(chain, u, None)

@@ -153,6 +153,13 @@ def _discard(path: Path, temporary: Path) -> None:
     shutil.rmtree(temporary)
 
 
+def set_aside(path: Path) -> None:
+    """Rename a checkpoint that is damaged, so that it no longer counts as one."""
+    aside = path.with_suffix(".damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+
+
 def prune(directory: Path, keep: int, always: Iterable[int] = ()) -> None:
     """Remove all but the newest ``keep`` checkpoints and those of the steps in ``always``."""
     steps = steps_in(directory)
@@ -199,20 +206,20 @@ def load(path: Path) -> tuple[Manifest, dict[str, Tensor]]:
     return manifest, tensors
 
 
-def newest_intact(directory: Path) -> tuple[Path, Manifest, dict[str, Tensor], list[str]]:
-    """The newest checkpoint that is intact, loaded, and why newer ones were passed over.
+def newest_intact(directory: Path) -> tuple[Path, Manifest, dict[str, Tensor], dict[Path, str]]:
+    """The newest checkpoint that is intact, loaded, and the newer ones that are not, with the reason.
 
     Raises:
         CheckpointError: where there is none.
     """
-    damaged: list[str] = []
+    damaged: dict[Path, str] = {}
     for step in steps_in(directory):
         path = path_of(directory, step)
         try:
             manifest, tensors = load(path)
         except CheckpointError as error:
-            damaged.append(str(error))
+            damaged[path] = str(error)
             continue
         return path, manifest, tensors, damaged
-    reason = "; ".join(damaged) if damaged else "there is none"
+    reason = "; ".join(damaged.values()) if damaged else "there is none"
     raise CheckpointError(f"no intact checkpoint in {directory}: {reason}; start the run without --resume")

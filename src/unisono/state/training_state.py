@@ -10,7 +10,7 @@ from unisono.optim.blockwise import torch_dtype
 from unisono.optim.state_spec import ElementState
 from unisono.plan.assignment import UpdateClass
 from unisono.run.digest import digest
-from unisono.state.layout import CELL, StateLayout
+from unisono.state.layout import CELL, PYTHON_STATE_BYTES, StateLayout
 
 PARAMETER, OPTIMIZER, BUFFER = "parameter", "optimizer", "buffer"
 
@@ -41,6 +41,11 @@ class TrainingState:
         else:  # a device's memory has no host view: the words are this process's own
             self._present = frozen._present if frozen else memoryview(bytearray(CELL * layout.blocks)).cast("Q")
             self._present_stride = 1
+        self._numbers: Tensor | None = None
+        if layout.optimizer.update is UpdateClass.COUPLED:
+            on_host = self._region("python").device.type == "cpu"
+            elsewhere = frozen._numbers if frozen else torch.zeros(PYTHON_STATE_BYTES, dtype=torch.uint8)
+            self._numbers = self._region("python") if on_host else elsewhere
 
     def _region(self, name: str) -> Tensor:
         region = self.layout.regions.named[name]
@@ -76,9 +81,7 @@ class TrainingState:
 
     def python_state(self) -> memoryview | None:
         """The bytes in which a coupled optimizer's plain numbers are kept."""
-        if self.layout.optimizer.update is not UpdateClass.COUPLED:
-            return None
-        return self._region("python").numpy().data
+        return None if self._numbers is None else self._numbers.numpy().data
 
     def parameter_state(self, parameter: int) -> dict[str, Tensor]:
         """The optimizer state of a whole parameter, for classes that are not element-wise."""
@@ -93,7 +96,7 @@ class TrainingState:
         return self._region(f"values {segment}").view(dtype)[start:stop]
 
     def span_state(self, segment: int, start: int, stop: int, block: int) -> dict[str, Tensor]:
-        """The element-wise optimizer state of a span, with the scalars of ``block``, to whose group all of it belongs."""
+        """The element-wise optimizer state of a span of one group, with the scalars of ``block``, one of its blocks."""
         kept = self._state_of(self.layout.flat.blocks[block].parameter)
         state = {
             key: self._region(f"state {key} {segment}").view(torch_dtype(dtype))[start:stop]
@@ -125,8 +128,8 @@ class TrainingState:
                     yield f"{OPTIMIZER}/{name}/{key}", tensor
         for buffer, tensor in zip(self.layout.buffers, self.buffers, strict=True):
             yield f"{BUFFER}/{buffer.name}", tensor
-        if spec.update is UpdateClass.COUPLED:
-            yield f"{OPTIMIZER}/numbers", self._region("python")
+        if self._numbers is not None:
+            yield f"{OPTIMIZER}/numbers", self._numbers
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take every value from named tensors, those that `named_tensors` gave."""
@@ -151,8 +154,8 @@ class TrainingState:
                     self._take(tensors, f"{OPTIMIZER}/{name}/{key}", tensor)
         for buffer, tensor in zip(self.layout.buffers, self.buffers, strict=True):
             self._take(tensors, f"{BUFFER}/{buffer.name}", tensor)
-        if spec.update is UpdateClass.COUPLED:
-            self._take(tensors, f"{OPTIMIZER}/numbers", self._region("python"))
+        if self._numbers is not None:
+            self._take(tensors, f"{OPTIMIZER}/numbers", self._numbers)
 
     def _take(self, tensors: Mapping[str, Tensor], name: str, target: Tensor) -> None:
         source = tensors.get(name)

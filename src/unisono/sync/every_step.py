@@ -129,7 +129,6 @@ class EveryStep:
             gradient_norm=norm,
             learning_rate=self._optimizer.learning_rate,
             flags=flags,
-            buffers_written=bool(sums.touched[len(self._flat.uses) :].any()),
         )
 
     def _update(self, owned: OwnedRun, sums: StepSums, step: int, snapshot: bool) -> None:

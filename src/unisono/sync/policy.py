@@ -16,7 +16,6 @@ class Outcome:
         gradient_norm: before clipping, where it was needed.
         learning_rate: of the optimizer's first group.
         flags: requests that workers sent with the step.
-        buffers_written: whether the step changed any of the model's buffers.
     """
 
     loss: float
@@ -24,7 +23,6 @@ class Outcome:
     gradient_norm: float | None
     learning_rate: float
     flags: int
-    buffers_written: bool
 
 
 class Policy(Protocol):

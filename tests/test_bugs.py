@@ -1,0 +1,204 @@
+"""Defects that were once found, each with its cause."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import unisono
+from tests import jobs, toys
+from unisono.errors import ConfigurationError
+from unisono.events import CheckpointSaved, Event, StepFinished
+from unisono.optim.classes import pin_variant, update_class
+from unisono.state.checkpoint import DIRECTORY, load, path_of, steps_in
+
+
+def trainer(**options: Any) -> unisono.Trainer:
+    parts: dict[str, Any] = {
+        "model": lambda: nn.Linear(6, 4),
+        "loss": F.mse_loss,
+        "data": toys.Samples(),
+        "optimizer": lambda p: torch.optim.SGD(p, lr=0.1),
+        "global_batch_size": 8,
+        "micro_batch_size": 4,
+        "observe": {"progress": False},
+    }
+    return unisono.Trainer(**{**parts, **options})
+
+
+def test_the_returned_model_has_the_committed_buffers(tmp_path: Path) -> None:
+    """Cause: only parameters were given back; buffers kept what the worker's last micro-batch had written."""
+    subject = jobs.trainer(model="norm", run_dir=str(tmp_path))
+    subject.fit(3)
+    assert subject.model is not None
+    _, saved = load(path_of(tmp_path / DIRECTORY, 3))
+    assert torch.equal(subject.model.get_buffer("1.running_mean"), saved["buffer/1.running_mean"])
+
+
+class Average(nn.Module):
+    """A buffer that changes in evaluation too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 4)
+        self.register_buffer("seen", torch.zeros(()))
+        self.seen: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += x.mean()
+        y: Tensor = self.linear(x) * (1 + 0.1 * torch.tanh(self.seen))
+        return y
+
+
+def test_evaluation_does_not_leak_into_training() -> None:
+    """Cause: buffers that were written in evaluation survived into the next micro-batch."""
+    plain = trainer(model=Average).fit(4).digest
+    watched: list[unisono.Trainer] = []
+
+    def use(event: Event) -> None:
+        if isinstance(event, StepFinished):
+            model = watched[0].model
+            assert model is not None
+            model(torch.ones(2, 6))
+
+    validated = trainer(model=Average, validation=toys.Samples(), validate={"every": 1}, callbacks=[use])
+    watched.append(validated)
+    assert validated.fit(4).digest == plain
+
+
+def test_saves_after_a_resume_outlive_damaged_newer_ones(tmp_path: Path) -> None:
+    """Cause: damaged checkpoints of later steps counted as the newest, so what was just written was pruned."""
+    settings: dict[str, Any] = {"run_dir": str(tmp_path), "checkpoint": {"every": 2, "keep": 1, "keep_best": False}}
+    trainer(**{**settings, "checkpoint": {"every": 2, "keep": 9}}).fit(8)
+    for step in (4, 6, 8):
+        (path_of(tmp_path / DIRECTORY, step) / "manifest.json").write_text("{}")
+    trainer(**settings).fit(3, resume=True)
+    assert steps_in(tmp_path / DIRECTORY) == [3]
+    (path_of(tmp_path / DIRECTORY, 3) / "manifest.json").write_text("{}")
+
+
+def test_late_snapshots_do_not_run_away(tmp_path: Path) -> None:
+    """Cause: a snapshot taken later than it was wanted left the wish standing."""
+    saved: list[int] = []
+    trainer(
+        run_dir=str(tmp_path),
+        checkpoint={"every": 5, "keep": 99},
+        callbacks=[lambda e: saved.append(e.step) if isinstance(e, CheckpointSaved) else None],
+    ).fit(40)
+    assert len(saved) <= 9
+
+
+def test_a_users_temporary_files_are_left_alone(tmp_path: Path) -> None:
+    """Cause: every ``*.tmp`` in the run directory was taken for a leftover."""
+    (tmp_path / "mine.tmp").mkdir()
+    trainer(run_dir=str(tmp_path)).fit(1)
+    assert (tmp_path / "mine.tmp").is_dir()
+
+
+def test_a_model_may_change_its_input_in_place() -> None:
+    """Cause: the purity check computed twice on one batch."""
+
+    class InPlace(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input.div_(2))
+
+    trainer(model=lambda: InPlace(6, 4)).fit(2)
+
+
+def test_a_dataset_with_random_state_of_its_own_is_refused() -> None:
+    """Cause: one load served both computations of the purity check."""
+
+    class Own(toys.Samples):
+        generator = torch.Generator().manual_seed(0)
+
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            x, y = super().__getitem__(index)
+            return x + torch.rand(6, generator=self.generator), y
+
+    with pytest.raises(unisono.UnisonoError, match="the run is not pure"):
+        trainer(data=Own()).fit(1)
+
+
+def test_a_micro_batch_without_weight_need_not_depend_on_parameters() -> None:
+    """Cause: a constant loss was refused even where its weight is 0."""
+
+    def loss(output: Tensor, target: Tensor) -> tuple[Tensor, float]:
+        return (F.mse_loss(output, target, reduction="sum"), 4.0) if target[0, 0] > 0 else (torch.zeros(()), 0.0)
+
+    assert trainer(loss=loss).fit(4).step == 4
+
+
+def test_a_grown_dataset_cannot_be_resumed(tmp_path: Path) -> None:
+    """Cause: the number of samples, which orders them, was not recorded."""
+    trainer(run_dir=str(tmp_path)).fit(1)
+    larger = torch.utils.data.ConcatDataset([toys.Samples(), toys.Samples()])  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="samples is 120, but the run in .* has 60"):
+        trainer(run_dir=str(tmp_path), data=larger).fit(2, resume=True)
+
+
+def test_half_precision_is_not_given_to_the_fused_sgd() -> None:
+    """Cause: torch's fused SGD for bf16 and fp16 on a CPU gives wrong values (torch 2.13)."""
+    for dtype, fused in ((torch.bfloat16, False), (torch.float32, True)):
+        optimizer = torch.optim.SGD([nn.Parameter(torch.ones(4, dtype=dtype))], lr=0.1)
+        pin_variant(optimizer)
+        assert optimizer.param_groups[0]["fused"] is fused
+
+
+def test_an_optimizer_that_wraps_another_is_refused() -> None:
+    """Cause: the copy over blocks went on stepping the inner one, over parameters that get no gradient."""
+
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, parameters: Any) -> None:
+            super().__init__(parameters, {})
+            self.base = torch.optim.SGD(self.param_groups, lr=0.1)
+
+    with pytest.raises(ConfigurationError, match="wraps another optimizer"):
+        update_class(Wrapper([nn.Parameter(torch.ones(1))]))
+
+
+def test_numbers_that_an_owner_would_count_alone_are_refused() -> None:
+    """Cause: plain numbers in state or groups were lost on resume, or counted once for every run of blocks."""
+
+    class Counting(torch.optim.SGD):
+        update_class = "element-wise"
+
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            for group in self.param_groups:
+                group["count"] = group.get("count", 0) + 1
+
+    class InState(torch.optim.SGD):
+        update_class = "per parameter"
+
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            for group in self.param_groups:
+                for p in group["params"]:
+                    self.state[p]["step"] = 1
+
+    with pytest.raises(ConfigurationError, match="counts in its parameter groups"):
+        trainer(optimizer=lambda p: Counting(p, lr=0.1)).fit(1)
+    with pytest.raises(ConfigurationError, match="keeps state 'step' of type int"):
+        trainer(optimizer=lambda p: InState(p, lr=0.1)).fit(1)
+
+
+def test_a_module_under_two_names_is_exported_under_both(tmp_path: Path) -> None:
+    """Cause: names of buffers were taken once each."""
+    from unisono.state.export import state_dict
+
+    def build() -> nn.Module:
+        model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4))
+        model.add_module("again", model[1])
+        return model
+
+    subject = trainer(model=build, run_dir=str(tmp_path))
+    subject.fit(1)
+    assert subject.model is not None
+    build().load_state_dict(state_dict(path_of(tmp_path / DIRECTORY, 1)))
+
+
+def test_a_script_may_train_twice_on_several_workers(pool: Any) -> None:
+    """Cause: both trainings asked for an arena of the same name, and some workers got the first one's."""
+    results = pool.run({"call": "tests.jobs:train_twice", "arguments": {}}, 3).results
+    assert all(r == results[0] for r in results) and results[0][0] != results[0][1]

@@ -6,7 +6,8 @@ No torch here: the command line checks a configuration before anything heavy is 
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_args
+from types import UnionType
+from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -223,6 +224,15 @@ def to_yaml(config: BaseModel, *, defaults: bool = True) -> str:
     return text
 
 
+def _kind(annotation: object) -> str:
+    """A type as a reader of the reference knows it."""
+    if get_origin(annotation) is Literal:
+        return " or ".join(str(value) for value in get_args(annotation))
+    if isinstance(annotation, UnionType):
+        return " or ".join(_kind(part) for part in get_args(annotation) if part is not type(None))
+    return str(annotation) if get_args(annotation) else str(getattr(annotation, "__name__", annotation))
+
+
 def reference(model: type[BaseModel] = Config, prefix: str = "") -> list[tuple[str, str, str, str]]:
     """Every key with its type, default and meaning: the configuration reference of the docs."""
     rows = []
@@ -231,9 +241,8 @@ def reference(model: type[BaseModel] = Config, prefix: str = "") -> list[tuple[s
         if inner is not model and field.annotation is not None:
             rows += reference(inner, f"{prefix}{name}.")
             continue
-        kind = str(getattr(field.annotation, "__name__", "") or field.annotation)
-        if get_args(field.annotation):
-            kind = str(field.annotation).replace("typing.", "").replace("NoneType", "None")
-        default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
+        kind = _kind(field.annotation)
+        value = None if field.is_required() else field.get_default(call_default_factory=True)
+        default = "required" if field.is_required() else "" if value is None else f"`{value}`"
         rows.append((f"{prefix}{name}", kind, default, field.description or ""))
     return rows

@@ -1,0 +1,38 @@
+"""Docs that are made from the code are up to date, and the example runs."""
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_configuration_reference_is_up_to_date() -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "make_reference.py"))["text"]()
+    assert (ROOT / "docs" / "configuration.md").read_text() == made, "run make docs"
+
+
+def test_the_example_runs_on_two_workers() -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "unisono.cli",
+        "run",
+        "-n",
+        "2",
+        str(ROOT / "examples" / "train_mlp.py"),
+        "--steps",
+        "40",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "digest" in done.stdout and done.stdout.count("prediction for zeros") == 1
+
+
+def test_links_of_the_docs_lead_somewhere() -> None:
+    import re
+
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"

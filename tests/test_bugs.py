@@ -1,7 +1,7 @@
 """Defects that were once found, each with its cause."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -134,7 +134,7 @@ def test_a_micro_batch_without_weight_need_not_depend_on_parameters() -> None:
 def test_a_grown_dataset_cannot_be_resumed(tmp_path: Path) -> None:
     """Cause: the number of samples, which orders them, was not recorded."""
     trainer(run_dir=str(tmp_path)).fit(1)
-    larger = torch.utils.data.ConcatDataset([toys.Samples(), toys.Samples()])  # type: ignore[arg-type]
+    larger: Any = torch.utils.data.ConcatDataset([cast(Any, toys.Samples()), cast(Any, toys.Samples())])
     with pytest.raises(ConfigurationError, match=r"samples is 120, but the run in .* has 60"):
         trainer(run_dir=str(tmp_path), data=larger).fit(2, resume=True)
 

@@ -50,6 +50,7 @@ class Objects:
         model, loss, data, optimizer, validation, metrics, collate: see `Trainer`.
         definition: facts to record with the run, a digest of the data for example.
         summary: the trained model -> what to show at the end.
+        tokens_per_sample: for throughput in tokens, where samples hold them.
     """
 
     model: Callable[[], nn.Module]
@@ -61,6 +62,7 @@ class Objects:
     collate: Collate | None
     definition: Callable[[], Mapping[str, Any]] | None = None
     summary: Callable[[nn.Module], Mapping[str, Any]] | None = None
+    tokens_per_sample: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

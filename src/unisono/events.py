@@ -43,12 +43,16 @@ class PhaseEntered(Event):
 
 @dataclass(frozen=True, slots=True)
 class StepFinished(Event):
-    """Step ``step`` (from 1) is committed; ``phases`` holds one mapping, phase -> seconds, per worker."""
+    """Step ``step`` (from 1) is committed.
+
+    ``tokens`` counts what the samples hold, where the task says; ``phases`` has one mapping, phase -> seconds, per worker.
+    """
 
     step: int
     loss: float
     weight: float
     samples: int
+    tokens: int | None
     learning_rate: float
     gradient_norm: float | None
     seconds: float

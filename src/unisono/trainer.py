@@ -366,6 +366,7 @@ class _Loop:
             return
         if outcome.flags & SNAPSHOT:
             self._save(step - 1, self._worker.snapshot)
+        tokens = self._trainer._objects.tokens_per_sample
         reports = [dict(zip(PHASES, row, strict=True)) for row in self._worker.group.reports(step)]
         self._emit(
             StepFinished(
@@ -373,6 +374,7 @@ class _Loop:
                 loss=outcome.loss,
                 weight=outcome.weight,
                 samples=self._config.global_batch_size,
+                tokens=None if tokens is None else tokens * self._config.global_batch_size,
                 learning_rate=outcome.learning_rate,
                 gradient_norm=outcome.gradient_norm,
                 seconds=seconds,

@@ -13,7 +13,7 @@ from unisono.events import RunFinished, RunStarted, StepFinished, Summary
 from unisono.observe.progress import Progress
 from unisono.observe.report import write_report
 
-STEP = StepFinished(1, 2.5, 4.0, 28, 0.1, None, 0.5, [{"data": 0.1}])
+STEP = StepFinished(1, 2.5, 4.0, 28, 280, 0.1, None, 0.5, [{"data": 0.1}])
 
 
 def shown(terminal: bool) -> str:
@@ -30,7 +30,7 @@ def shown(terminal: bool) -> str:
 def test_lines_where_there_is_no_terminal() -> None:
     text = shown(False)
     assert "training 1,234 parameters with 3 workers, records in runs/x" in text
-    assert "step 1/2: loss 2.5000" in text and "\x1b" not in text
+    assert "step 1/2: loss 2.5000 · 560 tokens/s" in text and "\x1b" not in text
     assert "[bold]not markup[/]" in text and "finished after step 2" in text and "digest abc" in text
 
 

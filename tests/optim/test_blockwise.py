@@ -72,11 +72,11 @@ def test_elements_do_not_depend_on_their_neighbours(name: str) -> None:
     values, gradients = torch.randn(sum(sizes)), [torch.randn(sum(sizes)) for _ in range(4)]
     results = []
     for cut in ([sum(sizes)], sizes):
-        parts = [nn.Parameter(part.clone()) for part in values.split(cut)]
+        parts = [nn.Parameter(part.clone()) for part in torch.split(values, cut)]
         optimizer = toys.OPTIMIZERS[name](parts)
         pin_variant(optimizer)
         for gradient in gradients:
-            for part, g in zip(parts, gradient.split(cut), strict=True):
+            for part, g in zip(parts, torch.split(gradient, cut), strict=True):
                 part.grad = g.clone()
             optimizer.step()
         results.append(torch.cat([part.detach() for part in parts]))
@@ -132,7 +132,7 @@ def test_what_cannot_work_is_refused_with_the_reason(name: str, reason: str) -> 
 def test_clipping_is_torchs() -> None:
     torch.manual_seed(0)
     gradients = [torch.randn(n) for n in (5, 1000, 70_000)]
-    blocks = [b for g in gradients for b in g.split(65_536)]
+    blocks = [b for g in gradients for b in torch.split(g, 65_536)]
     norm = global_norm(squared_norms(blocks))
     assert norm == pytest.approx(float(torch.nn.utils.get_total_norm(gradients)), rel=1e-6)
     parameters = [nn.Parameter(torch.zeros_like(g)) for g in gradients]

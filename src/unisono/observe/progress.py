@@ -90,11 +90,12 @@ class Progress:
             self._bar.start()
 
     def _step(self, event: StepFinished) -> None:
-        rate = event.samples / event.seconds if event.seconds > 0 else 0.0
+        count, unit = (event.samples, "samples") if event.tokens is None else (event.tokens, "tokens")
+        rate = count / event.seconds if event.seconds > 0 else 0.0
         self._rate = rate if self._rate is None else self._rate + SMOOTHING * (rate - self._rate)
         now = self._clock()
         last = event.step == self._steps
-        figures = f"loss {event.loss:.4f} · {self._rate:,.0f} samples/s"
+        figures = f"loss {event.loss:.4f} · {self._rate:,.0f} {unit}/s"
         if self._bar is not None:
             if now - self._shown >= REFRESH_S or last:
                 self._bar.update(self._task_id, completed=event.step, figures=figures)

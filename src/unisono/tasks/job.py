@@ -30,6 +30,7 @@ def objects_of(task: Task, optimizer: OptimizerConfig | None) -> Objects:
         collate=getattr(task, "collate", None),
         definition=getattr(task, "definition", None),
         summary=getattr(task, "summary", None),
+        tokens_per_sample=getattr(task, "tokens_per_sample", None),
     )
 
 

@@ -109,7 +109,7 @@ class LanguageModel:
             raise ConfigurationError(f"width {width} is not a multiple of heads {heads}; choose heads that divide it")
         self._shape = {"layers": layers, "width": width, "heads": heads, "context": context, "dropout": dropout}
         self._tied = tied
-        self._context = context
+        self._context = self.tokens_per_sample = context
         self._lr, self._weight_decay = lr, weight_decay
         self._corpus = corpus(path)
 

@@ -18,8 +18,11 @@ BUILT_IN = {
 
 
 class Task(Protocol):
-    """What ``unisono train`` trains. Optional besides: ``metrics(output, target)``, ``collate(samples)``,
-    ``definition()`` (facts to record with the run) and ``summary(model)`` (what to show at the end)."""
+    """What ``unisono train`` trains.
+
+    Optional besides: ``metrics(output, target)``, ``collate(samples)``, ``definition()`` (facts to record with the run),
+    ``summary(model)`` (what to show at the end), ``tokens_per_sample``.
+    """
 
     def model(self) -> nn.Module:
         """Build the model; called under the run's seed."""

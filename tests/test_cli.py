@@ -1,0 +1,186 @@
+"""The command line as a user meets it: help, wrong input, training, verification, checkpoints."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SMALL = """
+task: images
+options: {width: 4}
+steps: 4
+global_batch_size: 28
+micro_batch_size: 4
+validation: {samples: 40}
+"""
+TASK = """
+import torch
+from torch import nn
+class Task:
+    def __init__(self, fault=None): self.fault = fault
+    def model(self): return nn.Linear(2, 1)
+    def dataset(self, split):
+        class Data:
+            fault = self.fault
+            def __len__(self): return 0 if self.fault == "empty" else 50
+            def __getitem__(self, i):
+                if self.fault == "item" and torch.distributed is not None and __import__("os").environ["RANK"] == "1":
+                    raise RuntimeError("cannot decode this image")
+                return torch.ones(2), torch.ones(1)
+        return Data() if split == "train" else None
+    def loss(self, output, target):
+        value = nn.functional.mse_loss(output, target)
+        return value * float("nan") if self.fault == "nan" else value
+    def optimizer(self, parameters): return torch.optim.SGD(parameters, lr=0.1)
+"""
+
+
+def unisono(*arguments: str, cwd: Path = ROOT, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "COLUMNS": "200"}
+    return subprocess.run(
+        [sys.executable, "-m", "unisono.cli", *arguments],
+        capture_output=True, text=True, cwd=cwd, timeout=timeout, env=environment,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A directory with a configuration and a task of the user's."""
+    (tmp_path / "small.yaml").write_text(SMALL)
+    (tmp_path / "my_task.py").write_text(TASK)
+    (tmp_path / "mine.yaml").write_text("task: my_task:Task\nsteps: 3\nglobal_batch_size: 8\nmicro_batch_size: 2\n")
+    (tmp_path / "list.yaml").write_text("- a\n- b\n")
+    (tmp_path / "broken.yaml").write_text("task: [\n")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "events.jsonl").write_text("")
+    return tmp_path
+
+
+WRONG = {
+    "unknown key": (["small.yaml", "step=3"], "unknown key step; did you mean steps?"),
+    "unknown key in a section": (["small.yaml", "layout.zer=1"], "unknown key layout.zer; did you mean zero?"),
+    "micro-batch that does not divide": (["small.yaml", "micro_batch_size=5"], "does not divide global_batch_size 28"),
+    "a word for a number": (["small.yaml", "steps=many"], "steps = 'many': input should be a valid integer"),
+    "missing configuration": (["nothing.yaml"], "cannot read configuration nothing.yaml"),
+    "not a mapping": (["list.yaml"], "holds list; a configuration is a mapping"),
+    "not YAML": (["broken.yaml"], "is not valid YAML"),
+    "not an override": (["small.yaml", "steps"], "is not of the form key=value"),
+    "missing path": (["small.yaml", "task=lm", "options={path: no/such/*.txt}"], "no file at no/such/*.txt"),
+    "empty corpus": (["small.yaml", "task=lm", "options={path: empty}"], "no text in empty"),
+    "more workers than micro-batches": (["small.yaml", "-n", "8"], "8 workers but only 7 micro-batches"),
+    "unknown task": (["small.yaml", "task=lmm"], "task 'lmm' is not known; use lm, images"),
+    "import path that fails": (["small.yaml", "task=no_such:Task"], "cannot import no_such"),
+    "class that is not there": (["mine.yaml", "task=my_task:Other"], "module my_task has no class Other"),
+    "options that do not fit": (["small.yaml", "options={wdth: 3}"], "its options are width, dropout"),
+    "unknown optimizer": (["small.yaml", "optimizer.name=Adamw"], "optimizer.name is 'Adamw'; torch.optim has"),
+    "optimizer options that do not fit": (
+        ["small.yaml", "optimizer={name: SGD, options: {beta: 1}}"],
+        "do not fit SGD",
+    ),
+    "preload that fails": (["small.yaml", "preload=[no_such]"], "preload: cannot import no_such"),
+    "empty dataset": (["mine.yaml", "options={fault: empty}"], "the training dataset is empty"),
+    "loss that is NaN": (["mine.yaml", "options={fault: nan}"], "the loss is nan at step 1, micro-batch"),
+    "directory of another run": (["small.yaml", "run_dir=old"], "old holds a run already; resume it with --resume"),
+    "nothing to resume": (["small.yaml", "--resume"], "no run of task images in runs/ to resume"),
+    "unwritable run directory": (["small.yaml", "run_dir=/proc/nowhere"], "cannot write into run_dir /proc/nowhere"),
+    "validation metric that is not there": (["small.yaml", "validation.metric=acc"], "the task has accuracy, loss"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_one_sentence_and_exit_code_2(place: Path, case: str) -> None:
+    arguments, expected = WRONG[case]
+    before = {p for p in place.rglob("*") if "__pycache__" not in p.parts}
+    started = time.monotonic()
+    done = unisono("train", *arguments, cwd=place)
+    assert time.monotonic() - started < 15
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("unisono: ") and expected in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    new = {p for p in place.rglob("*") if "__pycache__" not in p.parts} - before
+    assert not [p for p in new if p.name.endswith(".tmp") or p.name.startswith("step-")], new
+
+
+def test_a_users_exception_has_rank_and_traceback_and_exit_code_1(place: Path) -> None:
+    done = unisono("train", "mine.yaml", "options={fault: item}", "-n", "2", cwd=place)
+    assert done.returncode == 1
+    assert "worker 1 of 2 failed" in done.stderr and "cannot decode this image" in done.stderr
+    assert "raised by the training dataset for sample" in done.stderr and "my_task.py" in done.stderr
+
+
+def test_help_is_quick_and_has_examples() -> None:
+    started = time.monotonic()
+    done = unisono("--help")
+    assert done.returncode == 0 and "verify" in done.stdout
+    assert time.monotonic() - started < 2  # 0.25 s on a quiet machine; the bound is for busy ones
+    for command in (
+        ["train"],
+        ["run"],
+        ["verify"],
+        ["doctor"],
+        ["report"],
+        ["checkpoint", "export"],
+        ["bench", "train"],
+    ):
+        assert "Example: unisono" in unisono(*command, "--help").stdout, command
+    check = "import sys, unisono.cli, unisono.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check]).returncode == 0
+
+
+def test_train_resume_list_verify_export_report(place: Path) -> None:
+    first = unisono("train", "small.yaml", "-n", "2", cwd=place)
+    assert first.returncode == 0, first.stderr
+    assert "report: runs/images-001/report.html" in first.stdout and "accuracy" in first.stdout
+    assert (place / "runs/images-001/config.yaml").exists()
+    resumed = unisono("train", "small.yaml", "steps=6", "--resume", "--json", "-n", "3", cwd=place)
+    result = json.loads(resumed.stdout)
+    assert result["step"] == 6 and result["workers"] == 3 and result["run_dir"] == "runs/images-001"
+    straight = json.loads(unisono("train", "small.yaml", "steps=6", "--json", cwd=place).stdout)
+    assert straight["digest"] == result["digest"] and straight["run_dir"] == "runs/images-002"
+    listed = json.loads(unisono("checkpoint", "list", "runs/images-001", "--json", cwd=place).stdout)["checkpoints"]
+    assert [(row["step"], row["intact"]) for row in listed] == [(6, True), (4, True)]
+    assert unisono("checkpoint", "export", "runs/images-001", "out", cwd=place).returncode == 0
+    assert {p.name for p in (place / "out").iterdir()} == {"model.safetensors", "state_dict.pt"}
+    assert unisono("report", "runs/images-001", cwd=place).returncode == 0
+    manifest = place / "runs/images-001/checkpoints/step-00000006/manifest.json"
+    manifest.write_text(manifest.read_text().replace("digest", "Digest", 1))
+    damaged = unisono("checkpoint", "verify", "runs/images-001", cwd=place)
+    assert damaged.returncode == 1 and "DAMAGED" in damaged.stdout
+
+
+def test_verify_says_equal(place: Path) -> None:
+    done = unisono(
+        "verify", "small.yaml", "--workers", "1,2,3", "--steps", "4", "--resume-at", "2", "--json", cwd=place
+    )
+    report = json.loads(done.stdout)
+    assert done.returncode == 0 and report["equal"] and set(report["digests"]) == {"1", "2", "3"}
+    assert not (place / "runs").exists()
+
+
+def test_verify_refuses_what_cannot_be(place: Path) -> None:
+    for words, expected in (
+        (["--workers", "1,x"], "give whole numbers"),
+        (["--workers", "9"], "9 workers but only 7"),
+        (["--resume-at", "8"], "--resume-at 8 is not before the last step, 8"),
+    ):
+        done = unisono("verify", "small.yaml", *words, cwd=place)
+        assert done.returncode == 2 and expected in done.stderr
+
+
+def test_doctor_is_content() -> None:
+    done = unisono("doctor", "--json")
+    report = json.loads(done.stdout)
+    assert done.returncode == 0 and report["healthy"]
+    assert {"torch", "exactness", "shared memory"} <= {f["name"] for f in report["findings"]}
+
+
+def test_the_tasks_of_the_configurations_are_exact(pool: object) -> None:
+    for name in ("lm", "images"):
+        done = unisono("verify", f"configs/{name}.yaml", "--workers", "1,2", "--steps", "2", "--json")
+        assert done.returncode == 0 and json.loads(done.stdout)["equal"], done.stderr

@@ -45,7 +45,7 @@ class PhaseEntered(Event):
 class StepFinished(Event):
     """Step ``step`` (from 1) is committed.
 
-    ``tokens`` counts what the samples hold, where the task says; ``phases`` has one mapping, phase -> seconds, per worker.
+    ``tokens`` counts what the samples hold, where the task says; ``phases`` maps phase to seconds, once per worker.
     """
 
     step: int

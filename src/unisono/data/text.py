@@ -4,6 +4,7 @@ import bisect
 import glob
 import hashlib
 import mmap
+import os
 import sysconfig
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -77,8 +78,11 @@ def _hash(name: str) -> int:
 
 def _standard_library() -> list[tuple[Path, str]]:
     root = Path(sysconfig.get_path("stdlib"))
-    paths = (p for p in root.rglob("*.py") if not _LEFT_OUT.intersection(p.relative_to(root).parts[:-1]))
-    return sorted(((p, p.relative_to(root).as_posix()) for p in paths), key=lambda item: item[1])
+    found = []
+    for directory, below, names in os.walk(root):
+        below[:] = [name for name in below if name not in _LEFT_OUT]  # installed packages are not walked at all
+        found += [Path(directory, name) for name in names if name.endswith(".py")]
+    return sorted(((p, p.relative_to(root).as_posix()) for p in found), key=lambda item: item[1])
 
 
 def _matching(pattern: str) -> list[tuple[Path, str]]:

@@ -5,6 +5,7 @@ ends all of them, with their children, when the launcher is gone.
 """
 
 import contextlib
+import gc
 import importlib
 import os
 import select
@@ -120,6 +121,7 @@ def main() -> None:
     sys.path.insert(0, os.getcwd())
     for name in IMPORTS:
         importlib.import_module(name)
+    gc.freeze()  # what is imported stays: workers need not look at it again, nor copy its pages
     send(launcher, {"op": "ready"})
     die_with_parent(int(parent), 0)  # from here on the closed socket tells, and workers are ended in order
     ForkServer(launcher).run()

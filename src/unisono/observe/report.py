@@ -8,8 +8,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
-
 from unisono.errors import ConfigurationError
 from unisono.events import PHASES, Event, RunFinished
 
@@ -45,6 +43,8 @@ def write_report(run_dir: Path) -> Path:
     Raises:
         ConfigurationError: where the directory holds no run.
     """
+    import jinja2  # here, as matplotlib: a run's first step does not wait for what its end needs
+
     events = _read(run_dir)
     steps = _steps(events)
     template = jinja2.Environment(

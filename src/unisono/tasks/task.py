@@ -20,8 +20,8 @@ BUILT_IN = {
 class Task(Protocol):
     """What ``unisono train`` trains.
 
-    Optional besides: ``metrics(output, target)``, ``collate(samples)``, ``definition()`` (facts to record with the run),
-    ``summary(model)`` (what to show at the end), ``tokens_per_sample``.
+    Optional besides: ``metrics(output, target)``, ``collate(samples)``, ``definition()`` (facts to record with the
+    run), ``summary(model)`` (what to show at the end), ``tokens_per_sample``.
     """
 
     def model(self) -> nn.Module:

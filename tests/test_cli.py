@@ -58,7 +58,7 @@ def place(tmp_path: Path) -> Path:
     (tmp_path / "broken.yaml").write_text("task: [\n")
     (tmp_path / "empty").mkdir()
     (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "events.jsonl").write_text("")
+    (tmp_path / "old" / "events.jsonl").write_text('{"event": "StepFinished"}\n')
     return tmp_path
 
 

@@ -1,6 +1,5 @@
 """One worker put together: from the user's objects and the configuration to an engine over shared memory."""
 
-import gc
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from torch.optim import Optimizer
 
 from unisono.comm.arena import Arena, DeviceMemory, Region
 from unisono.comm.host import HostGroup, HostLayout, host_layout
-from unisono.comm.journal import Image, Journal
+from unisono.comm.journal import Journal
 from unisono.comm.partial import PartialLayout, partial_layout
 from unisono.config import TrainingConfig
 from unisono.data.feed import Collate, Dataset, Feed, TrainingFeed
@@ -21,7 +20,7 @@ from unisono.errors import ConfigurationError
 from unisono.evaluation import Evaluator, Metrics
 from unisono.events import Emitter
 from unisono.launch.world import World
-from unisono.optim.blockwise import BlockOptimizer, Stretch, Unit
+from unisono.optim.blockwise import BlockOptimizer
 from unisono.optim.classes import pin_variant, update_class
 from unisono.optim.eager import without_compiler
 from unisono.optim.schedules import Schedule, scale
@@ -35,9 +34,9 @@ from unisono.run.rng import Isolation, ModuleRandom, derive
 from unisono.run.sampling import Sampler
 from unisono.state.layout import StateLayout, state_layout
 from unisono.state.training_state import TrainingState
-from unisono.sync.every_step import EveryStep, OwnedBuffers, OwnedRun, Rates
+from unisono.sync.every_step import EveryStep, Rates
+from unisono.sync.ownership import OwnedBuffers, Owner, RunMemory, undo_bytes
 from unisono.sync.phases import Phases
-from unisono.sync.sums import Span
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
@@ -88,7 +87,6 @@ class Worker:
     group: HostGroup
     state: TrainingState
     snapshot: TrainingState
-    versions: memoryview
     replica: Replica
     engine: Engine
     evaluator: Evaluator | None
@@ -136,8 +134,6 @@ def prepare(objects: Objects, config: TrainingConfig, workers: int, device: torc
     else:
         shares = owners(flat, update, workers)
     owned = tuple(runs(flat, update, share) for share in shares)
-    images = [layout.image(run) for share in owned for run in share] + [layout.image(layout.buffer_run)]
-    most = max(sum(_padded(region.size_bytes) for region in image) for image in images)
     host = host_layout(
         slots=workers,
         blocks=layout.blocks,
@@ -145,13 +141,9 @@ def prepare(objects: Objects, config: TrainingConfig, workers: int, device: torc
         partial_bytes=partials.size_bytes,
         state_bytes=layout.size_bytes,
         replicas=workers if config.layout.zero == 0 else 1,
-        undo_bytes=most,
+        undo_bytes=undo_bytes(layout, [run for share in owned for run in share]),
     )
     return Prepared(model, tensors, optimizer, originals, update, layout, partials, owned, host)
-
-
-def _padded(size_bytes: int) -> int:
-    return -(-size_bytes // 64) * 64
 
 
 def assemble(
@@ -185,40 +177,12 @@ def assemble(
     snapshot = TrainingState(prepared.layout, memory(host.snapshot()), frozen=state)
     versions = arena.words(host.versions(world.rank if replicated else 0))
     step = _fill(prepared, group, state, memory, versions, restore)
-    flat = prepared.layout.flat
-    bound = bind(prepared.model, flat, state.values)
-    gc.collect()  # the values that the model was built with
-    uses = [(name, p) for (name, _), p in zip(flat.uses, bound, strict=True)]
-    buffers = Buffers(prepared.model, [spec.name for spec in prepared.layout.buffers], state.buffers)
-    random = ModuleRandom(prepared.model, config.seed, device)
-    replica = Replica(prepared.model, uses, buffers, random, objects.loss, config.precision, device)
-    journal = Journal(group.header.slot(world.rank), versions)
-    optimizer = BlockOptimizer(prepared.optimizer, prepared.update, state.python_state())
-    rates = Rates(schedule, scale(config.scaling, config.global_batch_size), config.clip)
-    images = _Images(prepared, state.memory, memory(host.undo(world.rank)), snapshot.memory)
-    owned = _owned_runs(
-        prepared,
-        state,
-        images,
-        optimizer,
-        prepared.owned[world.rank],
-        keep=config.clip is not None,
-        joinable=device.type == "cpu" and config.threads == 1,
-    )
-    commits_buffers = bool(prepared.layout.buffers) and (replicated or world.rank == 0)
-    policy = EveryStep(
-        group,
-        flat,
-        config.micro_batches,
-        owned,
-        OwnedBuffers(images.of(prepared.layout.buffer_run), state.buffers) if commits_buffers else None,
-        journal,
-        optimizer,
-        rates,
-    )
-    sampler = Sampler(feed.size, config.seed, config.global_batch_size, config.micro_batch_size)
+    memories = RunMemory(prepared.layout, state.memory, memory(host.undo(world.rank)), snapshot.memory)
+    replica = _replica(prepared, objects, config, state, device)
+    policy = _policy(prepared, config, group, state, memories, versions, schedule)
     share = micro_batches(config.micro_batches, world.size)[world.rank]
-    names = [name for name, _ in flat.uses] + [spec.name for spec in prepared.layout.buffers]
+    sampler = Sampler(feed.size, config.seed, config.global_batch_size, config.micro_batch_size)
+    names = [name for name, _ in prepared.layout.flat.uses] + [spec.name for spec in prepared.layout.buffers]
     engine = Engine(
         group,
         replica,
@@ -234,7 +198,48 @@ def assemble(
         evaluator = Evaluator(
             group, replica, held_out, config.micro_batch_size, config.validation.samples, objects.metrics
         )
-    return Worker(prepared, group, state, snapshot, versions, replica, engine, evaluator), step
+    return Worker(prepared, group, state, snapshot, replica, engine, evaluator), step
+
+
+def _replica(
+    prepared: Prepared, objects: Objects, config: TrainingConfig, state: TrainingState, device: torch.device
+) -> Replica:
+    """The model over the state's values."""
+    flat, buffers = prepared.layout.flat, [spec.name for spec in prepared.layout.buffers]
+    bound = bind(prepared.model, flat, state.values)
+    uses = [(name, parameter) for (name, _), parameter in zip(flat.uses, bound, strict=True)]
+    return Replica(
+        prepared.model,
+        uses,
+        Buffers(prepared.model, buffers, state.buffers),
+        ModuleRandom(prepared.model, config.seed, device),
+        objects.loss,
+        config.precision,
+        device,
+    )
+
+
+def _policy(
+    prepared: Prepared,
+    config: TrainingConfig,
+    group: HostGroup,
+    state: TrainingState,
+    memories: RunMemory,
+    versions: memoryview,
+    schedule: Schedule,
+) -> EveryStep:
+    """How the workers agree, and what this one updates."""
+    layout = prepared.layout
+    optimizer = BlockOptimizer(prepared.optimizer, prepared.update, state.python_state())
+    joinable = state.memory.device.type == "cpu" and config.threads == 1
+    owner = Owner(state, memories, prepared.originals, keep=config.clip is not None, joinable=joinable)
+    owned = owner.prepare(prepared.owned[group.rank], optimizer)
+    buffers = None
+    if layout.buffers and (group.rank == 0 or prepared.host.replicas > 1):
+        buffers = OwnedBuffers(memories.image(layout.buffer_run), state.buffers)
+    rates = Rates(schedule, scale(config.scaling, config.global_batch_size), config.clip)
+    journal = Journal(group.header.slot(group.slot), versions)
+    return EveryStep(group, layout.flat, config.micro_batches, owned, buffers, journal, optimizer, rates)
 
 
 def _fingerprint(prepared: Prepared, config: TrainingConfig, samples: int) -> int:
@@ -269,136 +274,6 @@ def _fill(
     group.finish(step)
     group.settle(step)
     return step
-
-
-class _Images:
-    """The memory of runs, as the journal wants it."""
-
-    def __init__(self, prepared: Prepared, live: Tensor, undo: Tensor, snapshot: Tensor) -> None:
-        self._layout = prepared.layout
-        self._live = live
-        self._undo = undo
-        self._snapshot = snapshot
-
-    def of(self, run: Run) -> Image:
-        """One run's memory, where its old bytes go, and where they go while a snapshot is taken."""
-        live, undo, snapshot = [], [], []
-        used = 0
-        for region in self._layout.image(run):
-            start, stop = region.offset, region.offset + region.size_bytes
-            live.append(self._live[start:stop])
-            snapshot.append(self._snapshot[start:stop])
-            undo.append(self._undo[used : used + region.size_bytes])
-            used += _padded(region.size_bytes)
-        return Image(run.first, run.stop - run.first, live, undo, snapshot)
-
-
-def _owned_runs(
-    prepared: Prepared,
-    state: TrainingState,
-    images: _Images,
-    optimizer: BlockOptimizer,
-    mine: Sequence[Run],
-    *,
-    keep: bool,
-    joinable: bool,
-) -> list[OwnedRun]:
-    """Prepare a worker's runs.
-
-    Arguments:
-        keep: every run has scratch memory of its own, since clipping comes between its sum and its update.
-        joinable: blocks may be updated as one tensor. With more than one thread a kernel divides a tensor by its size,
-            wherever that falls, so blocks stay apart.
-    """
-    layout = prepared.layout
-    device = state.memory.device
-    shared: dict[str, Tensor] = {}
-    result = []
-    for run in mine:
-        spans: list[Span] = []
-        for segment, start, stop in layout.spans(run):
-            dtype = getattr(torch, layout.flat.segment_dtypes[segment])
-            key = f"{dtype} {len(spans)}"
-            if keep or key not in shared or shared[key].numel() < stop - start:
-                shared[key] = torch.zeros(stop - start, dtype=dtype, device=device)
-            spans.append(Span(segment, start, stop, shared[key][: stop - start]))
-        gradients = [_within(spans, layout, block) for block in range(run.first, run.stop)]
-        units = _units(prepared, state, run)
-        for unit, first, count in units:
-            optimizer.attach(
-                unit, _unit_gradient(unit, gradients[first - run.first : first - run.first + count], spans)
-            )
-        tied = any(len(layout.flat.uses_of(b.parameter)) > 1 for b in layout.flat.blocks[run.first : run.stop])
-        stretch = None
-        if prepared.update is UpdateClass.ELEMENT and len(spans) == 1 and joinable:
-            stretch = _stretch(spans[0], state, run, units[0][0])
-            optimizer.attach(stretch.unit, spans[0].scratch)
-        result.append(OwnedRun(run, images.of(run), spans, [unit for unit, _, _ in units], stretch, gradients, tied))
-    return result
-
-
-def _stretch(span: Span, state: TrainingState, run: Run, first: Unit) -> Stretch:
-    """A whole run as one unit."""
-    unit = Unit(
-        parameter=first.parameter,
-        name=first.name,
-        group=first.group,
-        original=first.original,
-        span=first.span,
-        values=state.span(span.segment, span.start, span.stop),
-        state=state.span_state(span.segment, span.start, span.stop, run.first),
-        present=state.present(run.first),
-    )
-    return Stretch(unit, state.rows(run.first, run.stop))
-
-
-def _within(spans: Sequence[Span], layout: StateLayout, block: int) -> Tensor:
-    place = layout.flat.block_place(layout.flat.blocks[block])
-    for span in spans:
-        if span.segment == place.segment and span.start <= place.offset < span.stop:
-            return span.scratch[place.offset - span.start : place.offset - span.start + place.numel]
-    raise AssertionError("a run's spans hold all its blocks")
-
-
-def _unit_gradient(unit: Unit, blocks: Sequence[Tensor], spans: Sequence[Span]) -> Tensor:
-    """The gradient of a unit in the unit's shape: its blocks lie behind each other in scratch memory."""
-    first = blocks[0]
-    whole = torch.as_strided(first, (unit.values.numel(),), (1,), first.storage_offset())
-    return whole.view(unit.values.shape)
-
-
-def _units(prepared: Prepared, state: TrainingState, run: Run) -> list[tuple[Unit, int, int]]:
-    """What the optimizer sees of a run: (unit, first block, number of blocks)."""
-    flat = prepared.layout.flat
-    units: list[tuple[Unit, int, int]] = []
-    for index in range(run.first, run.stop):
-        block = flat.blocks[index]
-        if prepared.update is not UpdateClass.ELEMENT and block.index > 0:
-            unit, first, count = units[-1]
-            units[-1] = (unit, first, count + 1)
-            continue
-        parameter = flat.parameters[block.parameter]
-        assert parameter.group is not None
-        if prepared.update is UpdateClass.ELEMENT:
-            place = flat.padded_place(block)
-            extent = (place.segment, place.offset, place.offset + place.numel)
-            values, kept = state.span(*extent), state.span_state(*extent, index)
-            span = slice(block.start, block.stop)
-        else:
-            values, kept = state.values[block.parameter], state.parameter_state(block.parameter)
-            span = slice(0, parameter.tensor.numel)
-        unit = Unit(
-            parameter=block.parameter,
-            name=parameter.tensor.name,
-            group=parameter.group,
-            original=prepared.originals[block.parameter],
-            span=span,
-            values=values,
-            state=kept,
-            present=state.present(index),
-        )
-        units.append((unit, index, 1))
-    return units
 
 
 def describe(prepared: Prepared, run: dict[str, Any], fingerprint: dict[str, Any]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def next_run_dir(given: str | None, task: str, *, resume: bool) -> Path:
     """
     if given is not None:
         path = Path(given)
-        if not resume and (path / "events.jsonl").exists():
+        if not resume and _has_trained(path):
             raise ConfigurationError(f"{path} holds a run already; resume it with --resume, or give another run_dir")
         if resume and not path.exists():
             raise ConfigurationError(f"no run in {path}; start it without --resume")
@@ -55,6 +55,12 @@ def next_run_dir(given: str | None, task: str, *, resume: bool) -> Path:
             )
         return ROOT / f"{name}-{existing[-1]:03d}"
     return ROOT / f"{name}-{(existing[-1] if existing else 0) + 1:03d}"
+
+
+def _has_trained(path: Path) -> bool:
+    """Whether a run has taken a step in a directory; one that failed before may be started there again."""
+    log = path / "events.jsonl"
+    return log.exists() and '"StepFinished"' in log.read_text(encoding="utf-8", errors="replace")
 
 
 def write_config(run_dir: Path, text: str) -> None:

@@ -12,6 +12,7 @@ import select
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 
 from unisono.launch.control import Message, receive, send
 from unisono.launch.process import die_with_parent, kill_group, tasks
@@ -47,18 +48,22 @@ class ForkServer:
         for process in self._workers:
             kill_group(process)
 
+    def _tell(self, message: Message, descriptors: Sequence[int] = ()) -> None:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the launcher is gone; that is found next
+            send(self._launcher, message, descriptors)
+
     def _preload(self, module: str) -> None:
         reply: Message = {"op": "preload", "module": module}
         try:
             importlib.import_module(module)
         except Exception as error:
             reply["error"] = f"{type(error).__name__}: {error}"
-        send(self._launcher, reply)
+        self._tell(reply)
 
     def _fork(self, message: Message, descriptors: list[int]) -> None:
         count = tasks()
         if count != 1:
-            send(self._launcher, {"op": "refused", "tasks": count})
+            self._tell({"op": "refused", "tasks": count})
             return
         server = os.getpid()
         process = os.fork()
@@ -70,7 +75,7 @@ class ForkServer:
             os.close(descriptor)
         self._workers[process] = message["rank"]
         handle = os.pidfd_open(process)
-        send(self._launcher, {"op": "forked", "rank": message["rank"], "pid": process}, [handle])
+        self._tell({"op": "forked", "rank": message["rank"], "pid": process}, [handle])
         os.close(handle)
 
     def _become_worker(self, server: int, message: Message, descriptors: list[int]) -> None:
@@ -105,10 +110,7 @@ class ForkServer:
             rank = self._workers.pop(process, None)
             if rank is not None:
                 kill_group(process)
-                try:
-                    send(self._launcher, {"op": "exited", "rank": rank, "pid": process, "status": status})
-                except BrokenPipeError:  # the launcher is gone; its closed end is found next
-                    return
+                self._tell({"op": "exited", "rank": rank, "pid": process, "status": status})
 
 
 def main() -> None:

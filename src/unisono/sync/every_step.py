@@ -5,50 +5,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from unisono.comm.group import SNAPSHOT, Group
-from unisono.comm.journal import Image, Journal
+from unisono.comm.journal import Journal
 from unisono.errors import TrainingError
-from unisono.optim.blockwise import BlockOptimizer, Stretch, Unit
+from unisono.optim.blockwise import BlockOptimizer
 from unisono.optim.clipping import clip_factor, global_norm, squared_norms
 from unisono.optim.schedules import Schedule
-from unisono.plan.assignment import Run
 from unisono.plan.blocks import FlatLayout
+from unisono.sync.ownership import OwnedBuffers, OwnedRun
 from unisono.sync.phases import Phases
 from unisono.sync.policy import Outcome
-from unisono.sync.sums import Span, StepSums
-
-
-@dataclass(frozen=True, slots=True)
-class OwnedRun:
-    """A run of blocks with all that its owner needs, prepared once.
-
-    Attributes:
-        run: its blocks.
-        image: its memory.
-        spans: its gradient.
-        units: what the optimizer updates.
-        stretch: all of them as one, where that can be.
-        gradients: of each block of the run, in the spans' scratch memory.
-        tied: whether a parameter of it is used under several names.
-    """
-
-    run: Run
-    image: Image
-    spans: Sequence[Span]
-    units: Sequence[Unit]
-    stretch: Stretch | None
-    gradients: Sequence[Tensor]
-    tied: bool
-
-
-@dataclass(frozen=True, slots=True)
-class OwnedBuffers:
-    """The buffers' committed values and their memory, where this worker commits them."""
-
-    image: Image
-    values: Sequence[Tensor]
+from unisono.sync.sums import StepSums
 
 
 @dataclass(frozen=True, slots=True)

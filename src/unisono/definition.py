@@ -1,0 +1,43 @@
+"""What a run is, apart from its code: recorded in its checkpoints, and compared when it is resumed."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from unisono.assembly import Objects, Prepared
+from unisono.config import TrainingConfig
+from unisono.data.feed import size_of
+from unisono.errors import ConfigurationError
+from unisono.optim.classes import described
+
+_SETTINGS = ("seed", "global_batch_size", "micro_batch_size", "precision", "clip", "schedule", "scaling")
+_FIXED = ("seed", "global_batch_size", "micro_batch_size", "samples")
+"""What decides which samples a step uses: it cannot change in the middle of a run."""
+
+
+def definition(objects: Objects, config: TrainingConfig, steps: int, prepared: Prepared) -> dict[str, Any]:
+    """The run's definition, as plain data."""
+    settings = config.model_dump(mode="json")
+    result: dict[str, Any] = {key: settings[key] for key in _SETTINGS} | {
+        "samples": size_of(objects.data, "training"),
+        "task": dict(objects.definition()) if objects.definition else {},
+        "optimizer": described(prepared.optimizer),
+    }
+    if config.schedule.name != "constant":
+        result["schedule_steps"] = config.schedule.decay_steps or steps
+    return result
+
+
+def differences(mine: Mapping[str, Any], recorded: Mapping[str, Any], path: Path) -> list[str]:
+    """One phrase for every part in which the run in ``path`` was another.
+
+    Raises:
+        ConfigurationError: for a difference that would repeat or skip samples.
+    """
+    for key in _FIXED:
+        if recorded.get(key) != mine[key]:
+            raise ConfigurationError(
+                f"{key} is {mine[key]}, but the run in {path} has {recorded.get(key)}; it is part of what the run is: "
+                "resume with the same value, or start another run"
+            )
+    return [f"{key} was {recorded.get(key)}, is {mine[key]}" for key in mine if recorded.get(key) != mine[key]]

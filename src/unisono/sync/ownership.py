@@ -1,0 +1,184 @@
+"""What one worker owns: runs of blocks with their memory, their gradients and their optimizer's view, prepared once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from unisono.comm.journal import Image
+from unisono.optim.blockwise import BlockOptimizer, Stretch, Unit
+from unisono.plan.assignment import Run, UpdateClass
+from unisono.plan.blocks import aligned
+from unisono.state.layout import StateLayout
+from unisono.state.training_state import TrainingState
+from unisono.sync.sums import Span
+
+
+@dataclass(frozen=True, slots=True)
+class OwnedRun:
+    """A run of blocks with all that its owner needs, prepared once.
+
+    Attributes:
+        run: its blocks.
+        image: its memory.
+        spans: its gradient.
+        units: what the optimizer updates.
+        stretch: all of them as one, where that can be.
+        gradients: of each block of the run, in the spans' scratch memory.
+        tied: whether a parameter of it is used under several names.
+    """
+
+    run: Run
+    image: Image
+    spans: Sequence[Span]
+    units: Sequence[Unit]
+    stretch: Stretch | None
+    gradients: Sequence[Tensor]
+    tied: bool
+
+
+@dataclass(frozen=True, slots=True)
+class OwnedBuffers:
+    """The buffers' committed values and their memory, where this worker commits them."""
+
+    image: Image
+    values: Sequence[Tensor]
+
+
+class RunMemory:
+    """Where the bytes of runs lie, and where their old bytes go: what the journal wants.
+
+    Arguments:
+        layout: of the training state.
+        live, undo, snapshot: the state, this worker's undo area, and the snapshot, as bytes.
+    """
+
+    def __init__(self, layout: StateLayout, live: Tensor, undo: Tensor, snapshot: Tensor) -> None:
+        self._layout = layout
+        self._live = live
+        self._undo = undo
+        self._snapshot = snapshot
+
+    def image(self, run: Run) -> Image:
+        """One run's memory."""
+        live, undo, snapshot = [], [], []
+        used = 0
+        for region in self._layout.image(run):
+            start, stop = region.offset, region.offset + region.size_bytes
+            live.append(self._live[start:stop])
+            snapshot.append(self._snapshot[start:stop])
+            undo.append(self._undo[used : used + region.size_bytes])
+            used += aligned(region.size_bytes)
+        return Image(run.first, run.stop - run.first, live, undo, snapshot)
+
+
+def undo_bytes(layout: StateLayout, runs: Sequence[Run]) -> int:
+    """Bytes of an undo area that holds any one of the runs, or the buffers."""
+    images = [layout.image(run) for run in (*runs, layout.buffer_run)]
+    return max(sum(aligned(region.size_bytes) for region in image) for image in images)
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Prepares the runs that a worker owns.
+
+    Attributes:
+        state: the training state.
+        memory: where runs lie.
+        originals: the parameters that the user's optimizer was made with, in flat order.
+        keep: every run has scratch memory of its own, since clipping comes between its sum and its update.
+        joinable: blocks may be updated as one tensor. With more than one thread a kernel divides a tensor by its size,
+            wherever that falls, so blocks stay apart.
+    """
+
+    state: TrainingState
+    memory: RunMemory
+    originals: Sequence[nn.Parameter]
+    keep: bool
+    joinable: bool
+
+    @property
+    def _layout(self) -> StateLayout:
+        return self.state.layout
+
+    @property
+    def _elementwise(self) -> bool:
+        return self._layout.optimizer.update is UpdateClass.ELEMENT
+
+    def prepare(self, runs: Sequence[Run], optimizer: BlockOptimizer) -> list[OwnedRun]:
+        """The runs with all that their owner needs; their units are attached to the optimizer."""
+        flat = self._layout.flat
+        shared: dict[str, Tensor] = {}
+        result = []
+        for run in runs:
+            spans = self._spans(run, {} if self.keep else shared)
+            gradients = [self._gradient(spans, block) for block in range(run.first, run.stop)]
+            units = self._units(run)
+            for unit, block in units:
+                optimizer.attach(unit, _in_the_shape_of(unit, gradients[block - run.first]))
+            stretch = None
+            if self._elementwise and self.joinable and len(spans) == 1:
+                stretch = self._stretch(spans[0], run, units[0][0])
+                optimizer.attach(stretch.unit, spans[0].scratch)
+            tied = any(len(flat.uses_of(b.parameter)) > 1 for b in flat.blocks[run.first : run.stop])
+            members = [unit for unit, _ in units]
+            result.append(OwnedRun(run, self.memory.image(run), spans, members, stretch, gradients, tied))
+        return result
+
+    def _spans(self, run: Run, scratch: dict[str, Tensor]) -> list[Span]:
+        """The run's gradient, and the memory for its sum: that in ``scratch`` where it is large enough."""
+        spans: list[Span] = []
+        for segment, start, stop in self._layout.spans(run):
+            dtype: torch.dtype = getattr(torch, self._layout.flat.segment_dtypes[segment])
+            key = f"{dtype} {len(spans)}"
+            if key not in scratch or scratch[key].numel() < stop - start:
+                scratch[key] = torch.zeros(stop - start, dtype=dtype, device=self.state.memory.device)
+            spans.append(Span(segment, start, stop, scratch[key][: stop - start]))
+        return spans
+
+    def _gradient(self, spans: Sequence[Span], block: int) -> Tensor:
+        place = self._layout.flat.block_place(self._layout.flat.blocks[block])
+        span = next(s for s in spans if s.segment == place.segment and s.start <= place.offset < s.stop)
+        return span.scratch[place.offset - span.start : place.offset - span.start + place.numel]
+
+    def _units(self, run: Run) -> list[tuple[Unit, int]]:
+        """What the optimizer sees of a run, each with its first block."""
+        blocks = self._layout.flat.blocks
+        first = [i for i in range(run.first, run.stop) if self._elementwise or blocks[i].index == 0]
+        return [(self._unit(i), i) for i in first]
+
+    def _unit(self, index: int) -> Unit:
+        flat, block = self._layout.flat, self._layout.flat.blocks[index]
+        parameter = flat.parameters[block.parameter]
+        assert parameter.group is not None
+        if self._elementwise:
+            place = flat.padded_place(block)
+            extent = (place.segment, place.offset, place.offset + place.numel)
+            values, kept = self.state.span(*extent), self.state.span_state(*extent, index)
+            span = slice(block.start, block.stop)
+        else:
+            values, kept = self.state.values[block.parameter], self.state.parameter_state(block.parameter)
+            span = slice(0, parameter.tensor.numel)
+        return Unit(
+            parameter=block.parameter,
+            name=parameter.tensor.name,
+            group=parameter.group,
+            original=self.originals[block.parameter],
+            span=span,
+            values=values,
+            state=kept,
+            present=self.state.present(index),
+        )
+
+    def _stretch(self, span: Span, run: Run, first: Unit) -> Stretch:
+        """A whole run as one unit."""
+        extent = (span.segment, span.start, span.stop)
+        values, kept = self.state.span(*extent), self.state.span_state(*extent, run.first)
+        return Stretch(replace(first, values=values, state=kept), self.state.rows(run.first, run.stop))
+
+
+def _in_the_shape_of(unit: Unit, first_block: Tensor) -> Tensor:
+    """The gradient of a unit: its blocks, and a last block's padding, lie behind each other in scratch memory."""
+    whole = torch.as_strided(first_block, (unit.values.numel(),), (1,), first_block.storage_offset())
+    return whole.view(unit.values.shape)

@@ -33,7 +33,8 @@ def test_twenty_runs_killed_at_random_moments(tmp_path: Path) -> None:
     """Launcher and workers in turn; half the runs go on from what the one before has left."""
     generator = random.Random(0)
     work, temporary = tmp_path / "work", tmp_path / "tmp"
-    work.mkdir(), temporary.mkdir()
+    work.mkdir()
+    temporary.mkdir()
     (work / "config.yaml").write_text(CONFIG)
     environment = {**os.environ, "TMPDIR": str(temporary), "HOME": str(temporary)}
     shared = set(os.listdir("/dev/shm"))

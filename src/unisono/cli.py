@@ -223,6 +223,10 @@ def checkpoint_export(
 @bench_app.command("train")
 def bench_train(
     models: Annotated[str, typer.Option(help="small, large, or both.")] = "small,large",
+    against: Annotated[
+        str | None,
+        typer.Option(help="independent, ddp, accelerate, fabric, deepspeed; default: all that are installed."),
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 7,
     as_json: JsonOption = False,
 ) -> None:
@@ -231,10 +235,12 @@ def bench_train(
     Example: unisono bench train --models small --rounds 5
     """
     with _launcher() as launcher:
-        from unisono.bench.train import as_text, bench
+        from unisono.bench.train import bench
 
-        rows = bench(launcher, models.split(","), rounds, None if as_json else typer.echo)
-        typer.echo(json.dumps({"rows": rows}) if as_json else as_text(rows))
+        others = against.split(",") if against else None
+        rows = bench(launcher, models.split(","), others, rounds, None if as_json else typer.echo)
+        if as_json:
+            typer.echo(json.dumps({"rows": rows}))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from unisono.data.feed import Collate, Dataset
 from unisono.errors import ConfigurationError
 from unisono.evaluation import Metrics
 from unisono.events import Listener
-from unisono.launch.process import keep_freed_memory
+from unisono.launch.process import keep_freed_memory, wake_on_time
 from unisono.launch.scope import deterministic, interrupts, threads
 from unisono.launch.world import World, this_process
 from unisono.optim.schedules import Schedule
@@ -123,6 +123,7 @@ class Trainer:
         config = self._checked(world, steps, resume)
         self._stop = False
         keep_freed_memory()
+        wake_on_time()
         job = Job(
             objects=self._objects,
             config=config,

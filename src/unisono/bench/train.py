@@ -15,27 +15,36 @@ WARMUP = 4
 
 
 def bench(
-    launcher: LocalLauncher, models: Sequence[str], rounds: int, say: Callable[[str], None] | None
+    launcher: LocalLauncher,
+    models: Sequence[str],
+    against: Sequence[str] | None,
+    rounds: int,
+    say: Callable[[str], None] | None,
 ) -> list[dict[str, Any]]:
     """Measure; one row for each model and micro-batch.
 
     Raises:
-        ConfigurationError: for a model that is not known.
+        ConfigurationError: for a model, or another way of training, that is not known or not installed.
     """
+    names = available()
+    for name in against or ():
+        if name not in names:
+            raise ConfigurationError(f"--against {name!r} is not known, or not installed; use {', '.join(names)}")
+    if against is not None:
+        names = [name for name in names if name in (*against, "unisono")]
     for model in models:
         if model not in SHAPES:
             raise ConfigurationError(f"--models {model!r} is not known; use {', '.join(SHAPES)}")
     rows = []
     for model in models:
         for micro_batch in MICRO_BATCHES[model]:
-            rows.append(_row(launcher, model, micro_batch, rounds))
+            rows.append(_row(launcher, model, names, micro_batch, rounds))
             if say is not None:
                 say(as_text(rows[-1:]))
     return rows
 
 
-def _row(launcher: LocalLauncher, model: str, micro_batch: int, rounds: int) -> dict[str, Any]:
-    names = available()
+def _row(launcher: LocalLauncher, model: str, names: Sequence[str], micro_batch: int, rounds: int) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {name: [] for name in names}
     memory: dict[str, int] = {}
     for round_number in range(rounds + 1):

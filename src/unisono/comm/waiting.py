@@ -10,7 +10,7 @@ from unisono.errors import Revoked, WaitTimeout
 
 T = TypeVar("T")
 
-SPIN_S = 30e-6
+SPIN_S = 100e-6
 FIRST_SLEEP_S = 20e-6
 LONGEST_SLEEP_S = 1e-3
 

@@ -66,11 +66,16 @@ class RunMemory:
         used = 0
         for region in self._layout.image(run):
             start, stop = region.offset, region.offset + region.size_bytes
-            live.append(self._live[start:stop])
-            snapshot.append(self._snapshot[start:stop])
-            undo.append(self._undo[used : used + region.size_bytes])
+            live.append(_wide(self._live[start:stop]))
+            snapshot.append(_wide(self._snapshot[start:stop]))
+            undo.append(_wide(self._undo[used : used + region.size_bytes]))
             used += aligned(region.size_bytes)
         return Image(run.first, run.stop - run.first, live, undo, snapshot)
+
+
+def _wide(memory: Tensor) -> Tensor:
+    """Bytes as words where they are whole words: copied in less time."""
+    return memory.view(torch.int64) if memory.numel() % 8 == 0 and memory.storage_offset() % 8 == 0 else memory
 
 
 def undo_bytes(layout: StateLayout, runs: Sequence[Run]) -> int:

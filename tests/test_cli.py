@@ -114,6 +114,23 @@ def test_a_users_exception_has_rank_and_traceback_and_exit_code_1(place: Path) -
     assert "raised by the training dataset for sample" in done.stderr and "my_task.py" in done.stderr
 
 
+@pytest.mark.parametrize("size_kib", [16, 96])
+def test_a_full_disk_is_one_sentence(place: Path, size_kib: int) -> None:
+    """A file system of a few KiB in a mount namespace of its own: full at the records, or at a checkpoint."""
+    full = place / "full"
+    full.mkdir()
+    train = f"{sys.executable} -m unisono.cli train small.yaml run_dir=full/run options.width=32 steps=200"
+    script = (
+        f"mount -t tmpfs -o size={size_kib}k none full && {train} observe.tensorboard=false; echo code $?; find full"
+    )
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, cwd=place)
+    if "unshare" in done.stderr or "mount:" in done.stderr:
+        pytest.skip(f"this machine forbids mounts: {done.stderr.strip()}")
+    assert "code 2" in done.stdout, done.stderr
+    assert "unisono: cannot write" in done.stderr and "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr and ".tmp" not in done.stdout
+
+
 def test_help_is_quick_and_has_examples() -> None:
     started = time.monotonic()
     done = unisono("--help")

@@ -31,6 +31,10 @@ class CheckpointError(UnisonoError):
     """A checkpoint cannot be written, or none that is intact can be read."""
 
 
+class RecordError(UnisonoError):
+    """The records of a run cannot be written."""
+
+
 class LaunchError(UnisonoError):
     """Workers cannot be started or found."""
 

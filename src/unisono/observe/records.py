@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from unisono.errors import RecordError
 from unisono.events import Event, PhaseEntered, StepFinished, ValidationFinished
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ class EventLog:
     """Appends every event to ``events.jsonl``; a resumed run goes on in the same file."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a", encoding="utf-8", buffering=1 << 14)
 
@@ -22,13 +24,22 @@ class EventLog:
         """Take note of an event."""
         if isinstance(event, PhaseEntered):
             return
-        self._file.write(json.dumps({"event": type(event).__name__, **asdict(event)}) + "\n")
-        if not isinstance(event, StepFinished):
-            self._file.flush()
+        try:
+            self._file.write(json.dumps({"event": type(event).__name__, **asdict(event)}) + "\n")
+            if not isinstance(event, StepFinished):
+                self._file.flush()
+        except OSError as error:
+            raise self._failure(error) from error
 
     def close(self) -> None:
         """Write out what is buffered."""
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as error:
+            raise self._failure(error) from error
+
+    def _failure(self, error: OSError) -> RecordError:
+        return RecordError(f"cannot write {self._path}: {error.strerror}; make room, or choose another run_dir")
 
 
 class TensorBoard:

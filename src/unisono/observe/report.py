@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unisono.errors import ConfigurationError
+from unisono.errors import ConfigurationError, RecordError
 from unisono.events import PHASES, Event, RunFinished
 
 if TYPE_CHECKING:
@@ -66,8 +66,12 @@ def write_report(run_dir: Path) -> Path:
         versions=_versions(),
     )
     temporary = run_dir / f"{NAME}.tmp"
-    temporary.write_text(html, encoding="utf-8")
-    return temporary.rename(run_dir / NAME)
+    try:
+        temporary.write_text(html, encoding="utf-8")
+        return temporary.rename(run_dir / NAME)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RecordError(f"cannot write {run_dir / NAME}: {error.strerror}") from error
 
 
 def _read(run_dir: Path) -> list[Record]:

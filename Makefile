@@ -34,8 +34,9 @@ bench: $(READY)
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or later is needed; name one with make PYTHON=python3.12"; exit 2; }
-	$(PYTHON) -m venv $(ENVIRONMENT)
-	$(ENVIRONMENT)/bin/pip install --quiet -c constraints.txt -e '.[dev]'
+	@echo "making $(ENVIRONMENT) and installing into it: about a minute"
+	@$(PYTHON) -m venv $(ENVIRONMENT)
+	@$(ENVIRONMENT)/bin/pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
 clean:

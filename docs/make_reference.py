@@ -8,8 +8,8 @@ HEAD = """# Configuration
 
 Made from the code by `make docs`. A configuration is YAML; any key can be overridden on the command line,
 `unisono train configs/lm.yaml layout.zero=0 schedule.name=linear`. Unknown keys are refused. Keys of `Trainer` in
-Python are the same, but for `task`, `options`, `optimizer`, `steps` and `preload`, which it takes as objects, and
-`validation`, which is called `validate` there.
+Python are the same, but for `task`, `options`, `optimizer`, `steps` and `preload`, which it takes as objects, and the
+section `validation`, which is the argument `validate={...}` there: its `validation=` is the dataset.
 
 | key | type | default | meaning |
 |---|---|---|---|

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -57,8 +58,7 @@ def place(tmp_path: Path) -> Path:
     (tmp_path / "list.yaml").write_text("- a\n- b\n")
     (tmp_path / "broken.yaml").write_text("task: [\n")
     (tmp_path / "empty").mkdir()
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "events.jsonl").write_text('{"event": "StepFinished"}\n')
+    (tmp_path / "old" / "checkpoints" / "step-00000003").mkdir(parents=True)
     return tmp_path
 
 
@@ -87,7 +87,9 @@ WRONG = {
     "empty dataset": (["mine.yaml", "options={fault: empty}"], "the training dataset is empty"),
     "loss that is NaN": (["mine.yaml", "options={fault: nan}"], "the loss is nan at step 1, micro-batch"),
     "directory of another run": (["small.yaml", "run_dir=old"], "old holds a run already; resume it with --resume"),
-    "nothing to resume": (["small.yaml", "--resume"], "no run of task images in runs/ to resume"),
+    "nothing to resume": (["small.yaml", "--resume"], "no run of task images in runs/ has a checkpoint to resume"),
+    "part of an optimizer": (["mine.yaml", "optimizer.lr=0.1"], "key optimizer.name is missing"),
+    "resume of nothing": (["small.yaml", "--resume", "run_dir=empty"], "no checkpoint in empty to resume from"),
     "unwritable run directory": (["small.yaml", "run_dir=/proc/nowhere"], "cannot write into run_dir /proc/nowhere"),
     "validation metric that is not there": (["small.yaml", "validation.metric=acc"], "the task has accuracy, loss"),
 }
@@ -162,13 +164,39 @@ def test_train_resume_list_verify_export_report(place: Path) -> None:
     assert straight["digest"] == result["digest"] and straight["run_dir"] == "runs/images-002"
     listed = json.loads(unisono("checkpoint", "list", "runs/images-001", "--json", cwd=place).stdout)["checkpoints"]
     assert [(row["step"], row["intact"]) for row in listed] == [(6, True), (4, True)]
-    assert unisono("checkpoint", "export", "runs/images-001", "out", cwd=place).returncode == 0
+    assert "exporting" in unisono("checkpoint", "export", "runs/images-001", "out", cwd=place).stdout
+    again = unisono("checkpoint", "export", "runs/images-001", "small.yaml", cwd=place)
+    assert again.returncode == 2 and "small.yaml is there already" in again.stderr
     assert {p.name for p in (place / "out").iterdir()} == {"model.safetensors", "state_dict.pt"}
     assert unisono("report", "runs/images-001", cwd=place).returncode == 0
     manifest = place / "runs/images-001/checkpoints/step-00000006/manifest.json"
     manifest.write_text(manifest.read_text().replace("digest", "Digest", 1))
     damaged = unisono("checkpoint", "verify", "runs/images-001", cwd=place)
     assert damaged.returncode == 1 and "DAMAGED" in damaged.stdout
+
+
+def test_under_another_launcher_it_says_what_to_do(place: Path) -> None:
+    environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "0"}
+    command = [sys.executable, "-m", "unisono", "train", "small.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=place, env=environment)
+    assert done.returncode == 2 and "run a script that uses unisono.Trainer" in done.stderr
+
+
+def test_the_version() -> None:
+    assert unisono("--version").stdout.startswith("unisono 0.")
+
+
+def test_two_runs_cannot_share_a_directory(place: Path) -> None:
+    command = [sys.executable, "-m", "unisono", "train", "small.yaml", "steps=2000", "run_dir=shared"]
+    first = subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert first.stdout is not None
+    while "step 1/" not in first.stdout.readline():
+        pass
+    second = unisono("train", "small.yaml", "run_dir=shared", cwd=place)
+    assert second.returncode == 2 and "another run is at work in shared" in second.stderr
+    first.send_signal(signal.SIGINT)
+    rest, errors = first.communicate(timeout=20)
+    assert first.returncode == 130 and "to go on: unisono train" in rest and "--resume" in rest, errors
 
 
 def test_verify_says_equal(place: Path) -> None:

@@ -30,6 +30,15 @@ def test_the_example_runs_on_two_workers() -> None:
     assert "digest" in done.stdout and done.stdout.count("prediction for zeros") == 1
 
 
+def test_the_example_with_validation_resumes(tmp_path: Path) -> None:
+    example = [sys.executable, str(ROOT / "examples" / "train_digits.py"), "--run-dir", str(tmp_path / "run")]
+    for steps, more in (("60", []), ("70", ["--resume"])):
+        done = subprocess.run([*example, "--steps", steps, *more], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+    assert "resumed from" in done.stdout and (tmp_path / "run" / "report.html").exists()
+    assert "global_batch_size: 112" in (tmp_path / "run" / "config.yaml").read_text()
+
+
 def test_links_of_the_docs_lead_somewhere() -> None:
     import re
 

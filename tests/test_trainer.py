@@ -81,6 +81,9 @@ def trainer(**options: Any) -> unisono.Trainer:
         ("does not depend on any trained parameter", {"loss": lambda o, t: t.mean()}),
         ("the weight -1.0", {"loss": lambda o, t: (o.sum(), -1.0)}),
         ("steps is 0", {"steps": 0}),
+        ("optimizer is a SGD that is built already", {"optimizer": torch.optim.SGD([nn.Parameter(torch.ones(1))])}),
+        ("the task has loss", {"validation": toys.Samples(), "validate": {"metric": "accurcy"}}),
+        ("metrics returned NoneType", {"validation": toys.Samples(), "metrics": lambda o, t: None}),
     ],
 )
 def test_wrong_parts_are_one_clear_sentence(match: str, options: dict[str, Any]) -> None:

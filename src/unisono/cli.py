@@ -1,6 +1,7 @@
 """The command line. Nothing heavy is imported before a command needs it: ``--help`` takes a fraction of a second."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,6 +39,23 @@ WorkersOption = Annotated[int | None, typer.Option("-n", "--workers", min=1, hel
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from unisono import __version__
+
+        typer.echo(f"unisono {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which version.")
+    ] = False,
+) -> None:
+    """Train PyTorch models on any number of workers, with one result."""
+
+
 @app.command()
 def train(
     config: ConfigFile,
@@ -55,7 +73,7 @@ def train(
     """
     with _launcher() as launcher:
         from unisono.config import load, to_yaml
-        from unisono.launch.runs import choose_workers, next_run_dir, write_config
+        from unisono.launch.runs import choose_workers, next_run_dir
 
         settings = load(config, overrides or [])
         if workers is not None:
@@ -69,7 +87,6 @@ def train(
             typer.echo(to_yaml(settings, defaults=False) + f"# all keys: {run_dir / 'config.yaml'}\n")
         if settings.preload:
             launcher.preload(settings.preload)
-        write_config(run_dir, to_yaml(settings))
         arguments = {"config": settings.model_dump(mode="json"), "resume": resume}
         ending = launcher.run({"call": "unisono.tasks.job:train", "arguments": arguments}, count)
         if as_json:
@@ -77,6 +94,9 @@ def train(
         elif (run_dir / "report.html").exists():
             typer.echo(f"report: {run_dir / 'report.html'}")
         if ending.interrupted:
+            if not as_json:
+                words = " ".join(sys.argv[1:] if "--resume" in sys.argv else [*sys.argv[1:], "--resume"])
+                typer.echo(f"to go on: unisono {words}" + (f" run_dir={run_dir}" if "run_dir=" not in words else ""))
             raise typer.Exit(INTERRUPTED)
 
 
@@ -172,16 +192,18 @@ def checkpoint_list(run_dir: Annotated[Path, typer.Argument(show_default=False)]
     Example: unisono checkpoint list runs/lm-001
     """
     from unisono.check.checkpoints import listing
+    from unisono.events import readable
 
     rows = listing(run_dir)
     if as_json:
         typer.echo(json.dumps({"checkpoints": rows}))
-        return
-    for row in rows:
+    for row in [] if as_json else rows:
         state = "intact" if row["intact"] else f"DAMAGED: {row['reason']}"
-        typer.echo(f"step {row['step']:>8}  {row['size_bytes'] / 2**20:9.1f} MiB  {state}  {row['path']}")
-    if not rows:
+        typer.echo(f"step {row['step']:>8}  {readable(row['size_bytes']):>10}  {state}")
+    if not rows and not as_json:
         typer.echo(f"no checkpoints in {run_dir}")
+    if not all(row["intact"] for row in rows):
+        raise typer.Exit(1)
 
 
 @checkpoint_app.command("verify")
@@ -216,8 +238,9 @@ def checkpoint_export(
     """
     from unisono.check.checkpoints import exported
 
-    for written in exported(path, target):
-        typer.echo(str(written))
+    written, said = exported(path, target)
+    for line in (*said, *map(str, written)):
+        typer.echo(line)
 
 
 @bench_app.command("train")
@@ -248,6 +271,11 @@ def _launcher() -> "Iterator[LocalLauncher]":
     """The fork server starts to import torch first of all; everything else overlaps with it."""
     from unisono.launch.local import LocalLauncher
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigurationError(
+            "unisono starts its own workers (-n N); under torchrun or another launcher, run a script that uses "
+            "unisono.Trainer"
+        )
     with LocalLauncher() as launcher:
         yield launcher
 

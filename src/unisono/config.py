@@ -51,7 +51,7 @@ class ScalingConfig(Section):
 class OptimizerConfig(Section):
     """An optimizer of torch.optim by name, with its arguments; left out, the task's own is used."""
 
-    name: str = Field("AdamW", description="A class in torch.optim.")
+    name: str = Field(..., description="A class in torch.optim; the section replaces the task's own optimizer.")
     lr: float = Field(1e-3, gt=0, description="Learning rate, before schedule and scaling.")
     options: dict[str, Any] = Field(default_factory=dict, description="Further arguments of the class.")
 
@@ -100,7 +100,10 @@ class TrainingConfig(Section):
     validation: ValidationConfig = Field(default_factory=lambda: ValidationConfig())
     checkpoint: CheckpointConfig = Field(default_factory=lambda: CheckpointConfig())
     observe: ObserveConfig = Field(default_factory=lambda: ObserveConfig())
-    run_dir: str | None = Field(None, description="Where records and checkpoints go; null: the next free directory.")
+    run_dir: str | None = Field(
+        None,
+        description="Where records and checkpoints go; default: the next free `runs/TASK-NNN` (`Trainer`: nowhere).",
+    )
     deadline_s: float = Field(300.0, gt=0, description="Seconds that a worker may wait for another.")
 
     @model_validator(mode="after")
@@ -138,7 +141,7 @@ class Config(TrainingConfig):
 
     task: str = Field(..., description="lm, images, or the import path of your own: package.module:Class.")
     options: dict[str, Any] = Field(default_factory=dict, description="Arguments of the task.")
-    optimizer: OptimizerConfig | None = Field(None, description="Default: the task's own.")
+    optimizer: OptimizerConfig | None = Field(None, description="In place of the task's own.")
     steps: int = Field(..., ge=1, description="Steps to train.")
     preload: list[str] = Field(default_factory=list, description="Modules that workers share already imported.")
 
@@ -151,6 +154,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     """
     try:
         text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"{path} is not text in UTF-8: {error.reason}; save it as UTF-8") from error
     except OSError as error:
         raise ConfigurationError(
             f"cannot read configuration {path}: {error.strerror}; give an existing YAML file"

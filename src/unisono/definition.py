@@ -1,6 +1,6 @@
 """What a run is, apart from its code: recorded in its checkpoints, and compared when it is resumed."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,4 +40,16 @@ def differences(mine: Mapping[str, Any], recorded: Mapping[str, Any], path: Path
                 f"{key} is {mine[key]}, but the run in {path} has {recorded.get(key)}; it is part of what the run is: "
                 "resume with the same value, or start another run"
             )
-    return [f"{key} was {recorded.get(key)}, is {mine[key]}" for key in mine if recorded.get(key) != mine[key]]
+    return list(_changes("", mine, recorded))
+
+
+def _changes(name: str, mine: Any, recorded: Any) -> Iterator[str]:
+    """One phrase for every leaf of plain data that changed."""
+    if isinstance(mine, Mapping) and isinstance(recorded, Mapping):
+        for key in {**recorded, **mine}:
+            yield from _changes(f"{name}.{key}" if name else key, mine.get(key), recorded.get(key))
+    elif isinstance(mine, list) and isinstance(recorded, list) and len(mine) == len(recorded):
+        for i, (a, b) in enumerate(zip(mine, recorded, strict=True)):
+            yield from _changes(f"{name}[{i}]", a, b)
+    elif mine != recorded:
+        yield f"{name} was {recorded}, is {mine}"

@@ -42,6 +42,18 @@ class Evaluator:
         self.samples = min(feed.size, limit or feed.size)
         self._metrics = metrics
 
+    def rehearse(self, metric: str) -> None:
+        """Evaluate the first batch, so that what is wrong is found before hours of training, not after.
+
+        Raises:
+            ConfigurationError: where the metrics do not hold ``metric``.
+        """
+        with _evaluating(self._replica.model):
+            names = self._leaf(0)
+        self._replica.buffers.invalidate()
+        if metric not in names:
+            raise ConfigurationError(f"validation.metric is {metric!r}; the task has {', '.join(sorted(names))}")
+
     def evaluate(self, step: int) -> dict[str, float]:
         """Means over all samples, the same in every worker: ``loss``, and the metrics."""
         self._group.enter("validation", step)
@@ -68,7 +80,13 @@ class Evaluator:
         sums: Sums = {"loss": (loss, weight)}
         if self._metrics is not None:
             with torch.no_grad():
-                for name, value in self._metrics(output, target).items():
+                values = self._metrics(output, target)
+                if not isinstance(values, Mapping):
+                    raise ConfigurationError(
+                        f"metrics returned {type(values).__name__}; return a mapping from name to a number, or to a "
+                        "pair (sum, weight)"
+                    )
+                for name, value in values.items():
                     sums[name] = _pair(name, value, len(indices))
         return sums
 

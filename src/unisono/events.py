@@ -107,6 +107,20 @@ class Summary(Event):
     items: Mapping[str, Any]
 
 
+def readable(size_bytes: int) -> str:
+    """A size for a reader.
+
+    >>> readable(900), readable(30_000), readable(5 << 20)
+    ('900 B', '29.3 KiB', '5.0 MiB')
+    """
+    size, unit = float(size_bytes), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+
+
 Listener = Callable[[Event], None]
 
 

@@ -80,6 +80,11 @@ class Trainer:
                 "model is a module that is built already; give a function that builds it, "
                 f"for example model=lambda: {type(model).__name__}(...), so that it is built under the run's seed"
             )
+        if not callable(optimizer):
+            raise ConfigurationError(
+                f"optimizer is a {type(optimizer).__name__} that is built already; give a function of the parameters, "
+                f"for example optimizer=lambda parameters: {type(optimizer).__name__}(parameters, ...)"
+            )
         self._objects = Objects(model, loss, data, optimizer, validation, metrics, collate)
         self._callbacks = tuple(callbacks)
         self._probes: tuple[Listener, ...] = ()

@@ -1,5 +1,6 @@
 """The course of a run in one worker: steps, evaluation, checkpoints, and what is told of them."""
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -11,7 +12,7 @@ from torch import nn
 
 from unisono.assembly import Objects, Prepared, Worker, assemble, describe
 from unisono.comm.group import SNAPSHOT, STOP
-from unisono.config import TrainingConfig
+from unisono.config import TrainingConfig, to_yaml
 from unisono.definition import definition, differences
 from unisono.errors import CheckpointError, ConfigurationError
 from unisono.events import (
@@ -27,8 +28,10 @@ from unisono.events import (
     Summary,
     ValidationFinished,
 )
+from unisono.launch.runs import lock, write_config
 from unisono.launch.world import World, in_notebook
 from unisono.observe.choose import observers
+from unisono.observe.observer import Observer
 from unisono.optim.schedules import Schedule, schedule
 from unisono.plan.assignment import UpdateClass
 from unisono.run.fingerprint import fingerprint
@@ -103,12 +106,14 @@ class Training:
         self._loss: float | None = None
         self._notices: list[Event] = []
         self._recorded: dict[str, Any] | None = None
-        self._observers = observers(config.observe, self._run_dir) if world.rank == 0 else []
+        self._lock: int | None = None
+        self._observers: list[Observer] = []
         if world.rank == 0:
+            self._prepare_run_dir(job.resume)
+            self._observers = observers(config.observe, self._run_dir)
             listeners: list[Listener] = [*self._observers, *job.callbacks]
             for listener in listeners:
                 self._emit.add(listener)
-            self._prepare_run_dir(job.resume)
         self._device = device = torch.device(config.device)
         self._fingerprint = asdict(fingerprint(config.threads, device))
         probes = Emitter(job.probes) if job.probes else None
@@ -135,6 +140,8 @@ class Training:
         started = time.perf_counter()
         worker = self._assembled
         self._announce()
+        if worker.evaluator is not None and worker.group.rank == 0:
+            worker.evaluator.rehearse(self._config.validation.metric)
         reason = "finished"
         step = self._start
         for step in range(self._start + 1, self._steps + 1):
@@ -162,6 +169,9 @@ class Training:
         if self._worker is not None:
             self._worker.release()
         self._world.release_arena()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def _prepare_run_dir(self, resume: bool) -> None:
         if self._run_dir is None:
@@ -172,9 +182,11 @@ class Training:
                 f"{self._run_dir} holds the checkpoints of a run (the last at step {steps_in(checkpoints)[0]}); "
                 "resume it (--resume, or fit(resume=True)), or give another run_dir"
             )
+        self._lock = lock(self._run_dir)
         remove_leftovers(checkpoints)
         for name in ("config.yaml.tmp", "report.html.tmp"):
             (self._run_dir / name).unlink(missing_ok=True)
+        write_config(self._run_dir, to_yaml(self._config))
         retention = Retention(self._config.checkpoint.keep, self._config.checkpoint.keep_best)
         self._writer = CheckpointWriter(checkpoints, retention, self._emit)
 
@@ -215,6 +227,8 @@ class Training:
         self._emit(RunStarted(self._start, self._steps, self._world.size, parameters, run_dir))
         for notice in self._notices:
             self._emit(notice)
+        if self._start >= self._steps:
+            self._emit(Notice(f"the run is at step {self._start} already; ask for more than that to train on"))
         if prepared.update is UpdateClass.COUPLED and self._world.size > 1:
             name = type(prepared.optimizer).__name__
             self._emit(Notice(f"optimizer {name} is of no known class, so rank 0 updates everything; see update_class"))
@@ -269,10 +283,6 @@ class Training:
         began = time.perf_counter()
         metrics = evaluator.evaluate(step)
         settings = self._config.validation
-        if settings.metric not in metrics:
-            raise ConfigurationError(
-                f"validation.metric is {settings.metric!r}; the task has {', '.join(sorted(metrics))}"
-            )
         value = metrics[settings.metric]
         better = self._best is None or (value < self._best if settings.mode == "min" else value > self._best)
         self._best, self._worse = (value, 0) if better else (self._best, self._worse + 1)

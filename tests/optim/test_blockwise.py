@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tests import toys
-from unisono.config import OptimizerConfig, ScalingConfig, ScheduleConfig
+from unisono.config import ScalingConfig, ScheduleConfig
 from unisono.errors import ConfigurationError
 from unisono.optim.classes import pin_variant, update_class
 from unisono.optim.clipping import clip_factor, global_norm, squared_norms
@@ -157,4 +157,3 @@ def test_schedules_and_scaling() -> None:
     assert schedule(ScheduleConfig(), 10)(9) == 1.0
     assert scale(ScalingConfig(rule="linear", base_batch_size=32), 128) == 4.0
     assert scale(ScalingConfig(), 128) == 1.0
-    assert OptimizerConfig().name == "AdamW"

@@ -31,14 +31,24 @@ def checked(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def exported(path: Path, target: Path) -> list[Path]:
-    """Export a checkpoint, or a run's newest intact one."""
+def exported(path: Path, target: Path) -> tuple[list[Path], list[str]]:
+    """Export a checkpoint, or a run's newest intact one: the files, and what there is to say of the choice.
+
+    Raises:
+        CheckpointError: where there is none, or the target is there already.
+    """
+    said: list[str] = []
     if not (path / NAME).exists():
-        intact = [row for row in listing(path) if row["intact"]]
+        rows = listing(path)
+        intact = [row for row in rows if row["intact"]]
         if not intact:
             raise CheckpointError(f"no intact checkpoint in {path}; give a checkpoint, or the directory of a run")
+        said = [f"passed over: {row['reason']}" for row in rows if row["step"] > intact[0]["step"]]
         path = Path(intact[0]["path"])
-    return export(path, target)
+        said.append(f"exporting {path}")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"{target} is there already; give a new or empty directory")
+    return export(path, target), said
 
 
 def _row(path: Path) -> dict[str, Any]:

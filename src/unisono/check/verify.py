@@ -46,8 +46,11 @@ class Verification:
 
     def as_text(self) -> str:
         """For a reader."""
+        again = f", stopped after step {self.resume_at} and resumed on another number" if self.resume_at else ""
+        if self.equal and len(self.digests) == 1:
+            return "one number of workers proves nothing; give several, --workers 1,2 for example"
         if self.equal:
-            return f"equal: {len(self.digests)} numbers of workers, one result"
+            return f"equal: {len(self.digests)} numbers of workers{again}, one result"
         return "NOT EQUAL: the result depends on the number of workers"
 
 

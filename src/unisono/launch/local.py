@@ -139,6 +139,10 @@ class LocalLauncher:
             self._watch()
             self._raise_failure()
             return Ending([w.result for w in self._workers], self._interrupts > 0)
+        except BaseException:
+            if sys.stdout.isatty():  # a worker that was killed could not give the cursor back
+                print("\x1b[?25h", end="", flush=True)
+            raise
         finally:
             self._kill_workers()
             for number, handler in previous.items():

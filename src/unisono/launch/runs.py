@@ -1,5 +1,6 @@
 """Where a run's records go, and with how many workers it starts: decided by the launcher before any worker starts."""
 
+import fcntl
 import os
 import re
 from pathlib import Path
@@ -39,28 +40,49 @@ def next_run_dir(given: str | None, task: str, *, resume: bool) -> Path:
     """
     if given is not None:
         path = Path(given)
-        if not resume and _has_trained(path):
+        if not resume and _has_checkpoints(path):
             raise ConfigurationError(f"{path} holds a run already; resume it with --resume, or give another run_dir")
-        if resume and not path.exists():
-            raise ConfigurationError(f"no run in {path}; start it without --resume")
+        if resume and not _has_checkpoints(path):
+            raise ConfigurationError(f"no checkpoint in {path} to resume from; start the run without --resume")
         return path
     name = re.sub(r"[^A-Za-z0-9_.]+", "-", task.rpartition(":")[2])
     existing = sorted(
         int(p.name.rpartition("-")[2]) for p in ROOT.glob(f"{name}-*") if p.name.rpartition("-")[2].isdigit()
     )
     if resume:
-        if not existing:
+        saved = [number for number in existing if _has_checkpoints(ROOT / f"{name}-{number:03d}")]
+        if not saved:
             raise ConfigurationError(
-                f"no run of task {task} in {ROOT}/ to resume; start one, or give run_dir=DIRECTORY"
+                f"no run of task {task} in {ROOT}/ has a checkpoint to resume; start one, or give run_dir=DIRECTORY"
             )
-        return ROOT / f"{name}-{existing[-1]:03d}"
+        return ROOT / f"{name}-{saved[-1]:03d}"
     return ROOT / f"{name}-{(existing[-1] if existing else 0) + 1:03d}"
 
 
-def _has_trained(path: Path) -> bool:
-    """Whether a run has taken a step in a directory; one that failed before may be started there again."""
-    log = path / "events.jsonl"
-    return log.exists() and '"StepFinished"' in log.read_text(encoding="utf-8", errors="replace")
+def _has_checkpoints(path: Path) -> bool:
+    """Whether a run has saved anything in a directory; one that ended before may be started there again."""
+    return any((path / "checkpoints").glob("step-*[0-9]"))
+
+
+def lock(run_dir: Path) -> int:
+    """Make a run's directory, and keep other runs out while this one lives: a death frees the descriptor's lock.
+
+    Raises:
+        ConfigurationError: where the directory cannot be made, or another run is at work there.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(run_dir, os.O_RDONLY)
+    except OSError as error:
+        raise ConfigurationError(f"cannot write into run_dir {run_dir}: {error.strerror}; choose another") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise ConfigurationError(
+            f"another run is at work in {run_dir}; wait for its end, or give another run_dir"
+        ) from error
+    return descriptor
 
 
 def write_config(run_dir: Path, text: str) -> None:
@@ -70,7 +92,6 @@ def write_config(run_dir: Path, text: str) -> None:
         ConfigurationError: where the directory cannot be written.
     """
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
         temporary = run_dir / "config.yaml.tmp"
         temporary.write_text(text, encoding="utf-8")
         temporary.rename(run_dir / "config.yaml")

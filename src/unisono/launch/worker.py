@@ -11,6 +11,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from types import TracebackType
 from typing import Any
 
 from unisono.errors import GroupError, UnisonoError
@@ -60,10 +61,18 @@ def _perform(target: Message) -> object:
     return None
 
 
+def _users_part(error: BaseException) -> TracebackType | None:
+    """The traceback from where the user's code begins: not how it was started."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename in (__file__, "<frozen runpy>", runpy.__file__):
+        trace = trace.tb_next
+    return trace or error.__traceback__
+
+
 def _tell(line: socket.socket, error: BaseException) -> int:
     """Send an exception to the launcher: a sentence where it is ours, a traceback where it is the user's."""
     ours = isinstance(error, UnisonoError)
-    text = str(error) if ours else "".join(traceback.format_exception(error))
+    text = str(error) if ours else "".join(traceback.format_exception(type(error), error, _users_part(error)))
     code = error.exit_code if isinstance(error, UnisonoError) else 1
     message = {
         "op": "error",

@@ -17,6 +17,7 @@ from unisono.events import (
     StepFinished,
     Summary,
     ValidationFinished,
+    readable,
 )
 
 REFRESH_S = 0.2
@@ -47,7 +48,7 @@ class Progress:
                 best = " (best)" if event.best else ""
                 self._print(f"step {event.step}: validation {_listed(event.metrics)}{best}")
             case CheckpointSaved():
-                self._print(f"step {event.step}: checkpoint {event.path} ({event.size_bytes / 2**20:.1f} MiB)")
+                self._print(f"step {event.step}: checkpoint {event.path} ({readable(event.size_bytes)})")
             case Resumed():
                 for reason in event.damaged:
                     self._print(f"[yellow]passed over:[/] {reason}")

@@ -6,6 +6,9 @@ import time
 from dataclasses import asdict
 from typing import Any
 
+import torch
+from torch import nn
+
 from tests import toys
 from unisono import Trainer
 from unisono.events import Event, PhaseEntered, StepFinished, ValidationFinished
@@ -33,6 +36,20 @@ def trainer(
         optimizer=toys.OPTIMIZERS[optimizer],
         **{**defaults, **settings},
     )
+
+
+def small_trainer(**options: Any) -> Trainer:
+    """A linear model, whose parts can be replaced one by one."""
+    parts: dict[str, Any] = {
+        "model": lambda: nn.Linear(6, 4),
+        "loss": nn.functional.mse_loss,
+        "data": toys.Samples(),
+        "optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        "global_batch_size": 8,
+        "micro_batch_size": 4,
+        "observe": {"progress": False},
+    }
+    return Trainer(**{**parts, **options})
 
 
 def train(steps: int = 6, resume: bool = False, **options: Any) -> dict[str, Any]:

@@ -10,23 +10,11 @@ from torch.nn import functional as F
 
 import unisono
 from tests import jobs, toys
+from tests.jobs import small_trainer as trainer
 from unisono.errors import ConfigurationError
 from unisono.events import CheckpointSaved, Event, StepFinished
 from unisono.optim.classes import pin_variant, update_class
 from unisono.state.checkpoint import DIRECTORY, load, path_of, steps_in
-
-
-def trainer(**options: Any) -> unisono.Trainer:
-    parts: dict[str, Any] = {
-        "model": lambda: nn.Linear(6, 4),
-        "loss": F.mse_loss,
-        "data": toys.Samples(),
-        "optimizer": lambda p: torch.optim.SGD(p, lr=0.1),
-        "global_batch_size": 8,
-        "micro_batch_size": 4,
-        "observe": {"progress": False},
-    }
-    return unisono.Trainer(**{**parts, **options})
 
 
 def test_the_returned_model_has_the_committed_buffers(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What a user meets in Python: arguments, callbacks, stops, and errors that say what to do."""
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 import unisono
 from tests import jobs, toys
+from tests.jobs import small_trainer as trainer
 from unisono.errors import ConfigurationError, DataError, ImpureRunError, TrainingError
 from unisono.events import Event, Notice, RunFinished, RunStarted, StepFinished, ValidationFinished
 from unisono.state.checkpoint import DIRECTORY, steps_in
@@ -49,20 +51,6 @@ def test_wrong_input_is_one_clear_sentence(match: str, options: dict[str, Any]) 
 def test_an_impure_model_is_refused_by_the_name_of_a_parameter(model: str) -> None:
     with pytest.raises(ImpureRunError, match=r"micro-batch 0 of step 1, .* two gradients of linear\.weight"):
         jobs.trainer(model=model).fit(3)
-
-
-def trainer(**options: Any) -> unisono.Trainer:
-    """A trainer whose parts can be replaced by wrong ones."""
-    parts: dict[str, Any] = {
-        "model": lambda: nn.Linear(6, 4),
-        "loss": F.mse_loss,
-        "data": toys.Samples(),
-        "optimizer": lambda p: torch.optim.SGD(p, lr=0.1),
-        "global_batch_size": 8,
-        "micro_batch_size": 4,
-        "observe": {"progress": False},
-    }
-    return unisono.Trainer(**{**parts, **options})
 
 
 @pytest.mark.parametrize(
@@ -231,6 +219,21 @@ def test_a_model_of_the_global_random_state_is_left_alone() -> None:
     trainer(model=lambda: nn.Linear(6, 4)).fit(1)
     trainer(model=lambda: nn.Linear(6, 4), validation=toys.Samples()).fit(1)
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_notebook_is_told_that_one_worker_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    notices: list[str] = []
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    trainer(callbacks=[lambda e: notices.append(e.text) if isinstance(e, Notice) else None]).fit(1)
+    assert any("a notebook runs one worker" in text for text in notices)
+
+
+def test_a_run_that_is_long_enough_already_is_said(tmp_path: Path) -> None:
+    notices: list[str] = []
+    note = lambda e: notices.append(e.text) if isinstance(e, Notice) else None  # noqa: E731
+    trainer(run_dir=str(tmp_path)).fit(3)
+    assert trainer(run_dir=str(tmp_path), callbacks=[note]).fit(2, resume=True).step == 3
+    assert any("the run is at step 3 already" in text for text in notices)
 
 
 @pytest.mark.gpu

@@ -232,7 +232,7 @@ def test_a_run_that_is_long_enough_already_is_said(tmp_path: Path) -> None:
     notices: list[str] = []
     note = lambda e: notices.append(e.text) if isinstance(e, Notice) else None  # noqa: E731
     trainer(run_dir=str(tmp_path)).fit(3)
-    assert trainer(run_dir=str(tmp_path), callbacks=[note]).fit(2, resume=True).step == 3
+    assert trainer(run_dir=str(tmp_path), resume=True, callbacks=[note]).fit(2).step == 3
     assert any("the run is at step 3 already" in text for text in notices)
 
 

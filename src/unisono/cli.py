@@ -14,7 +14,7 @@ from unisono.errors import ConfigurationError, UnisonoError
 
 if TYPE_CHECKING:
     from unisono.config import Config
-    from unisono.launch.local import LocalLauncher
+    from unisono.launch.launcher import Launcher
 
 INTERRUPTED = 130
 
@@ -115,11 +115,11 @@ def run(
     """
     if not script.is_file():
         raise ConfigurationError(f"no script at {script}; give an existing Python file")
-    from unisono.launch.runs import cores
+    from unisono.launch.runs import default_workers
 
     with _launcher() as launcher:
         target = {"script": str(script), "argv": list(context.args)}
-        ending = launcher.run(target, workers or cores(), show_all=all_output)
+        ending = launcher.run(target, workers or default_workers(), show_all=all_output)
         if ending.interrupted:
             raise typer.Exit(INTERRUPTED)
 
@@ -267,17 +267,17 @@ def bench_train(
 
 
 @contextmanager
-def _launcher() -> "Iterator[LocalLauncher]":
+def _launcher() -> "Iterator[Launcher]":
     """The fork server starts to import torch first of all; everything else overlaps with it."""
-    from unisono.launch.local import LocalLauncher
+    from unisono.launch.launcher import launcher
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigurationError(
             "unisono starts its own workers (-n N); under torchrun or another launcher, run a script that uses "
             "unisono.Trainer"
         )
-    with LocalLauncher() as launcher:
-        yield launcher
+    with launcher() as started:
+        yield started
 
 
 def _with_workers(settings: "Config", workers: int) -> "Config":

@@ -38,6 +38,7 @@ class Trainer:
         schedule: a name ("constant", "linear", "cosine"), a `ScheduleConfig`, or step (from 0) -> factor.
         layout: "auto", or a `Layout`.
         checkpoint_every: steps between checkpoints; needs ``run_dir``.
+        resume: go on from the newest intact checkpoint in ``run_dir``, unless `fit` is told otherwise.
         settings: all further keys of `TrainingConfig`: global_batch_size, micro_batch_size, seed, precision, clip,
             run_dir and so on; its section ``validation`` is given as ``validate={"every": 100}``.
 
@@ -73,6 +74,7 @@ class Trainer:
         schedule: str | ScheduleConfig | Schedule = "constant",
         layout: str | Layout = "auto",
         checkpoint_every: int | None = None,
+        resume: bool = False,
         **settings: Any,
     ) -> None:
         if isinstance(model, nn.Module):
@@ -87,6 +89,7 @@ class Trainer:
             )
         self._objects = Objects(model, loss, data, optimizer, validation, metrics, collate)
         self._callbacks = tuple(callbacks)
+        self._resume = resume
         self._probes: tuple[Listener, ...] = ()
         self._schedule = schedule if callable(schedule) else None
         if "validate" in settings:
@@ -107,6 +110,7 @@ class Trainer:
         trainer = cls.__new__(cls)
         trainer._objects, trainer._callbacks, trainer._probes = objects, tuple(callbacks), ()
         trainer._schedule, trainer.config, trainer.model, trainer._stop = None, config, None, False
+        trainer._resume = False
         return trainer
 
     def stop(self) -> None:
@@ -117,13 +121,14 @@ class Trainer:
         """Hear the events of every phase, in every worker; tests inject faults with it."""
         self._probes = (*self._probes, listener)
 
-    def fit(self, steps: int, resume: bool = False) -> Result:
+    def fit(self, steps: int, resume: bool | None = None) -> Result:
         """Train until ``steps`` steps have been taken in all; afterwards ``model`` is an ordinary module.
 
         Arguments:
             steps: the run's length; a run that was stopped goes on to it when resumed.
-            resume: go on from the newest intact checkpoint in ``run_dir``.
+            resume: go on from the newest intact checkpoint in ``run_dir``; default: as the trainer was told.
         """
+        resume = self._resume if resume is None else resume
         world = this_process()
         config = self._checked(world, steps, resume)
         self._stop = False

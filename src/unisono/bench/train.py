@@ -6,7 +6,7 @@ from typing import Any
 
 from unisono.bench.variants import SHAPES, available
 from unisono.errors import ConfigurationError
-from unisono.launch.local import LocalLauncher
+from unisono.launch.launcher import Launcher
 
 WORKERS = 2
 MICRO_BATCHES = {"small": (1, 2, 4), "large": (1,)}
@@ -15,7 +15,7 @@ WARMUP = 4
 
 
 def bench(
-    launcher: LocalLauncher,
+    launcher: Launcher,
     models: Sequence[str],
     against: Sequence[str] | None,
     rounds: int,
@@ -44,7 +44,7 @@ def bench(
     return rows
 
 
-def _row(launcher: LocalLauncher, model: str, names: Sequence[str], micro_batch: int, rounds: int) -> dict[str, Any]:
+def _row(launcher: Launcher, model: str, names: Sequence[str], micro_batch: int, rounds: int) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {name: [] for name in names}
     memory: dict[str, int] = {}
     for round_number in range(rounds + 1):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from unisono.launch.local import LocalLauncher
+from unisono.launch.launcher import Launcher, shares_memory
 from unisono.launch.runs import cores
 from unisono.trainer import Trainer
 
@@ -26,7 +26,7 @@ class Finding:
         return asdict(self)
 
 
-def examine(launcher: LocalLauncher) -> list[Finding]:
+def examine(launcher: Launcher) -> list[Finding]:
     """Look at everything that a run depends on."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     free = shutil.disk_usage(".").free
@@ -38,21 +38,15 @@ def examine(launcher: LocalLauncher) -> list[Finding]:
         Finding("cpu", True, f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {cores()} cores"),
         Finding("memory", True, f"{memory / 2**30:.1f} GiB"),
         Finding("disk", free > 1 << 30, f"{free / 2**30:.1f} GiB free in this directory"),
-        Finding(
-            "shared memory",
-            hasattr(os, "memfd_create"),
-            "memfd_create" if hasattr(os, "memfd_create") else "none: one worker only",
-        ),
-        Finding(
-            "process fences",
-            hasattr(os, "pidfd_open"),
-            "pidfd" if hasattr(os, "pidfd_open") else "none: one worker only",
-        ),
+        Finding("shared memory", True, "memfd and pidfd" if shares_memory() else "none: one worker only"),
         Finding("cuda", True, torch.cuda.get_device_name() if cuda else "no device"),
     ]
-    digests = [launcher.run({"call": "unisono.check.doctor:probe", "arguments": {}}, n).results[0] for n in (1, 2)]
-    text = "1 and 2 workers give the same bits" if digests[0] == digests[1] else f"1 and 2 workers differ: {digests}"
-    return [*findings, Finding("exactness", digests[0] == digests[1], text)]
+    numbers = (1, 2) if shares_memory() else (1,)
+    digests = [launcher.run({"call": "unisono.check.doctor:probe", "arguments": {}}, n).results[0] for n in numbers]
+    equal = len(set(digests)) == 1
+    counted = " and ".join(map(str, numbers))
+    text = f"{counted} workers give the same bits" if equal else f"{counted} workers differ: {digests}"
+    return [*findings, Finding("exactness", equal, text)]
 
 
 def probe() -> str:

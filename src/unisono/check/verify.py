@@ -8,7 +8,7 @@ from typing import Any
 
 from unisono.config import Config, more_workers_than_micro_batches, validate
 from unisono.errors import ConfigurationError
-from unisono.launch.local import LocalLauncher
+from unisono.launch.launcher import Launcher
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Verification:
 
 
 def verify(
-    launcher: LocalLauncher,
+    launcher: Launcher,
     config: Config,
     workers: Sequence[int],
     steps: int,
@@ -93,7 +93,7 @@ def verify(
 
 
 def _train(
-    launcher: LocalLauncher, config: Config, workers: int, steps: int, run_dir: str | None, *, resume: bool
+    launcher: Launcher, config: Config, workers: int, steps: int, run_dir: str | None, *, resume: bool
 ) -> dict[str, Any]:
     data = config.model_dump(mode="json")
     decay = config.schedule.decay_steps or config.steps  # the schedule is part of the run, however few steps are taken

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from unisono.config import Config, more_workers_than_micro_batches
 from unisono.errors import ConfigurationError
+from unisono.launch.launcher import shares_memory
 
 ROOT = Path("runs")
 
@@ -14,6 +15,11 @@ ROOT = Path("runs")
 def cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_workers() -> int:
+    """One worker a core, where workers can share memory."""
+    return cores() if shares_memory() else 1
 
 
 def choose_workers(config: Config) -> int:
@@ -26,7 +32,7 @@ def choose_workers(config: Config) -> int:
     if wanted is None:
         if config.device != "cpu":
             return 1
-        return max(1, min(cores() // config.threads, config.micro_batches))
+        return max(1, min(default_workers() // config.threads, config.micro_batches))
     if wanted > config.micro_batches:
         raise ConfigurationError(more_workers_than_micro_batches(wanted, config.micro_batches))
     return wanted

@@ -34,7 +34,7 @@ def run(control: int, message: Message) -> int:
     faulthandler.enable()
     line = socket.socket(fileno=os.dup(control))
     try:
-        value = _perform(message["target"])
+        value = perform(message["target"])
         send(line, {"op": "result", "value": value})
         code = 0
     except SystemExit as end:
@@ -52,7 +52,8 @@ def run(control: int, message: Message) -> int:
     return code
 
 
-def _perform(target: Message) -> object:
+def perform(target: Message) -> object:
+    """Call the function, or run the script, that a target names; what it returns."""
     if "call" in target:
         return resolve(target["call"])(**target["arguments"])
     sys.argv = [target["script"], *target["argv"]]

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 class Task:
     def __init__(self, fault=None): self.fault = fault
-    def model(self): return nn.Linear(2, 1)
+    def model(self): print("a word of the user's"); return nn.Linear(2, 1)
     def dataset(self, split):
         class Data:
             fault = self.fault
@@ -180,6 +180,15 @@ def test_under_another_launcher_it_says_what_to_do(place: Path) -> None:
     command = [sys.executable, "-m", "unisono", "train", "small.yaml"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=place, env=environment)
     assert done.returncode == 2 and "run a script that uses unisono.Trainer" in done.stderr
+
+
+def test_results_for_programs_are_not_mixed_with_what_workers_print(place: Path) -> None:
+    done = unisono("train", "mine.yaml", "--json", cwd=place)
+    assert json.loads(done.stdout)["step"] == 3 and "a word of the user's" in done.stderr
+    assert json.loads(unisono("verify", "mine.yaml", "--workers", "1,2", "--steps", "2", "--json", cwd=place).stdout)[
+        "equal"
+    ]
+    assert "a word of the user's" in unisono("train", "mine.yaml", cwd=place).stdout
 
 
 def test_the_version() -> None:

@@ -73,6 +73,7 @@ def train(
     """
     with _launcher() as launcher:
         from unisono.config import load, to_yaml
+        from unisono.launch.local import STANDARD_ERROR, STANDARD_OUTPUT
         from unisono.launch.runs import choose_workers, next_run_dir
 
         settings = load(config, overrides or [])
@@ -88,7 +89,8 @@ def train(
         if settings.preload:
             launcher.preload(settings.preload)
         arguments = {"config": settings.model_dump(mode="json"), "resume": resume}
-        ending = launcher.run({"call": "unisono.tasks.job:train", "arguments": arguments}, count)
+        output = STANDARD_ERROR if as_json else STANDARD_OUTPUT
+        ending = launcher.run({"call": "unisono.tasks.job:train", "arguments": arguments}, count, output=output)
         if as_json:
             typer.echo(json.dumps({**ending.results[0], "workers": count}))
         elif (run_dir / "report.html").exists():

@@ -7,6 +7,7 @@ from typing import Any
 from unisono.bench.variants import SHAPES, available
 from unisono.errors import ConfigurationError
 from unisono.launch.launcher import Launcher
+from unisono.launch.local import STANDARD_ERROR
 
 WORKERS = 2
 MICRO_BATCHES = {"small": (1, 2, 4), "large": (1,)}
@@ -58,7 +59,8 @@ def _row(launcher: Launcher, model: str, names: Sequence[str], micro_batch: int,
                 "warmup": WARMUP,
                 "memory": sampling,
             }
-            results = launcher.run({"call": "unisono.bench.variants:measure", "arguments": arguments}, WORKERS).results
+            target = {"call": "unisono.bench.variants:measure", "arguments": arguments}
+            results = launcher.run(target, WORKERS, output=STANDARD_ERROR).results
             if sampling:
                 memory[name] = sum(result["peak_bytes"] for result in results)
             else:  # the step of a set of workers is its slowest worker's

@@ -9,6 +9,7 @@ from typing import Any
 from unisono.config import Config, more_workers_than_micro_batches, validate
 from unisono.errors import ConfigurationError
 from unisono.launch.launcher import Launcher
+from unisono.launch.local import STANDARD_ERROR
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,7 @@ def _train(
     data |= {"steps": steps, "run_dir": run_dir, "checkpoint": {}, "validation": {}}
     settings = validate(Config, data, "verify").model_dump(mode="json")
     arguments = {"config": settings, "resume": resume, "evaluate": False}
-    ending = launcher.run({"call": "unisono.tasks.job:train", "arguments": arguments}, workers)
+    ending = launcher.run({"call": "unisono.tasks.job:train", "arguments": arguments}, workers, output=STANDARD_ERROR)
     if ending.interrupted:
         raise KeyboardInterrupt
     result: dict[str, Any] = ending.results[0]

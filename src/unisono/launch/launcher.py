@@ -9,7 +9,7 @@ from typing import Protocol, Self
 
 from unisono.errors import ConfigurationError, LaunchError
 from unisono.launch.control import Message
-from unisono.launch.local import Ending, LocalLauncher
+from unisono.launch.local import STANDARD_OUTPUT, Ending, LocalLauncher
 
 
 class Launcher(Protocol):
@@ -26,7 +26,7 @@ class Launcher(Protocol):
     def preload(self, modules: Sequence[str]) -> None:
         """Import modules of the user's before workers start."""
 
-    def run(self, target: Message, workers: int, *, show_all: bool = False) -> Ending:
+    def run(self, target: Message, workers: int, *, show_all: bool = False, output: int = STANDARD_OUTPUT) -> Ending:
         """Run a target (see `LocalLauncher.run`) until all workers have ended."""
 
 
@@ -53,7 +53,7 @@ class SoloLauncher:
             except Exception as error:
                 raise ConfigurationError(f"preload: cannot import {module}: {type(error).__name__}: {error}") from error
 
-    def run(self, target: Message, workers: int, *, show_all: bool = False) -> Ending:
+    def run(self, target: Message, workers: int, *, show_all: bool = False, output: int = STANDARD_OUTPUT) -> Ending:
         """Run the target here.
 
         Raises:

@@ -20,6 +20,7 @@ END_DEADLINE_S = 5.0
 CONSEQUENCE_PATIENCE_S = 0.5
 """How long the cause of a failure is waited for once its consequence is known."""
 INTERRUPTED = 130
+STANDARD_OUTPUT, STANDARD_ERROR = 1, 2
 
 
 @dataclass(slots=True)
@@ -113,12 +114,13 @@ class LocalLauncher:
             if "error" in message:
                 raise ConfigurationError(f"preload: cannot import {module}: {message['error']}")
 
-    def run(self, target: Message, workers: int, *, show_all: bool = False) -> Ending:
+    def run(self, target: Message, workers: int, *, show_all: bool = False, output: int = STANDARD_OUTPUT) -> Ending:
         """Run ``target`` in ``workers`` workers until all have ended.
 
         Arguments:
             target: ``{"call": "module:function", "arguments": {...}}`` or ``{"script": path, "argv": [...]}``.
             show_all: every worker's output is shown, not only rank 0's.
+            output: the descriptor that it goes to; the error's, where this process prints a result for programs.
 
         Raises:
             UnisonoError: what the first failing worker raised; the others have been ended.
@@ -129,7 +131,7 @@ class LocalLauncher:
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             for rank in range(workers):
-                self._workers.append(self._start(rank, workers, target, show_all))
+                self._workers.append(self._start(rank, workers, target, show_all, output))
                 self._await_fork(self._workers[-1])
             self._watch()
             self._raise_failure()
@@ -158,12 +160,12 @@ class LocalLauncher:
             raise LaunchError(f"the fork server ended before it was ready (exit code {self._process.wait()})")
         self._ready = True
 
-    def _start(self, rank: int, workers: int, target: Message, show_all: bool) -> _Worker:
+    def _start(self, rank: int, workers: int, target: Message, show_all: bool, output: int) -> _Worker:
         ours, theirs = pair()
         visible = show_all or rank == 0
         log = None if visible else os.memfd_create(f"unisono-log-{rank}")
-        output = 1 if log is None else log
-        errors = 2 if log is None else log
+        output = output if log is None else log
+        errors = STANDARD_ERROR if log is None else log
         sys.stdout.flush()
         environment = {
             "RANK": str(rank),

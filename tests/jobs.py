@@ -1,5 +1,6 @@
 """What the pool's workers run in tests: called by name, arguments and results are JSON."""
 
+import gc
 import os
 import signal
 import time
@@ -108,3 +109,14 @@ def leave_child() -> int:
 def train_twice() -> list[str]:
     """Two trainers of different sizes in one process."""
     return [trainer(model=model).fit(3).digest for model in ("mlp", "norm")]
+
+
+def descriptors_before_and_after() -> tuple[int, int]:
+    """Open descriptors after one training, and after three more."""
+    small_trainer().fit(1)
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        small_trainer().fit(1)
+        gc.collect()
+    return before, len(os.listdir("/proc/self/fd"))

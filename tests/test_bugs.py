@@ -12,7 +12,7 @@ import unisono
 from tests import jobs, toys
 from tests.jobs import small_trainer as trainer
 from unisono.errors import ConfigurationError
-from unisono.events import CheckpointSaved, Event, StepFinished
+from unisono.events import CheckpointSaved, Event, StepFinished, ValidationFinished
 from unisono.optim.classes import pin_variant, update_class
 from unisono.state.checkpoint import DIRECTORY, load, path_of, steps_in
 
@@ -190,3 +190,109 @@ def test_a_script_may_train_twice_on_several_workers(pool: Any) -> None:
     """Cause: both trainings asked for an arena of the same name, and some workers got the first one's."""
     results = pool.run({"call": "tests.jobs:train_twice", "arguments": {}}, 3).results
     assert all(r == results[0] for r in results) and results[0][0] != results[0][1]
+
+
+def test_training_leaves_no_descriptor(pool: Any) -> None:
+    """Cause: the arena's descriptor was kept beside its mapping, and with it the memory, after every training."""
+    for before, after in pool.run({"call": "tests.jobs:descriptors_before_and_after", "arguments": {}}, 2).results:
+        assert after <= before
+
+
+def test_state_that_would_be_lost_on_resume_is_refused() -> None:
+    """Cause: attributes, state of no parameter, and state made later than the first step were dropped in silence."""
+
+    class Base(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            self.keep()
+
+        def keep(self) -> None:
+            raise NotImplementedError
+
+    class Attribute(Base):
+        t = 0
+
+        def keep(self) -> None:
+            self.t += 1
+
+    class Elsewhere(Base):
+        def keep(self) -> None:
+            cast(Any, self.state)["all"] = {"k": 1}
+
+    class Late(Base):
+        def keep(self) -> None:
+            for p in self.param_groups[0]["params"]:
+                count = self.state[p]["count"] = self.state[p].get("count", 0) + 1
+                if count == 2:
+                    self.state[p]["slow"] = p.detach().clone()
+
+    for kind, match in ((Attribute, "keeps 't' as an attribute"), (Elsewhere, "state of no parameter")):
+        with pytest.raises(ConfigurationError, match=match):
+            trainer(optimizer=lambda p, kind=kind: kind(p, lr=0.1)).fit(1)
+    with pytest.raises(unisono.UnisonoError, match="made the state 'slow' after its first step"):
+        trainer(optimizer=lambda p: Late(p, lr=0.1)).fit(3)
+
+
+def test_what_is_not_a_number_is_never_the_best() -> None:
+    """Cause: a first metric of NaN stayed the best, since nothing compares as better; a resume forgot it."""
+    heard: list[bool] = []
+    values = iter([float("nan"), 3.0, 2.0, float("nan"), 1.0, 1.0, 1.0, 1.0, 1.0])
+    subject = trainer(
+        data=toys.Samples(),
+        validation=cast(Any, [toys.Samples()[0]]),
+        metrics=lambda output, target: {"m": next(values)},
+        validate={"every": 1, "metric": "m"},
+        callbacks=[lambda e: heard.append(e.best) if isinstance(e, ValidationFinished) else None],
+    )
+    subject.fit(4)
+    assert heard == [True, True, False, True]  # the rehearsal took the first value
+
+
+def test_a_failed_start_gives_the_directory_back(tmp_path: Path) -> None:
+    """Cause: what failed between taking the directory's lock and training kept it."""
+    (tmp_path / "events.jsonl").mkdir()
+    with pytest.raises(OSError):
+        trainer(run_dir=str(tmp_path)).fit(1)
+    (tmp_path / "events.jsonl").rmdir()
+    assert trainer(run_dir=str(tmp_path)).fit(1).step == 1
+
+
+def test_adagrad_takes_a_parameter_without_dimensions() -> None:
+    """Cause: state that its constructor makes for such a parameter was taken for a scalar of every parameter."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(1.0))
+            self.linear = nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.linear(x) * self.scale
+            return y
+
+    assert trainer(model=Scaled, optimizer=lambda p: torch.optim.Adagrad(p, lr=0.1)).fit(3).step == 3
+
+
+def test_a_collate_that_draws_is_exact() -> None:
+    """Cause: batches were made outside of the samples' random state."""
+
+    def mix(samples: list[Any]) -> Any:
+        x, y = torch.utils.data.default_collate(samples)
+        order = torch.randperm(len(x))
+        return x * 0.7 + x[order] * 0.3, y
+
+    assert trainer(collate=mix).fit(3).digest == trainer(collate=mix).fit(3).digest
+
+
+def test_a_changed_setting_of_a_coupled_optimizer_takes_effect_on_resume(tmp_path: Path) -> None:
+    """Cause: all numbers of its groups were restored, those that the user had changed too."""
+    digests = []
+    for momentum in (0.9, 0.1):
+        run_dir = str(tmp_path / str(momentum))
+
+        class Mine(torch.optim.SGD):
+            pass
+
+        trainer(run_dir=run_dir, optimizer=lambda p: Mine(p, lr=0.1, momentum=0.9)).fit(2)
+        subject = trainer(run_dir=run_dir, optimizer=lambda p: Mine(p, lr=0.1, momentum=momentum))  # noqa: B023
+        digests.append(subject.fit(4, resume=True).digest)
+    assert digests[0] != digests[1]

@@ -1,6 +1,8 @@
 """One worker put together: from the user's objects and the configuration to an engine over shared memory."""
 
 import hashlib
+import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +18,7 @@ from unisono.comm.partial import PartialLayout, partial_layout
 from unisono.config import TrainingConfig
 from unisono.data.feed import Collate, Dataset, Feed, TrainingFeed
 from unisono.engine import Engine, work_share
-from unisono.errors import ConfigurationError
+from unisono.errors import CheckpointError, ConfigurationError, UnisonoError
 from unisono.evaluation import Evaluator, Metrics
 from unisono.events import Emitter
 from unisono.launch.world import World
@@ -165,7 +167,7 @@ def assemble(
     """
     prepared = prepare(objects, config, world.size, device)
     host = prepared.host
-    arena = Arena(world.arena(host.size_bytes), host.size_bytes)
+    arena = _map(world.arena(host.size_bytes), host.size_bytes)
     memory = DeviceMemory(device) if device.type != "cpu" else lambda region: arena.tensor(region, torch.uint8)
     group = HostGroup(
         arena, host, prepared.partials, world.rank, range(world.size), 1, config.deadline_s, memory=memory
@@ -199,6 +201,15 @@ def assemble(
             group, replica, held_out, config.micro_batch_size, config.validation.samples, objects.metrics
         )
     return Worker(prepared, group, state, snapshot, replica, engine, evaluator), step
+
+
+def _map(descriptor: int | None, size_bytes: int) -> Arena:
+    """The arena; the mapping keeps what it needs, so that the descriptor does not keep the memory."""
+    try:
+        return Arena(descriptor, size_bytes)
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def _replica(
@@ -257,15 +268,23 @@ def _fill(
     restore: Callable[[Prepared, TrainingState], int],
 ) -> int:
     """Initial values, or those of a checkpoint, by rank 0; replicas are copies of its own. Returns the step."""
-    step = 0
+    step, failure = 0, ""
     if group.rank == 0:
         with torch.no_grad():
             for value, parameter in zip(state.values, prepared.originals, strict=True):
                 value.copy_(parameter)
             for value, (_, buffer) in zip(state.buffers, prepared.tensors.buffers, strict=True):
                 value.copy_(buffer)
-        step = restore(prepared, state)
-    step = int.from_bytes(group.all_gather(step.to_bytes(8, "little"), "initial state")[0], "little")
+        try:
+            step = restore(prepared, state)
+        except UnisonoError as error:  # of which all hear, so that none waits
+            failure = str(error)
+            group.all_gather(json.dumps([step, failure]).encode(), "initial state")
+            raise
+    said = json.loads(group.all_gather(json.dumps([step, failure]).encode(), "initial state")[0])
+    step, failure = int(said[0]), str(said[1])
+    if failure:
+        raise CheckpointError(failure)
     if prepared.host.replicas > 1 and group.rank > 0:
         state.memory.copy_(memory(prepared.host.state(0)))
     if group.rank == 0 or prepared.host.replicas > 1:

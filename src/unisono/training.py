@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,6 @@ from unisono.events import (
 from unisono.launch.runs import lock, write_config
 from unisono.launch.world import World, in_notebook
 from unisono.observe.choose import observers
-from unisono.observe.observer import Observer
 from unisono.optim.schedules import Schedule, schedule
 from unisono.plan.assignment import UpdateClass
 from unisono.run.fingerprint import fingerprint
@@ -95,6 +95,7 @@ class Training:
         self._config = config = job.config
         self._steps = job.steps
         self._emit = Emitter()
+        self._observed = False
         self._run_dir = Path(config.run_dir) if config.run_dir is not None else None
         self._writer: CheckpointWriter | None = None
         self._wanted: int | None = None  # the step whose state is to be saved
@@ -106,24 +107,37 @@ class Training:
         self._loss: float | None = None
         self._notices: list[Event] = []
         self._recorded: dict[str, Any] | None = None
-        self._lock: int | None = None
-        self._observers: list[Observer] = []
-        if world.rank == 0:
-            self._prepare_run_dir(job.resume)
-            self._observers = observers(config.observe, self._run_dir)
-            listeners: list[Listener] = [*self._observers, *job.callbacks]
-            for listener in listeners:
-                self._emit.add(listener)
-        self._device = device = torch.device(config.device)
-        self._fingerprint = asdict(fingerprint(config.threads, device))
-        probes = Emitter(job.probes) if job.probes else None
-        plan = job.schedule or schedule(config.schedule, job.steps)
+        self._device = torch.device(config.device)
+        self._fingerprint = asdict(fingerprint(config.threads, self._device))
         self._worker: Worker | None = None
+        self._open = ExitStack()  # what is to be let go of, the last first
+        self._open.callback(world.release_arena)
         try:
-            self._worker, self._start = assemble(job.objects, config, world, device, plan, probes, self._restore)
+            self._begin()
         except BaseException:
             self.close()
             raise
+
+    def _begin(self) -> None:
+        """Take the run's directory, attach observers, and put the worker together."""
+        job, device = self._job, self._device
+        if self._world.rank == 0:
+            self._prepare_run_dir(job.resume)
+            chosen = observers(self._config.observe, self._run_dir)
+            for observer in reversed(chosen):
+                self._open.callback(observer.close)
+            self._observed = bool(chosen)
+            listeners: list[Listener] = [*chosen, *job.callbacks]
+            for listener in listeners:
+                self._emit.add(listener)
+        probes = Emitter(job.probes) if job.probes else None
+        plan = job.schedule or schedule(self._config.schedule, job.steps)
+        self._worker, self._start = assemble(
+            job.objects, self._config, self._world, device, plan, probes, self._restore
+        )
+        self._open.callback(self._worker.release)
+        if self._writer is not None:
+            self._open.callback(self._writer.finish)
 
     @property
     def model(self) -> nn.Module:
@@ -146,7 +160,7 @@ class Training:
         step = self._start
         for step in range(self._start + 1, self._steps + 1):
             began = time.perf_counter()
-            worker.group.set_flags(self._flags())
+            worker.group.set_flags(self._flags(step))
             outcome = worker.engine.step(step, check_purity=step == self._start + 1, last=step == self._steps)
             self._after_step(step, outcome, time.perf_counter() - began)
             every = self._config.validation.every
@@ -162,16 +176,7 @@ class Training:
 
     def close(self) -> None:
         """Let go of everything, in whatever state."""
-        if self._writer is not None and self._writer.busy:
-            self._writer.finish()
-        for observer in self._observers:
-            observer.close()
-        if self._worker is not None:
-            self._worker.release()
-        self._world.release_arena()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._open.close()
 
     def _prepare_run_dir(self, resume: bool) -> None:
         if self._run_dir is None:
@@ -182,7 +187,7 @@ class Training:
                 f"{self._run_dir} holds the checkpoints of a run (the last at step {steps_in(checkpoints)[0]}); "
                 "resume it (--resume, or fit(resume=True)), or give another run_dir"
             )
-        self._lock = lock(self._run_dir)
+        self._open.callback(os.close, lock(self._run_dir))
         remove_leftovers(checkpoints)
         for name in ("config.yaml.tmp", "report.html.tmp"):
             (self._run_dir / name).unlink(missing_ok=True)
@@ -237,13 +242,16 @@ class Training:
                 Notice("a notebook runs one worker; for more, move the code to a script: unisono run -n 2 script.py")
             )
 
-    def _flags(self) -> int:
-        """What this worker asks for with the step that begins."""
+    def _flags(self, step: int) -> int:
+        """What this worker asks for with ``step``, which begins."""
         flags = STOP if self._job.stopping() else 0
         if self._writer is not None:
             self._writer.poll()
             if self._wanted is not None and self._wanted == self._best_wanted:
                 self._writer.finish()  # the best state is this one, and no later one
+            if self._wanted is not None and self._device.type != "cpu":  # a snapshot shares words with the live state
+                self._save(step - 1, self._assembled.state)
+                self._writer.finish()
             if self._wanted is not None and not self._writer.busy:
                 flags |= SNAPSHOT
         return flags
@@ -284,7 +292,10 @@ class Training:
         metrics = evaluator.evaluate(step)
         settings = self._config.validation
         value = metrics[settings.metric]
-        better = self._best is None or (value < self._best if settings.mode == "min" else value > self._best)
+        number = value == value  # what is not a number is never better, and never the best
+        better = number and (
+            self._best is None or (value < self._best if settings.mode == "min" else value > self._best)
+        )
         self._best, self._worse = (value, 0) if better else (self._best, self._worse + 1)
         self._metrics, self._evaluated = metrics, step
         if better and self._writer is not None and self._config.checkpoint.keep_best:
@@ -321,7 +332,7 @@ class Training:
         run_dir = str(self._run_dir) if self._run_dir else None
         worker.release()
         summary = self._job.objects.summary
-        if summary is not None and self._world.rank == 0 and self._observers and reason != "stopped":
+        if summary is not None and self._world.rank == 0 and self._observed and reason != "stopped":
             self._emit(Summary(dict(summary(worker.prepared.model))))
         self._emit(RunFinished(step, reason, digest, seconds))
         return Result(step, reason, digest, self._loss, self._metrics, run_dir)

@@ -73,11 +73,12 @@ class Feed:
                 except Exception as error:
                     error.add_note(f"raised by the {self._role} dataset for sample {index} ({where})")
                     raise
-        try:
-            batch = self._collate(samples)
-        except Exception as error:
-            error.add_note(f"raised while making a batch of {self._role} samples {list(indices)} ({where})")
-            raise
+            random.seed(derive(self._seed, self._role, "batch", epoch_key, *indices))
+            try:
+                batch = self._collate(samples)
+            except Exception as error:
+                error.add_note(f"raised while making a batch of {self._role} samples {list(indices)} ({where})")
+                raise
         if self._device.type == "cpu":
             return batch
         return pytree.tree_map_only(Tensor, lambda t: t.to(self._device), batch)

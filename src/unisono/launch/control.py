@@ -33,6 +33,8 @@ def receive(connection: socket.socket, descriptors: int = 0) -> tuple[Message | 
         data, received, _, _ = socket.recv_fds(connection, LONGEST_MESSAGE_BYTES, descriptors)
     except ConnectionResetError:
         return None, []
+    for descriptor in received:
+        os.set_inheritable(descriptor, False)
     if not data:
         return None, []
     message: Message = json.loads(data)

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -33,6 +34,14 @@ class _Worker:
     status: int | None = None
     result: Any = None
     error: Message | None = None
+
+
+class Heard(Enum):
+    """What came over a worker's line."""
+
+    MESSAGE = "message"
+    NOTHING = "nothing"
+    END = "end"
 
 
 @dataclass(slots=True)
@@ -200,7 +209,7 @@ class LocalLauncher:
             for key, _ in ready:
                 if key.data is None:
                     self._hear_server()
-                elif not self._hear_worker(key.data):
+                elif self._hear_worker(key.data) is Heard.END:
                     selector.unregister(key.fileobj)
             cause, consequence = self._failures()
             if cause or self._interrupts > 1:
@@ -231,21 +240,21 @@ class LocalLauncher:
         if message["op"] == "forked":
             worker.pid, worker.handle = message["pid"], descriptors[0]
         elif message["op"] == "exited" and worker.pid:
-            while self._hear_worker(worker, wait=False):  # its last words may still be on the way
+            while self._hear_worker(worker) is Heard.MESSAGE:  # its last words may still be on the way
                 pass
             worker.status = message["status"]
 
-    def _hear_worker(self, worker: _Worker, *, wait: bool = True) -> bool:
-        """Handle one message of a worker; False when there is none, or its line is closed."""
-        worker.control.setblocking(wait)
+    def _hear_worker(self, worker: _Worker) -> "Heard":
+        """Handle one message of a worker, if there is one."""
+        worker.control.setblocking(False)
         try:
             message, _ = receive(worker.control)
         except BlockingIOError:
-            return False
+            return Heard.NOTHING
         finally:
             worker.control.setblocking(True)
         if message is None:
-            return False
+            return Heard.END
         if message["op"] == "arena":
             self._keeper.answer(worker.control, message)
         elif message["op"] == "release":
@@ -254,7 +263,7 @@ class LocalLauncher:
             worker.result = message["value"]
         elif message["op"] == "error" and worker.error is None:
             worker.error = message
-        return True
+        return Heard.MESSAGE
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         """The first interrupt is passed on, and workers end in good order; the second ends them at once."""

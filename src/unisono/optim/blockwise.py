@@ -90,7 +90,7 @@ class BlockOptimizer:
         self._parameters[id(unit)] = parameter
         self._gradients[id(unit)] = gradient
         if not unit.present[0] and (constructed := initial_state(self._constructed, unit.original)):
-            self._optimizer.state[parameter] = {key: _part(value, unit) for key, value in constructed.items()}
+            self._optimizer.state[parameter] = {key: _part(key, value, unit) for key, value in constructed.items()}
             self._adopt(unit, parameter)
 
     def set_rate(self, schedule: Schedule, scale: float, step: int) -> None:
@@ -146,6 +146,11 @@ class BlockOptimizer:
             if value is not None and value is not view:
                 view.copy_(value)
                 state[key] = view
+        if unknown := [k for k, v in state.items() if isinstance(v, Tensor) and k not in unit.state]:
+            raise TrainingError(
+                f"optimizer {type(self._optimizer).__name__} made the state {unknown[0]!r} after its first step, for "
+                "which there is no room; make all of it at the first step"
+            )
         unit.present[0] = 1
 
     def _stored_numbers(self) -> dict[str, Any]:
@@ -159,7 +164,7 @@ class BlockOptimizer:
     def _load_python_state(self, units: Sequence[Unit]) -> None:
         stored = self._stored_numbers()
         for group, values in zip(self._optimizer.param_groups, stored["groups"], strict=True):
-            group.update({key: value for key, value in values.items() if key != "lr"})
+            group.update(values)
         for unit in units:
             self._optimizer.state[self._parameters[id(unit)]].update(stored["state"].get(unit.name, {}))
 
@@ -167,7 +172,10 @@ class BlockOptimizer:
         assert self._python_state is not None
         updated = {unit.name: _numbers(self._optimizer.state[self._parameters[id(unit)]]) for unit in units}
         stored = {
-            "groups": [_numbers(group) for group in self._optimizer.param_groups],
+            "groups": [
+                {key: value for key, value in _numbers(group).items() if key != "lr" and before.get(key) != value}
+                for group, before in zip(self._optimizer.param_groups, self._constructed.param_groups, strict=True)
+            ],
             "state": {**self._stored_numbers()["state"], **updated},
         }
         data = json.dumps(stored, sort_keys=True).encode()
@@ -184,15 +192,16 @@ def _numbers(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if isinstance(value, int | float | bool) and key != "params"}
 
 
-def _part(value: object, unit: Unit) -> object:
+def _part(key: str, value: object, unit: Unit) -> object:
     """A unit's part of state that the optimizer's constructor made for the whole parameter."""
     if not isinstance(value, Tensor):
         return value
-    if value.numel() == unit.original.numel() and value.dim() > 0:
-        part = value.detach().reshape(-1)[unit.span]
-        padding = torch.zeros(unit.values.numel() - part.numel(), dtype=part.dtype, device=part.device)
-        return torch.cat([part, padding]).reshape(unit.values.shape)
-    return value.detach().clone()
+    kept = unit.state.get(key)
+    if kept is None or kept.dim() == 0:
+        return value.detach().clone()
+    part = value.detach().reshape(-1)[unit.span]
+    padding = torch.zeros(unit.values.numel() - part.numel(), dtype=part.dtype, device=part.device)
+    return torch.cat([part, padding]).reshape(unit.values.shape)
 
 
 def torch_dtype(name: str) -> torch.dtype:

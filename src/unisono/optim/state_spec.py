@@ -119,13 +119,47 @@ def _refuse_what_cannot_be_kept(optimizer: Optimizer, state: dict[str, Any], *, 
 
 def _step(optimizer: Optimizer, *, coupled: bool = False) -> None:
     before = [_settings(group) for group in optimizer.param_groups]
+    attributes, tensors = _attributes(optimizer), _tensors(optimizer)
     _take_step(optimizer)
     after = [_settings(group) for group in optimizer.param_groups]
+    name = type(optimizer).__name__
+    if type(optimizer).__module__.startswith("torch.optim"):
+        return
+    if changed := [key for key, value in _attributes(optimizer).items() if attributes.get(key) != value]:
+        raise ConfigurationError(
+            f"optimizer {name} keeps {changed[0]!r} as an attribute of its own, which would be lost on resume; "
+            "keep it in the state of a parameter, or in a parameter group"
+        )
+    if _tensors(optimizer) != tensors:
+        raise ConfigurationError(
+            f"optimizer {name} keeps tensors in its parameter groups, which would be lost on resume; "
+            "keep them in the state of a parameter"
+        )
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if foreign := [key for key in optimizer.state if id(key) not in known]:
+        raise ConfigurationError(
+            f"optimizer {name} keeps state of no parameter ({str(foreign[0])[:40]!r}), which would be lost on resume; "
+            "keep it in the state of a parameter, or in a parameter group"
+        )
     if not coupled and after != before:
         raise ConfigurationError(
-            f"optimizer {type(optimizer).__name__} counts in its parameter groups, which each owner would do at "
+            f"optimizer {name} counts in its parameter groups, which each owner would do at "
             "its own pace; leave its update_class out, and one owner will update everything"
         )
+
+
+def _attributes(optimizer: Optimizer) -> dict[str, Any]:
+    """An optimizer's own numbers and tensors, as plain data."""
+    return {
+        key: value.tolist() if isinstance(value, Tensor) else value
+        for key, value in vars(optimizer).items()
+        if isinstance(value, int | float | Tensor)
+    }
+
+
+def _tensors(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The tensors that lie in parameter groups, as plain data."""
+    return [{k: v.tolist() for k, v in group.items() if isinstance(v, Tensor)} for group in optimizer.param_groups]
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
@@ -151,9 +185,11 @@ def _element_state(optimizer: Optimizer, group: int, dtype: str, first: nn.Param
         trial = clone(optimizer, [[probe] if g == group else [] for g in range(len(optimizer.param_groups))])
         _step(trial)
         state = dict(trial.state.get(probe, {}))
+    made = bool(initial_state(optimizer, first))  # in the constructor, of the parameter's shape
     elements, scalars = [], []
     for key, value in sorted(state.items()):
-        if isinstance(value, Tensor) and value.dim() > 0 and value.numel() == numel:
+        alike = isinstance(value, Tensor) and value.numel() == numel
+        if isinstance(value, Tensor) and alike and (value.dim() > 0 or (made and key != "step")):
             elements.append((key, str(value.dtype).removeprefix("torch.")))
         elif isinstance(value, Tensor) and value.numel() == 1:
             scalars.append((key, str(value.dtype).removeprefix("torch.")))

@@ -188,6 +188,10 @@ class Replica:
                     "pass use_reentrant=False"
                 )
             self._seen[use] = 1
+            if len(self._chain) == 1 and not self._chain[0].counts[use] and not gradient.is_sparse:
+                self._chain[0].entries[use].copy_(gradient)  # the usual case, without detours
+                self._chain[0].counts[use] = 1
+                return
             add_entry(self._chain, use, gradient.to_dense() if gradient.is_sparse else gradient)
 
         return take

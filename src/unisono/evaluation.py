@@ -64,7 +64,7 @@ class Evaluator:
         mine = []
         for node in subtrees(share.start, share.stop, count):
             values = {Node(0, m): leaves[m] for m in range(node.start, min(node.stop, count))}
-            mine.append([node.code, _finish_node(node, values, count)])
+            mine.append([node.code, finish(values, count, _add, node)])
         total: dict[Node, Sums] = {}
         for payload in self._group.all_gather(json.dumps(mine).encode(), f"validation after step {step}"):
             for code, sums in json.loads(payload):
@@ -98,15 +98,6 @@ def _pair(name: str, value: Any, samples: int) -> tuple[float, float]:
         return float(value) * samples, float(samples)
     except (TypeError, ValueError) as error:
         raise ConfigurationError(f"metric {name} is {value!r}; return a number, or a pair (sum, weight)") from error
-
-
-def _finish_node(node: Node, values: Mapping[Node, Sums], count: int) -> Sums:
-    if node in values:
-        return values[node]
-    left, right = node.children()
-    if right.start >= count:
-        return _finish_node(left, values, count)
-    return _add(_finish_node(left, values, count), _finish_node(right, values, count))
 
 
 def _add(a: Sums, b: Sums) -> Sums:

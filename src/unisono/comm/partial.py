@@ -33,15 +33,20 @@ class PartialLayout:
         return self.fields.size_bytes
 
 
+def torch_dtype(name: str) -> torch.dtype:
+    """A dtype by torch's name for it."""
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
 def item_size(dtype: str) -> int:
     """Bytes of one element of a dtype named as in torch."""
-    size: int = getattr(torch, dtype).itemsize
-    return size
+    return torch_dtype(dtype).itemsize
 
 
 def is_summed(spec: TensorSpec) -> bool:
     """Whether a buffer is averaged over micro-batches; counters and flags take the first writer's value instead."""
-    dtype: torch.dtype = getattr(torch, spec.dtype)
+    dtype = torch_dtype(spec.dtype)
     return dtype.is_floating_point or dtype.is_complex
 
 
@@ -76,7 +81,7 @@ class Partial:
             region = layout.fields.named[name]
             return memory[region.offset : region.offset + region.size_bytes]
 
-        self.segments = [field(f"segment {i}").view(getattr(torch, dtype)) for i, dtype in enumerate(layout.segments)]
+        self.segments = [field(f"segment {i}").view(torch_dtype(dtype)) for i, dtype in enumerate(layout.segments)]
         self.entries: list[Tensor] = []
         for (_, parameter), place in zip(flat.uses, flat.use_places, strict=True):
             span = self.segments[place.segment][place.offset : place.offset + place.numel]
@@ -84,7 +89,7 @@ class Partial:
         self.uses = len(self.entries)
         self.first_wins = [False] * self.uses + [not is_summed(spec) for spec in layout.buffers]
         for i, spec in enumerate(layout.buffers):
-            self.entries.append(field(f"buffer {i}").view(getattr(torch, spec.dtype)).view(spec.shape))
+            self.entries.append(field(f"buffer {i}").view(torch_dtype(spec.dtype)).view(spec.shape))
         host = memory if memory.device.type == "cpu" else torch.zeros(layout.size_bytes, dtype=torch.uint8)
         scalars, counts = layout.fields.named["scalars"], layout.fields.named["counts"]
         words = host.numpy().data

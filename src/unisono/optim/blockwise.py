@@ -202,9 +202,3 @@ def _part(key: str, value: object, unit: Unit) -> object:
     part = value.detach().reshape(-1)[unit.span]
     padding = torch.zeros(unit.values.numel() - part.numel(), dtype=part.dtype, device=part.device)
     return torch.cat([part, padding]).reshape(unit.values.shape)
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """A dtype by torch's name for it."""
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype

@@ -155,8 +155,8 @@ def missing(published: Iterable[Node], count: int) -> list[int]:
     return [m for m in range(count) if m not in seen]
 
 
-def finish(values: Mapping[Node, T], count: int, add: Callable[[T, T], T]) -> T:
-    """The value of the whole tree from the values of subtrees that cover it.
+def finish(values: Mapping[Node, T], count: int, add: Callable[[T, T], T], top: Node | None = None) -> T:
+    """The value of the whole tree, or of the subtree ``top``, from the values of subtrees that cover it.
 
     >>> finish({Node(1, 0): "ab", Node(0, 2): "c"}, 3, lambda left, right: f"({left}+{right})")
     '(ab+c)'
@@ -168,7 +168,7 @@ def finish(values: Mapping[Node, T], count: int, add: Callable[[T, T], T]) -> T:
         left, right = node.children()
         return value(left) if right.start >= count else add(value(left), value(right))
 
-    return value(root(count))
+    return value(top or root(count))
 
 
 def fold(leaves: Iterator[T] | Iterable[T], add: Callable[[T, T], T]) -> T:

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from unisono.comm.partial import torch_dtype
 from unisono.errors import CheckpointError
-from unisono.optim.blockwise import torch_dtype
 from unisono.optim.state_spec import ElementState
 from unisono.plan.assignment import UpdateClass
 from unisono.run.digest import digest

@@ -39,8 +39,9 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def train(pool: LocalLauncher, workers: int, **arguments: Any) -> dict[str, Any]:
-    result: dict[str, Any] = pool.run({"call": "tests.jobs:train", "arguments": arguments}, workers).results[0]
+def train(pool: LocalLauncher, workers: int, hosts: int = 1, **arguments: Any) -> dict[str, Any]:
+    target = {"call": "tests.jobs:train", "arguments": arguments}
+    result: dict[str, Any] = pool.run(target, workers, hosts=hosts).results[0]
     return result
 
 
@@ -66,6 +67,24 @@ def test_one_result_across_a_resume(pool: LocalLauncher, case: str, tmp_path: Pa
     result = train(pool, 2, layout={"zero": 0}, resume=True, **settings)
     assert result["digest"] == expected["digest"]
     assert result["losses"] == expected["losses"][3:]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda name: name)
+def test_one_result_across_hosts(pool: LocalLauncher, case: str) -> None:
+    """One worker on each host, several on each, hosts of unequal size; buckets small enough that there are many."""
+    wire = {"bucket_bytes": 300}
+    expected = train(pool, 1, **CASES[case])
+    for workers, hosts, zero in ((2, 2, 1), (3, 2, 0), (4, 2, 1), (3, 3, 1)):
+        result = train(pool, workers, hosts, layout={"zero": zero}, wire=wire, **CASES[case])
+        assert result["digest"] == expected["digest"], f"{workers} workers on {hosts} hosts, ZeRO {zero}"
+        assert result["losses"] == expected["losses"]
+        assert result["validations"] == expected["validations"]
+
+
+def test_one_result_across_a_resume_on_several_hosts(pool: LocalLauncher, tmp_path: Path) -> None:
+    expected = train(pool, 1, model="norm")
+    train(pool, 4, 2, steps=3, model="norm", run_dir=str(tmp_path))
+    assert train(pool, 3, 3, resume=True, model="norm", run_dir=str(tmp_path))["digest"] == expected["digest"]
 
 
 def test_checkpointing_changes_nothing(pool: LocalLauncher) -> None:

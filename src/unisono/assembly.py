@@ -12,13 +12,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from unisono.comm.arena import Arena, DeviceMemory, Region
+from unisono.comm.group import Group
+from unisono.comm.hierarchical import HierarchicalGroup, Place, wire_buckets
 from unisono.comm.host import HostGroup, HostLayout, host_layout
 from unisono.comm.journal import Journal
+from unisono.comm.network import Link
 from unisono.comm.partial import PartialLayout, partial_layout
 from unisono.config import TrainingConfig
 from unisono.data.feed import Collate, Dataset, Feed, TrainingFeed
 from unisono.engine import Engine, work_share
-from unisono.errors import CheckpointError, ConfigurationError, UnisonoError
+from unisono.errors import CheckpointError, ConfigurationError, LaunchError, UnisonoError
 from unisono.evaluation import Evaluator, Metrics
 from unisono.events import Emitter
 from unisono.launch.world import World
@@ -86,7 +89,7 @@ class Worker:
     """A worker ready to train."""
 
     prepared: Prepared
-    group: HostGroup
+    group: Group
     state: TrainingState
     snapshot: TrainingState
     replica: Replica
@@ -102,10 +105,17 @@ class Worker:
             self.replica.buffers.reset()
             self.replica.close()
             unbind(self.prepared.model, self.prepared.layout.flat)
+            self.group.close()
 
 
-def prepare(objects: Objects, config: TrainingConfig, workers: int, device: torch.device) -> Prepared:
-    """Build the model and lay everything out; the same in every worker.
+def prepare(
+    objects: Objects, config: TrainingConfig, workers: int, device: torch.device, *, several_hosts: bool = False
+) -> Prepared:
+    """Build the model and lay everything out; the same in every worker of a host.
+
+    Arguments:
+        workers: on this host.
+        several_hosts: gradients travel, in buckets.
 
     Raises:
         ConfigurationError: where the objects cannot be trained.
@@ -144,6 +154,7 @@ def prepare(objects: Objects, config: TrainingConfig, workers: int, device: torc
         state_bytes=layout.size_bytes,
         replicas=workers if config.layout.zero == 0 else 1,
         undo_bytes=undo_bytes(layout, [run for share in owned for run in share]),
+        buckets=len(wire_buckets(flat, config.wire.bucket_bytes)) if several_hosts else 0,
     )
     return Prepared(model, tensors, optimizer, originals, update, layout, partials, owned, host)
 
@@ -165,24 +176,92 @@ def assemble(
 
     Returns the worker and the step from which training starts.
     """
-    prepared = prepare(objects, config, world.size, device)
+    hosts, several = world.hosts, len(world.hosts.sizes) > 1
+    prepared = prepare(objects, config, world.local_size, device, several_hosts=several)
     host = prepared.host
     arena = _map(world.arena(host.size_bytes), host.size_bytes)
     memory = DeviceMemory(device) if device.type != "cpu" else lambda region: arena.tensor(region, torch.uint8)
-    group = HostGroup(
-        arena, host, prepared.partials, world.rank, range(world.size), 1, config.deadline_s, memory=memory
+    local = HostGroup(
+        arena,
+        host,
+        prepared.partials,
+        world.local_rank,
+        range(world.local_size),
+        1,
+        config.deadline_s,
+        memory=memory,
+        names=lambda local_rank: hosts.name(hosts.rank(world.host, local_rank)),
     )
     feed = Feed(objects.data, config.seed, "training", objects.collate, device)
-    group.assemble(_fingerprint(prepared, config, feed.size))
-    replicated = config.layout.zero == 0
-    state = TrainingState(prepared.layout, memory(host.state(world.rank if replicated else 0)))
+    local.assemble(_fingerprint(prepared, config, feed.size))
+    group = _across_hosts(prepared, config, local, world, device, feed.size) if several else local
+    try:
+        return _worker(objects, config, prepared, group, local, memory, feed, schedule, listeners, restore)
+    except BaseException:
+        group.close()
+        raise
+
+
+def _across_hosts(
+    prepared: Prepared, config: TrainingConfig, local: HostGroup, world: World, device: torch.device, samples: int
+) -> HierarchicalGroup:
+    """The group of several hosts, all of which were given the same run."""
+    link = Link(
+        backend=_backend(config, device),
+        store=world.store(config.deadline_s),
+        address=world.address,
+        deadline_s=config.deadline_s,
+        device=device,
+    )
+    place = Place(world.hosts, world.rank)
+    flat = prepared.layout.flat
+    name = f"training {world.trainings}"
+    group = HierarchicalGroup(local, place, link, flat, config.wire.bucket_bytes, config.micro_batches, name)
+    try:
+        agreed = (prepared.layout, samples, config.model_dump(exclude={"run_dir", "observe"}))
+        mine = hashlib.sha256(repr(agreed).encode()).digest()
+        for rank, theirs in enumerate(group.all_gather(mine, "agreement on the run")):
+            if theirs != mine:
+                raise LaunchError(
+                    f"{world.hosts.name(rank)} was given another run than {world.hosts.name(world.rank)} (model, "
+                    "configuration or number of samples differ); start all hosts with the same of each"
+                )
+    except BaseException:
+        group.close()
+        raise
+    return group
+
+
+def _backend(config: TrainingConfig, device: torch.device) -> str:
+    """The transport between hosts."""
+    if config.wire.backend != "auto":
+        return config.wire.backend
+    return "gloo" if device.type == "cpu" else "nccl"
+
+
+def _worker(
+    objects: Objects,
+    config: TrainingConfig,
+    prepared: Prepared,
+    group: Group,
+    local: HostGroup,
+    memory: Callable[[Region], Tensor],
+    feed: Feed,
+    schedule: Schedule,
+    listeners: Emitter | None,
+    restore: Callable[[Prepared, TrainingState], int],
+) -> tuple[Worker, int]:
+    """A worker over its group, and the step from which it starts."""
+    host, device = prepared.host, feed.device
+    mine = local.rank if config.layout.zero == 0 else 0
+    state = TrainingState(prepared.layout, memory(host.state(mine)))
     snapshot = TrainingState(prepared.layout, memory(host.snapshot()), frozen=state)
-    versions = arena.words(host.versions(world.rank if replicated else 0))
-    step = _fill(prepared, group, state, memory, versions, restore)
-    memories = RunMemory(prepared.layout, state.memory, memory(host.undo(world.rank)), snapshot.memory)
+    versions = local.arena.words(host.versions(mine))
+    step = _fill(prepared, group, local, state, memory, versions, restore)
+    memories = RunMemory(prepared.layout, state.memory, memory(host.undo(local.slot)), snapshot.memory)
     replica = _replica(prepared, objects, config, state, device)
-    policy = _policy(prepared, config, group, state, memories, versions, schedule)
-    share = micro_batches(config.micro_batches, world.size)[world.rank]
+    policy = _policy(prepared, config, group, local, state, memories, versions, schedule)
+    share = micro_batches(config.micro_batches, group.size)[group.rank]
     sampler = Sampler(feed.size, config.seed, config.global_batch_size, config.micro_batch_size)
     names = [name for name, _ in prepared.layout.flat.uses] + [spec.name for spec in prepared.layout.buffers]
     engine = Engine(
@@ -233,7 +312,8 @@ def _replica(
 def _policy(
     prepared: Prepared,
     config: TrainingConfig,
-    group: HostGroup,
+    group: Group,
+    local: HostGroup,
     state: TrainingState,
     memories: RunMemory,
     versions: memoryview,
@@ -244,12 +324,12 @@ def _policy(
     optimizer = BlockOptimizer(prepared.optimizer, prepared.update, state.python_state())
     joinable = state.memory.device.type == "cpu" and config.threads == 1
     owner = Owner(state, memories, prepared.originals, keep=config.clip is not None, joinable=joinable)
-    owned = owner.prepare(prepared.owned[group.rank], optimizer)
+    owned = owner.prepare(prepared.owned[local.rank], optimizer)
     buffers = None
-    if layout.buffers and (group.rank == 0 or prepared.host.replicas > 1):
+    if layout.buffers and (local.rank == 0 or prepared.host.replicas > 1):
         buffers = OwnedBuffers(memories.image(layout.buffer_run), state.buffers)
     rates = Rates(schedule, scale(config.scaling, config.global_batch_size), config.clip)
-    journal = Journal(group.header.slot(group.slot), versions)
+    journal = Journal(local.header.slot(local.slot), versions)
     return EveryStep(group, layout.flat, config.micro_batches, owned, buffers, journal, optimizer, rates)
 
 
@@ -261,13 +341,14 @@ def _fingerprint(prepared: Prepared, config: TrainingConfig, samples: int) -> in
 
 def _fill(
     prepared: Prepared,
-    group: HostGroup,
+    group: Group,
+    local: HostGroup,
     state: TrainingState,
     memory: Callable[[Region], Tensor],
     versions: memoryview,
     restore: Callable[[Prepared, TrainingState], int],
 ) -> int:
-    """Initial values, or those of a checkpoint, by rank 0; replicas are copies of its own. Returns the step."""
+    """Initial values, or those of a checkpoint, by rank 0; all others have copies of its own. Returns the step."""
     step, failure = 0, ""
     if group.rank == 0:
         with torch.no_grad():
@@ -285,9 +366,13 @@ def _fill(
     step, failure = int(said[0]), str(said[1])
     if failure:
         raise CheckpointError(failure)
-    if prepared.host.replicas > 1 and group.rank > 0:
+    if local.rank == 0:
+        for part in state.parts():
+            group.broadcast(part, "initial state")
+    local.barrier("initial state")
+    if prepared.host.replicas > 1 and local.rank > 0:
         state.memory.copy_(memory(prepared.host.state(0)))
-    if group.rank == 0 or prepared.host.replicas > 1:
+    if local.rank == 0 or prepared.host.replicas > 1:
         for block in range(len(versions)):
             versions[block] = step
     group.finish(step)

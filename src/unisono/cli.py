@@ -131,6 +131,9 @@ def verify(
     config: ConfigFile,
     overrides: Overrides = None,
     workers: Annotated[str, typer.Option(help="Numbers of workers to compare, for example 1,2,3,4.")] = "1,2,3,4",
+    hosts: Annotated[
+        int, typer.Option(min=1, help="Spread them over this many hosts (sets that share no memory, on this machine).")
+    ] = 1,
     steps: Annotated[int, typer.Option(min=1, help="Steps to train with each.")] = 8,
     resume_at: Annotated[
         int | None, typer.Option(min=1, help="Stop after this step, and resume with another number of workers.")
@@ -149,7 +152,7 @@ def verify(
         numbers = _numbers(workers)
         if settings.preload:
             launcher.preload(settings.preload)
-        report = check(launcher, settings, numbers, steps, resume_at, None if as_json else typer.echo)
+        report = check(launcher, settings, numbers, steps, resume_at, None if as_json else typer.echo, hosts)
         typer.echo(json.dumps(report.as_dict()) if as_json else report.as_text())
         if not report.equal:
             raise typer.Exit(1)

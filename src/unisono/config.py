@@ -32,6 +32,15 @@ class Layout(Section):
     )
 
 
+class WireConfig(Section):
+    """How gradients travel between hosts."""
+
+    backend: str = Field("auto", description="gloo, nccl, or another that torch.distributed knows; auto: by device.")
+    bucket_bytes: int = Field(
+        1 << 20, ge=1, description="Gradients leave in buckets of at least this size, while the backward still runs."
+    )
+
+
 class ScheduleConfig(Section):
     """The learning rate over time, as a factor on the optimizer's own."""
 
@@ -97,6 +106,7 @@ class TrainingConfig(Section):
     schedule: ScheduleConfig = Field(default_factory=lambda: ScheduleConfig())
     scaling: ScalingConfig = Field(default_factory=lambda: ScalingConfig())
     layout: Layout = Field(default_factory=lambda: Layout())
+    wire: WireConfig = Field(default_factory=lambda: WireConfig())
     validation: ValidationConfig = Field(default_factory=lambda: ValidationConfig())
     checkpoint: CheckpointConfig = Field(default_factory=lambda: CheckpointConfig())
     observe: ObserveConfig = Field(default_factory=lambda: ObserveConfig())

@@ -66,6 +66,7 @@ class Engine:
         """
         phases = self._phases
         phases.begin(step)
+        self._group.begin(step)
         self._replica.buffers.invalidate()  # whoever used the model since may have written to them
         for action in self._share.actions:
             self._execute(step, action, check_purity)
@@ -92,7 +93,8 @@ class Engine:
             self._forwarded[m] = self._replica.forward(step, m, batch)
         else:
             leaf = self._share.leaves[m]
-            self._replica.backward(self._forwarded.pop(m), self._chain(m), opens=leaf.opens)
+            final = self._group.on_gradient if action is self._share.actions[-1] else None
+            self._replica.backward(self._forwarded.pop(m), self._chain(m), opens=leaf.opens, on_gradient=final)
             if self._first is not None:
                 self._compare(step, self._first, _copy(self._chain(m)[0]))
                 self._first = None

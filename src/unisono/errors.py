@@ -53,6 +53,10 @@ class Revoked(GroupError):
     """The group's generation ended while this worker waited: someone else holds the cause."""
 
 
+class PeerLost(GroupError):
+    """A worker of another host ended, or the link to it was cut, in the middle of an exchange."""
+
+
 class WorkerFailed(UnisonoError):
     """A worker ended in an exception or was lost; the message carries its rank and its traceback."""
 

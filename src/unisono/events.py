@@ -42,10 +42,26 @@ class PhaseEntered(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class WireUse:
+    """What a step's exchange between hosts took, on one worker.
+
+    Attributes:
+        sent_bytes: payload that it sent.
+        seconds: from its first message to its last.
+        exposed_s: how long training waited for the exchange: what did not hide behind computation.
+    """
+
+    sent_bytes: int
+    seconds: float
+    exposed_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class StepFinished(Event):
     """Step ``step`` (from 1) is committed.
 
-    ``tokens`` counts what the samples hold, where the task says; ``phases`` maps phase to seconds, once per worker.
+    ``tokens`` counts what the samples hold, where the task says; ``phases`` maps phase to seconds, once per worker;
+    ``wire`` is rank 0's, where there are several hosts.
     """
 
     step: int
@@ -57,6 +73,7 @@ class StepFinished(Event):
     gradient_norm: float | None
     seconds: float
     phases: Sequence[Mapping[str, float]]
+    wire: WireUse | None = None
 
 
 @dataclass(frozen=True, slots=True)

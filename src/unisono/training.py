@@ -275,6 +275,7 @@ class Training:
                 gradient_norm=outcome.gradient_norm,
                 seconds=seconds,
                 phases=reports,
+                wire=self._assembled.group.wire_use,
             )
         )
         if outcome.weight == 0:
@@ -341,8 +342,8 @@ class Training:
         """The digest of the state, from rank 0; replicas must agree."""
         worker = self._assembled
         replicated = worker.prepared.host.replicas > 1
-        mine = worker.state.digest(step) if replicated or self._world.rank == 0 else ""
-        digests = [payload.decode() for payload in worker.group.all_gather(mine.encode(), "digest")]
-        if replicated and len(set(digests)) > 1:
+        mine = worker.state.digest(step) if replicated or self._world.local_rank == 0 else ""
+        digests = [payload.decode() for payload in worker.group.all_gather(mine.encode(), "digest") if payload]
+        if len(set(digests)) > 1:
             raise CheckpointError(f"replicas differ after step {step}: {digests}; this is a defect of Unisono")
         return digests[0]

@@ -21,6 +21,7 @@ class Verification:
         losses: of the last step, by number of workers.
         seconds: that each took.
         steps, resume_at: what was trained, and after which step it was stopped and resumed.
+        hosts: over which several workers were spread; one worker is on one.
     """
 
     digests: dict[int, str]
@@ -28,6 +29,7 @@ class Verification:
     seconds: dict[int, float]
     steps: int
     resume_at: int | None
+    hosts: int = 1
 
     @property
     def equal(self) -> bool:
@@ -43,6 +45,7 @@ class Verification:
             "seconds": {str(n): round(s, 3) for n, s in self.seconds.items()},
             "steps": self.steps,
             "resume_at": self.resume_at,
+            "hosts": self.hosts,
         }
 
     def as_text(self) -> str:
@@ -51,7 +54,8 @@ class Verification:
         if self.equal and len(self.digests) == 1:
             return "one number of workers proves nothing; give several, --workers 1,2 for example"
         if self.equal:
-            return f"equal: {len(self.digests)} numbers of workers{again}, one result"
+            on = f" on up to {self.hosts} hosts" if self.hosts > 1 else ""
+            return f"equal: {len(self.digests)} numbers of workers{on}{again}, one result"
         return "NOT EQUAL: the result depends on the number of workers"
 
 
@@ -62,10 +66,12 @@ def verify(
     steps: int,
     resume_at: int | None,
     say: Callable[[str], None] | None,
+    hosts: int = 1,
 ) -> Verification:
     """Train ``steps`` steps on each number of workers.
 
-    With ``resume_at`` each run is stopped after that step and resumed on the next number in the list.
+    With ``resume_at`` each run is stopped after that step and resumed on the next number in the list. With several
+    ``hosts`` every number of workers is spread over as many sets that share no memory, and one worker on one is added.
 
     Raises:
         ConfigurationError: for a number of workers, or a step, that cannot be.
@@ -75,26 +81,30 @@ def verify(
     for count in workers:
         if count > config.micro_batches:
             raise ConfigurationError(more_workers_than_micro_batches(count, config.micro_batches))
+        if 1 < count < hosts:
+            raise ConfigurationError(f"{count} workers cannot be on {hosts} hosts; give --workers from {hosts}")
+    if hosts > 1 and 1 not in workers:
+        workers = [1, *workers]
     digests, losses, seconds = {}, {}, {}
     for i, count in enumerate(workers):
         started = time.monotonic()
         if resume_at is None:
-            result = _train(launcher, config, count, steps, None, resume=False)
+            result = _train(launcher, config, count, hosts, steps, None, resume=False)
         else:
             with tempfile.TemporaryDirectory(prefix="unisono-verify-") as run_dir:
-                _train(launcher, config, count, resume_at, run_dir, resume=False)
+                _train(launcher, config, count, hosts, resume_at, run_dir, resume=False)
                 following = workers[(i + 1) % len(workers)]
-                result = _train(launcher, config, following, steps, run_dir, resume=True)
+                result = _train(launcher, config, following, hosts, steps, run_dir, resume=True)
         digests[count], losses[count] = result["digest"], result["loss"]
         seconds[count] = time.monotonic() - started
         if say is not None:
-            name = f"{count} worker{'s' * (count > 1)}"
+            name = f"{count} worker{'s' * (count > 1)}" + (f" on {hosts} hosts" if min(count, hosts) > 1 else "")
             say(f"{name}: {result['digest']}  loss {result['loss']:.6f}  {seconds[count]:.1f} s")
-    return Verification(digests, losses, seconds, steps, resume_at)
+    return Verification(digests, losses, seconds, steps, resume_at, hosts)
 
 
 def _train(
-    launcher: Launcher, config: Config, workers: int, steps: int, run_dir: str | None, *, resume: bool
+    launcher: Launcher, config: Config, workers: int, hosts: int, steps: int, run_dir: str | None, *, resume: bool
 ) -> dict[str, Any]:
     data = config.model_dump(mode="json")
     decay = config.schedule.decay_steps or config.steps  # the schedule is part of the run, however few steps are taken
@@ -104,7 +114,8 @@ def _train(
     data |= {"steps": steps, "run_dir": run_dir, "checkpoint": {}, "validation": {}}
     settings = validate(Config, data, "verify").model_dump(mode="json")
     arguments = {"config": settings, "resume": resume, "evaluate": False}
-    ending = launcher.run({"call": "unisono.tasks.job:train", "arguments": arguments}, workers, output=STANDARD_ERROR)
+    target = {"call": "unisono.tasks.job:train", "arguments": arguments}
+    ending = launcher.run(target, workers, hosts=min(hosts, workers), output=STANDARD_ERROR)
     if ending.interrupted:
         raise KeyboardInterrupt
     result: dict[str, Any] = ending.results[0]

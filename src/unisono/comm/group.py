@@ -5,10 +5,13 @@ before the new state is read, `settle`. Every wait has a deadline; `revoke` free
 group of the next generation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
+from torch import Tensor
+
 from unisono.comm.partial import Partial
+from unisono.events import WireUse
 from unisono.run.summation import Node
 
 STOP = 1
@@ -33,6 +36,17 @@ class Group(Protocol):
     @property
     def generation(self) -> int:
         """The group's number; grows at each change of membership."""
+
+    @property
+    def owners(self) -> "Group":
+        """Those among them who share one state, each block of it with one owner: the workers of this host."""
+
+    @property
+    def on_gradient(self) -> Callable[[int], None] | None:
+        """To be called with a use as soon as its gradient is final in this worker's partials; None if nobody waits."""
+
+    def begin(self, step: int) -> None:
+        """What is published from here on belongs to ``step``."""
 
     def enter(self, activity: str, step: int) -> None:
         """Say what this worker does now: one of `ACTIVITIES`; shown to whoever waits for it."""
@@ -64,14 +78,24 @@ class Group(Protocol):
     def barrier(self, operation: str) -> None:
         """Wait until everyone has come here."""
 
+    def broadcast(self, tensor: Tensor, operation: str) -> None:
+        """On the first worker of every host: what the first host has there, for all of them."""
+
+    @property
+    def wire_use(self) -> WireUse | None:
+        """What the last step's exchange between hosts took; None where there is none."""
+
     def report(self, step: int, seconds: Sequence[float]) -> None:
         """Leave this worker's seconds in each phase of a step for others to read."""
 
     def reports(self, step: int) -> list[list[float]]:
         """What everyone left for a step that is settled, in order of rank."""
 
-    def revoke(self) -> None:
-        """End this generation: everyone who waits, or will, raises `Revoked`."""
+    def close(self) -> None:
+        """Let go of connections; no call follows."""
+
+    def revoke(self, cause: str = "") -> None:
+        """End this generation: everyone who waits, or will, raises `Revoked`, with the cause."""
 
     def reform(self, generation: int, members: Sequence[int]) -> "Group":
         """The group of a later generation: ``members`` are slots, in order of rank, this worker's among them."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from unisono.comm.arena import PAGE, Arena, Region, Regions
+from unisono.comm.arena import PAGE, Arena, Region, Regions, store_fence
 from unisono.comm.header import ENTRIES, Header, Publication, header_bytes
 from unisono.comm.partial import Partial, PartialLayout
 from unisono.comm.waiting import Waiter
@@ -15,6 +15,7 @@ from unisono.events import PHASES
 from unisono.run.summation import Node, covering, missing
 
 MAILBOX_BYTES = 1 << 16
+CAUSE_BYTES = 1 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class HostLayout:
     state_bytes: int
     replicas: int
     undo_bytes: int
+    buckets: int
     regions: Regions
 
     @property
@@ -66,9 +68,21 @@ def _paged(size_bytes: int) -> int:
 
 
 def host_layout(
-    slots: int, blocks: int, entries: int, partial_bytes: int, state_bytes: int, replicas: int, undo_bytes: int
+    slots: int,
+    blocks: int,
+    entries: int,
+    partial_bytes: int,
+    state_bytes: int,
+    replicas: int,
+    undo_bytes: int,
+    buckets: int = 0,
 ) -> HostLayout:
-    """Divide an arena; ``entries`` is the number of partials a slot may hold at once."""
+    """Divide an arena.
+
+    Arguments:
+        entries: partials that a slot may hold at once.
+        buckets: in which the gradient travels between hosts, 0 where there is one host.
+    """
     if entries > ENTRIES:
         raise ValueError(f"{entries} partials a slot exceed the {ENTRIES} that can be published")
     regions = Regions()
@@ -80,7 +94,12 @@ def host_layout(
     regions.add("undo", slots * _paged(undo_bytes), PAGE)
     regions.add("snapshot", state_bytes, PAGE)
     regions.add("partials", slots * entries * _paged(partial_bytes), PAGE)
-    return HostLayout(slots, blocks, entries, partial_bytes, state_bytes, replicas, undo_bytes, regions)
+    regions.add("cause", CAUSE_BYTES)
+    if buckets:
+        regions.add("ready", 8 * slots * buckets)
+        regions.add("summed", 8 * (buckets + 2))
+        regions.add("total", partial_bytes, PAGE)
+    return HostLayout(slots, blocks, entries, partial_bytes, state_bytes, replicas, undo_bytes, buckets, regions)
 
 
 class HostGroup:
@@ -94,6 +113,7 @@ class HostGroup:
         generation: from 1.
         deadline_s: seconds that any wait may take.
         memory: region -> bytes, where tensors do not lie in the arena itself (a CUDA device's).
+        names: what a rank of this group is called in errors.
     """
 
     def __init__(
@@ -107,6 +127,7 @@ class HostGroup:
         deadline_s: float,
         memory: Callable[[Region], Tensor] | None = None,
         waiter: Waiter | None = None,
+        names: Callable[[int], str] = "rank {}".format,
     ) -> None:
         self.arena = arena
         self.layout = layout
@@ -114,9 +135,10 @@ class HostGroup:
         self.slot = slot
         self.members = tuple(members)
         self._generation = generation
-        self._partials = partials
+        self._names = names
+        self.partials = partials
         self._memory = memory or (lambda region: arena.tensor(region, torch.uint8))
-        self._waiter = replace(waiter or Waiter(deadline_s, self._revoked), revoked=self._revoked)
+        self.waiter = replace(waiter or Waiter(deadline_s, self.is_revoked), revoked=self.is_revoked, cause=self.cause)
         self._views: dict[tuple[int, int], Partial] = {}
         self._messages = self.header.sequence(slot)
         self._reports = arena.bytes(layout.regions.named["reports"]).cast("d")
@@ -144,14 +166,27 @@ class HostGroup:
             seen = [self.header.layout(slot) for slot in self.members]
             return seen if all(seen) else None
 
-        seen = self._waiter(ready, "assemble", lambda: self._missing(lambda s: bool(self.header.layout(s))))
+        seen = self.waiter(ready, "assemble", lambda: self.missing(lambda s: bool(self.header.layout(s))))
         differing = [rank for rank, value in enumerate(seen) if value != seen[0]]
         if differing:
             raise LaunchError(
-                f"rank {differing[0]} built another model or configuration than rank 0 (other names, shapes, dtypes, "
-                "batch sizes or optimizer); the model's factory must not depend on the rank"
+                f"{self._names(differing[0])} built another model or configuration than {self._names(0)} (other names, "
+                "shapes, dtypes, batch sizes or optimizer); the model's factory must not depend on the rank"
             )
         self.header.generation = self._generation
+
+    @property
+    def owners(self) -> "HostGroup":
+        """All of them share one state."""
+        return self
+
+    @property
+    def on_gradient(self) -> None:
+        """Nobody waits for single gradients."""
+        return None
+
+    def begin(self, step: int) -> None:
+        """Nothing is to be prepared."""
 
     def enter(self, activity: str, step: int) -> None:
         """Say what this worker does now."""
@@ -159,7 +194,19 @@ class HostGroup:
 
     def partial(self, entry: int) -> Partial:
         """This worker's buffer number ``entry``."""
-        return self._view(self.slot, entry)
+        return self.view(self.slot, entry)
+
+    def view(self, slot: int, entry: int) -> Partial:
+        """The buffer number ``entry`` of a slot."""
+        view = self._views.get((slot, entry))
+        if view is None:
+            memory = self._memory(self.layout.partial(slot, entry))
+            view = self._views[slot, entry] = Partial(self.partials, memory)
+        return view
+
+    def total(self) -> Partial:
+        """Where the sum over all hosts goes."""
+        return Partial(self.partials, self._memory(self.layout.regions.named["total"]))
 
     def publish(self, step: int, entry: int, node: Node) -> None:
         """One aligned store: the subtree is complete."""
@@ -178,15 +225,27 @@ class HostGroup:
             cover = covering(found, count)
             if cover is None:
                 return None
-            return [(node, self._view(found[node].slot, found[node].entry)) for node in cover]
+            return [(node, self.view(found[node].slot, found[node].entry)) for node in cover]
 
         def absent() -> str:
             lost = missing((p.node for p in published()), count)
             return f"micro-batches {_ranges(lost)} of step {step} are not published; {self._doing()}"
 
-        result = self._waiter(ready, f"collect of step {step}", absent)
+        result = self.waiter(ready, f"collect of step {step}", absent)
         self.header.closed = step
         return result
+
+    def await_published(self, step: int, nodes: Sequence[Node]) -> None:
+        """Wait until the workers have published all of these subtrees of a step."""
+
+        def published() -> set[Node]:
+            return {p.node for p in self.header.publications(self._generation, step, self.members)}
+
+        self.waiter(
+            lambda: True if published().issuperset(nodes) else None,
+            f"collect of step {step}",
+            lambda: f"{len(set(nodes) - published())} sums of this host are not published; {self._doing()}",
+        )
 
     def finish(self, step: int) -> None:
         """One store: this slot is done with the step."""
@@ -198,9 +257,7 @@ class HostGroup:
         def ready() -> bool | None:
             return True if all(self.header.done(slot) >= step for slot in self.members) else None
 
-        self._waiter(
-            ready, f"commit of step {step}", lambda: self._missing(lambda slot: self.header.done(slot) >= step)
-        )
+        self.waiter(ready, f"commit of step {step}", lambda: self.missing(lambda slot: self.header.done(slot) >= step))
         self.header.committed = step
 
     def set_flags(self, flags: int) -> None:
@@ -214,8 +271,12 @@ class HostGroup:
             result |= self.header.flags(slot)
         return result
 
-    def all_gather(self, payload: bytes, operation: str) -> list[bytes]:
-        """Everyone's payload; larger ones than a mailbox go in several rounds."""
+    def all_gather(self, payload: bytes, operation: str, grace_s: float = 0.0) -> list[bytes]:
+        """Everyone's payload; larger ones than a mailbox go in several rounds.
+
+        Arguments:
+            grace_s: added to the deadline, where a member may first have to wait for another host.
+        """
         room = MAILBOX_BYTES - 8
         received = [bytearray() for _ in self.members]
         totals = [0] * self.size
@@ -230,22 +291,31 @@ class HostGroup:
             box[8 : 8 + len(chunk)] = chunk
             sent += len(chunk)
             self.header.set_sequence(self.slot, number)
-            self._wait_for_messages(number, operation)
+            self._wait_for_messages(number, operation, grace_s)
             for i, slot in enumerate(self.members):
                 box = self.arena.bytes(self.layout.mailbox(slot, number))
                 totals[i] = int.from_bytes(box[:8], "little")
                 received[i] += box[8 : 8 + min(room, totals[i] - len(received[i]))]
         return [bytes(data) for data in received]
 
-    def _wait_for_messages(self, number: int, operation: str) -> None:
+    def _wait_for_messages(self, number: int, operation: str, grace_s: float) -> None:
         def ready() -> bool | None:
             return True if all(self.header.sequence(slot) >= number for slot in self.members) else None
 
-        self._waiter(ready, operation, lambda: self._missing(lambda slot: self.header.sequence(slot) >= number))
+        waiter = replace(self.waiter, deadline_s=self.waiter.deadline_s + grace_s)
+        waiter(ready, operation, lambda: self.missing(lambda slot: self.header.sequence(slot) >= number))
 
     def barrier(self, operation: str) -> None:
         """An exchange of nothing."""
         self.all_gather(b"", operation)
+
+    def broadcast(self, tensor: Tensor, operation: str) -> None:
+        """There is one host, and its workers share what they have."""
+
+    @property
+    def wire_use(self) -> None:
+        """No bytes leave the host."""
+        return None
 
     def report(self, step: int, seconds: Sequence[float]) -> None:
         """Two rows in turn, so that a reader of the settled step is not overtaken."""
@@ -258,9 +328,27 @@ class HostGroup:
         starts = [(slot * 2 + step % 2) * len(PHASES) for slot in self.members]
         return [list(self._reports[start : start + len(PHASES)]) for start in starts]
 
-    def revoke(self) -> None:
-        """One store, which every wait polls."""
+    def close(self) -> None:
+        """The memory is let go of with its last view."""
+
+    def revoke(self, cause: str = "") -> None:
+        """One store, which every wait polls; the first cause that was given goes into everyone's error."""
+        words = self.arena.bytes(self.layout.regions.named["cause"])
+        if cause and not self.is_revoked():
+            text = cause.encode()[: CAUSE_BYTES - 2]
+            words[2 : 2 + len(text)] = text
+            words[:2] = len(text).to_bytes(2, "little")
+        store_fence()
         self.header.revoked = self._generation + 1
+
+    def is_revoked(self) -> bool:
+        """Whether this generation has ended."""
+        return self.header.revoked > self._generation
+
+    def cause(self) -> str:
+        """Why it has, where that was said."""
+        words = self.arena.bytes(self.layout.regions.named["cause"])
+        return bytes(words[2 : 2 + int.from_bytes(words[:2], "little")]).decode(errors="replace")
 
     def reform(self, generation: int, members: Sequence[int]) -> "HostGroup":
         """The next generation over the same memory."""
@@ -269,36 +357,29 @@ class HostGroup:
         group = HostGroup(
             self.arena,
             self.layout,
-            self._partials,
+            self.partials,
             self.slot,
             members,
             generation,
-            self._waiter.deadline_s,
+            self.waiter.deadline_s,
             self._memory,
-            self._waiter,
+            self.waiter,
+            self._names,
         )
         self.header.generation = generation
         return group
 
-    def _revoked(self) -> bool:
-        return self.header.revoked > self._generation
-
-    def _view(self, slot: int, entry: int) -> Partial:
-        view = self._views.get((slot, entry))
-        if view is None:
-            memory = self._memory(self.layout.partial(slot, entry))
-            view = self._views[slot, entry] = Partial(self._partials, memory)
-        return view
-
-    def _missing(self, arrived: Callable[[int], bool]) -> str:
+    def missing(self, arrived: Callable[[int], bool]) -> str:
+        """Whose slot has not arrived, and what they did last."""
         late = [rank for rank, slot in enumerate(self.members) if not arrived(slot)]
-        return "; ".join(f"rank {rank} is missing, last seen in {self._last(rank)}" for rank in late)
+        return "; ".join(f"{self._names(rank)} is missing, last seen in {self._last(rank)}" for rank in late)
 
     def _last(self, rank: int) -> str:
         return self.header.activity(self.members[rank])
 
     def _doing(self) -> str:
-        return ", ".join(f"rank {rank}: {self._last(rank)}" for rank in range(self.size) if rank != self.rank)
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        return ", ".join(f"{self._names(rank)}: {self._last(rank)}" for rank in others)
 
 
 def _ranges(numbers: Sequence[int]) -> str:

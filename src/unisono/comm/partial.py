@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unisono.comm.arena import Regions
-from unisono.plan.blocks import FlatLayout, TensorSpec
+from unisono.plan.blocks import FlatLayout, TensorSpec, flat_layout
 
 SCALARS = ("loss", "weight")
 
@@ -106,6 +106,32 @@ class Partial:
     def counts_array(self) -> NDArray[np.int32]:
         """The counts as an array over the same memory."""
         return np.frombuffer(self.counts, dtype=np.int32)
+
+
+def head_layout(buffers: Sequence[TensorSpec]) -> PartialLayout:
+    """The fields of a partial that holds no gradients."""
+    return partial_layout(flat_layout([]), buffers)
+
+
+def pack_head(partial: Partial) -> bytes:
+    """What a partial holds besides gradients, for a message: scalars, counts of buffers, buffers."""
+    buffers = [entry.detach().cpu().contiguous().flatten() for entry in partial.entries[partial.uses :]]
+    parts = [partial.scalars.tobytes(), partial.counts_array()[partial.uses :].tobytes()]
+    return b"".join([*parts, *(b.view(torch.uint8).numpy().tobytes() for b in buffers)])
+
+
+def unpack_head(data: bytes, into: Partial) -> None:
+    """Put what `pack_head` packed into another partial."""
+    scalars, counts = 8 * len(into.scalars), 4 * (len(into.counts) - into.uses)
+    into.scalars.cast("B")[:] = data[:scalars]
+    into.counts_array()[into.uses :] = np.frombuffer(data[scalars : scalars + counts], dtype=np.int32)
+    at = scalars + counts
+    for entry in into.entries[into.uses :]:
+        size_bytes = entry.numel() * entry.element_size()
+        if size_bytes:
+            values = torch.frombuffer(bytearray(data[at : at + size_bytes]), dtype=entry.dtype)
+            entry.copy_(values.view(entry.shape))
+        at += size_bytes
 
 
 def add_entry(chain: Sequence[Partial], entry: int, value: Tensor | None, count: int = 1) -> None:

@@ -22,12 +22,14 @@ class Waiter:
     Attributes:
         deadline_s: seconds after which a wait raises.
         revoked: whether this worker's generation has ended.
+        cause: why it has, where that is known.
         clock: seconds, monotonic; replaced in tests.
         sleep: called with seconds; replaced in tests.
     """
 
     deadline_s: float
     revoked: Callable[[], bool]
+    cause: Callable[[], str] = str
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
 
@@ -48,7 +50,7 @@ class Waiter:
             if result is not None:
                 return result
             if self.revoked():
-                raise Revoked(f"the group was revoked while this worker waited in {operation}")
+                raise Revoked(revoked(operation, self.cause()))
             waited = self.clock() - started
             if waited > self.deadline_s:
                 raise WaitTimeout(
@@ -57,6 +59,11 @@ class Waiter:
             if waited > SPIN_S:
                 self.sleep(pause)
                 pause = min(pause * 1.5, LONGEST_SLEEP_S)
+
+
+def revoked(operation: str, cause: str) -> str:
+    """The sentence for a wait that ended because someone else met with an error."""
+    return f"the group was revoked while this worker waited in {operation}" + (f": {cause}" if cause else "")
 
 
 def _caller() -> str:

@@ -59,7 +59,7 @@ class Feed:
         self._seed = seed
         self._role = role
         self._collate = collate or default_collate
-        self._device = device
+        self.device = device
         self._isolation = Isolation()
 
     def load(self, indices: Sequence[int], epoch_key: int, where: str) -> object:
@@ -79,9 +79,9 @@ class Feed:
             except Exception as error:
                 error.add_note(f"raised while making a batch of {self._role} samples {list(indices)} ({where})")
                 raise
-        if self._device.type == "cpu":
+        if self.device.type == "cpu":
             return batch
-        return pytree.tree_map_only(Tensor, lambda t: t.to(self._device), batch)
+        return pytree.tree_map_only(Tensor, lambda t: t.to(self.device), batch)
 
 
 ORDER_SAMPLES = 1024

@@ -12,6 +12,12 @@ from typing import Any
 from unisono.comm.descriptor import create_descriptor
 from unisono.errors import LaunchError
 
+CONTROL = "UNISONO_CONTROL"
+"""Environment: the number of the descriptor that leads to the launcher."""
+
+HOSTS, ADDRESS = "UNISONO_HOSTS", "UNISONO_ADDRESS"
+"""Environment: the numbers of workers on each host, as in "2,2"; this host's address."""
+
 LONGEST_MESSAGE_BYTES = 1 << 17
 
 Message = dict[str, Any]

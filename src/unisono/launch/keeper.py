@@ -21,7 +21,10 @@ CONNECT_DEADLINE_S = 60.0
 
 def address(environ: Mapping[str, str]) -> str:
     """The abstract socket's name: one for each start of a job by a user."""
-    parts = [environ.get(key, "") for key in ("TORCHELASTIC_RUN_ID", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")]
+    parts = [
+        environ.get(key, "")
+        for key in ("TORCHELASTIC_RUN_ID", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT", "GROUP_RANK")
+    ]
     job = hashlib.sha256("/".join([str(os.getuid()), *parts]).encode()).hexdigest()[:24]
     return f"\0unisono-{job}"
 
@@ -33,14 +36,14 @@ def same_user(connection: socket.socket) -> bool:
     return user == os.getuid()
 
 
-def connect(environ: Mapping[str, str], rank: int, deadline_s: float = CONNECT_DEADLINE_S) -> socket.socket:
-    """A line to the keeper; rank 0 starts it.
+def connect(environ: Mapping[str, str], local_rank: int, deadline_s: float = CONNECT_DEADLINE_S) -> socket.socket:
+    """A line to the keeper; local rank 0 starts it.
 
     Raises:
         LaunchError: if it does not answer in time, or someone else answers.
     """
     name = address(environ)
-    if rank == 0:
+    if local_rank == 0:
         subprocess.Popen(
             [sys.executable, "-m", "unisono.launch.keeper", name[1:]],
             stdin=subprocess.DEVNULL,
@@ -55,8 +58,8 @@ def connect(environ: Mapping[str, str], rank: int, deadline_s: float = CONNECT_D
             connection.close()
             if time.monotonic() > until:
                 raise LaunchError(
-                    f"rank {rank} found no process that keeps the shared memory within {deadline_s:g} s; "
-                    "is rank 0 running?"
+                    f"local rank {local_rank} found no process that keeps the shared memory within {deadline_s:g} s; "
+                    "is local rank 0 running?"
                 ) from error
             time.sleep(0.01)
             continue

@@ -26,7 +26,15 @@ class Launcher(Protocol):
     def preload(self, modules: Sequence[str]) -> None:
         """Import modules of the user's before workers start."""
 
-    def run(self, target: Message, workers: int, *, show_all: bool = False, output: int = STANDARD_OUTPUT) -> Ending:
+    def run(
+        self,
+        target: Message,
+        workers: int,
+        *,
+        hosts: int = 1,
+        show_all: bool = False,
+        output: int = STANDARD_OUTPUT,
+    ) -> Ending:
         """Run a target (see `LocalLauncher.run`) until all workers have ended."""
 
 
@@ -53,7 +61,15 @@ class SoloLauncher:
             except Exception as error:
                 raise ConfigurationError(f"preload: cannot import {module}: {type(error).__name__}: {error}") from error
 
-    def run(self, target: Message, workers: int, *, show_all: bool = False, output: int = STANDARD_OUTPUT) -> Ending:
+    def run(
+        self,
+        target: Message,
+        workers: int,
+        *,
+        hosts: int = 1,
+        show_all: bool = False,
+        output: int = STANDARD_OUTPUT,
+    ) -> Ending:
         """Run the target here.
 
         Raises:

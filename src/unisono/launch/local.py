@@ -14,13 +14,16 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from unisono.errors import ConfigurationError, LaunchError, UnisonoError, WorkerFailed
-from unisono.launch.control import ArenaKeeper, Message, pair, receive, send
+from unisono.launch.board import Board
+from unisono.launch.control import ADDRESS, HOSTS, ArenaKeeper, Message, pair, receive, send
 from unisono.launch.process import kill_group
+from unisono.plan.hosts import Hosts, evenly
 
 END_DEADLINE_S = 5.0
 CONSEQUENCE_PATIENCE_S = 0.5
 """How long the cause of a failure is waited for once its consequence is known."""
 INTERRUPTED = 130
+LOOPBACK = "127.0.0.1"
 STANDARD_OUTPUT, STANDARD_ERROR = 1, 2
 
 
@@ -55,7 +58,7 @@ class Ending:
 def _free_port() -> int:
     """A port for programs that start torch.distributed by themselves."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((LOOPBACK, 0))
         port: int = probe.getsockname()[1]
     return port
 
@@ -84,6 +87,7 @@ class LocalLauncher:
         theirs.close()
         self._port = _free_port()
         self._ready = False
+        self._board = Board()
         self._workers: list[_Worker] = []
         self._interrupts = 0
 
@@ -123,11 +127,21 @@ class LocalLauncher:
             if "error" in message:
                 raise ConfigurationError(f"preload: cannot import {module}: {message['error']}")
 
-    def run(self, target: Message, workers: int, *, show_all: bool = False, output: int = STANDARD_OUTPUT) -> Ending:
+    def run(
+        self,
+        target: Message,
+        workers: int,
+        *,
+        hosts: int = 1,
+        show_all: bool = False,
+        output: int = STANDARD_OUTPUT,
+    ) -> Ending:
         """Run ``target`` in ``workers`` workers until all have ended.
 
         Arguments:
             target: ``{"call": "module:function", "arguments": {...}}`` or ``{"script": path, "argv": [...]}``.
+            hosts: as many separate sets of workers, which share no memory and reach each other over loopback, as if on
+                hosts of their own.
             show_all: every worker's output is shown, not only rank 0's.
             output: the descriptor that it goes to; the error's, where this process prints a result for programs.
 
@@ -137,10 +151,12 @@ class LocalLauncher:
         self._await_server()
         self._interrupts = 0
         self._workers = []
+        self._board = Board()
+        placed = Hosts(evenly(workers, hosts))
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             for rank in range(workers):
-                self._workers.append(self._start(rank, workers, target, show_all, output))
+                self._workers.append(self._start(rank, placed, target, show_all, output))
                 self._await_fork(self._workers[-1])
             self._watch()
             self._raise_failure()
@@ -169,20 +185,24 @@ class LocalLauncher:
             raise LaunchError(f"the fork server ended before it was ready (exit code {self._process.wait()})")
         self._ready = True
 
-    def _start(self, rank: int, workers: int, target: Message, show_all: bool, output: int) -> _Worker:
+    def _start(self, rank: int, hosts: Hosts, target: Message, show_all: bool, output: int) -> _Worker:
         ours, theirs = pair()
         visible = show_all or rank == 0
         log = None if visible else os.memfd_create(f"unisono-log-{rank}")
         output = output if log is None else log
         errors = STANDARD_ERROR if log is None else log
         sys.stdout.flush()
+        host, local_rank = hosts.place(rank)
         environment = {
             "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(workers),
-            "LOCAL_WORLD_SIZE": str(workers),
-            "MASTER_ADDR": "127.0.0.1",
+            "LOCAL_RANK": str(local_rank),
+            "GROUP_RANK": str(host),
+            "WORLD_SIZE": str(hosts.size),
+            "LOCAL_WORLD_SIZE": str(hosts.sizes[host]),
+            "MASTER_ADDR": LOOPBACK,
             "MASTER_PORT": str(self._port),
+            HOSTS: ",".join(map(str, hosts.sizes)),
+            ADDRESS: LOOPBACK,
         }
         send(
             self._server,
@@ -257,6 +277,8 @@ class LocalLauncher:
             return Heard.END
         if message["op"] == "arena":
             self._keeper.answer(worker.control, message)
+        elif message["op"] in ("set", "get"):
+            send(worker.control, self._board.answer(message))
         elif message["op"] == "release":
             self._keeper.release(message["name"])
         elif message["op"] == "result":

@@ -15,8 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from unisono.errors import GroupError, UnisonoError
-from unisono.launch.control import LONGEST_MESSAGE_BYTES, Message, send
-from unisono.launch.world import CONTROL
+from unisono.launch.control import CONTROL, LONGEST_MESSAGE_BYTES, Message, send
 
 
 def resolve(path: str) -> Callable[..., Any]:

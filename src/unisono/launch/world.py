@@ -4,15 +4,18 @@ import functools
 import os
 import socket
 import sys
+import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from unisono.errors import LaunchError
-from unisono.launch.control import receive, send
-from unisono.launch.keeper import connect
+from unisono.launch.control import ADDRESS, CONTROL, HOSTS, Message, receive, send
+from unisono.launch.keeper import CONNECT_DEADLINE_S, connect
+from unisono.plan.hosts import Hosts
 
-CONTROL = "UNISONO_CONTROL"
-"""Environment: the number of the descriptor that leads to the launcher."""
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 
 @dataclass(slots=True)
@@ -20,16 +23,40 @@ class World:
     """A worker's place among all workers of the run, and its line to whoever keeps the arena.
 
     Attributes:
-        rank, size: this worker's number, and how many there are.
+        rank: this worker's number.
+        hosts: the workers of each host.
         control: the line; None for a world of one.
         launcher: "unisono", "torchrun" or "python".
+        address: of this host, as other hosts reach it; None for the one that its name resolves to.
     """
 
     rank: int
-    size: int
+    hosts: Hosts
     control: socket.socket | None
     launcher: str
+    address: str | None = None
     _arenas: int = 0
+    _asking: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def size(self) -> int:
+        """Workers on all hosts."""
+        return self.hosts.size
+
+    @property
+    def host(self) -> int:
+        """The number of this worker's host."""
+        return self.hosts.place(self.rank)[0]
+
+    @property
+    def local_rank(self) -> int:
+        """This worker's number on its host."""
+        return self.hosts.place(self.rank)[1]
+
+    @property
+    def local_size(self) -> int:
+        """Workers on this host."""
+        return self.hosts.sizes[self.host]
 
     def arena(self, size_bytes: int) -> int | None:
         """The descriptor of the next arena, the same for all workers; None where memory need not be shared.
@@ -37,22 +64,48 @@ class World:
         Raises:
             LaunchError: where it cannot be had.
         """
-        if self.size == 1:
-            return None
-        assert self.control is not None
         self._arenas += 1
-        send(self.control, {"op": "arena", "name": f"arena {self._arenas}", "size_bytes": size_bytes})
-        reply, descriptors = receive(self.control, 1)
+        if self.local_size == 1:
+            return None
+        request = {"op": "arena", "name": self._arena_name(), "size_bytes": size_bytes}
+        _, descriptors = self._ask(request, descriptors=1)
+        return descriptors[0]
+
+    def _arena_name(self) -> str:
+        return f"host {self.host} arena {self._arenas}"
+
+    def _ask(self, request: Message, descriptors: int = 0) -> tuple[Message, list[int]]:
+        """Send a request and wait for its reply; one at a time, whichever thread asks."""
+        assert self.control is not None
+        with self._asking:
+            send(self.control, request)
+            reply, received = receive(self.control, descriptors)
         if reply is None:
-            raise LaunchError("the process that keeps the shared memory is gone; start the run again")
+            raise LaunchError("the process that started this worker is gone; start the run again")
         if "error" in reply:
             raise LaunchError(reply["error"])
-        return descriptors[0]
+        return reply, received
+
+    @property
+    def trainings(self) -> int:
+        """How many times this process has begun to train: the same for all workers at each beginning."""
+        return self._arenas
+
+    def store(self, deadline_s: float) -> "Store":
+        """Where workers of all hosts leave addresses for each other."""
+        if self.launcher == "unisono":
+            from unisono.launch.store import LauncherStore
+
+            return LauncherStore(lambda request: self._ask(request)[0], deadline_s)
+        from torch.distributed.rendezvous import rendezvous
+
+        store: Store = next(iter(rendezvous("env://", self.rank, self.size)))[0]
+        return store
 
     def release_arena(self) -> None:
         """Training is over: the keeper may let go of the last arena, so that its memory ends with the workers' maps."""
-        if self.control is not None and self.rank == 0 and self._arenas:
-            send(self.control, {"op": "release", "name": f"arena {self._arenas}"})
+        if self.control is not None and self.local_rank == 0 and self._arenas:
+            send(self.control, {"op": "release", "name": self._arena_name()})
 
 
 def in_notebook() -> bool:
@@ -67,22 +120,26 @@ def this_process() -> World:
 
 
 def discover(environ: Mapping[str, str]) -> World:
-    """This process's world, from the environment that ``unisono run``, ``torchrun`` or nobody has set.
-
-    Raises:
-        LaunchError: for an environment that describes more than one host.
-    """
+    """This process's world, from the environment that ``unisono run``, ``torchrun`` or nobody has set."""
     size = int(environ.get("WORLD_SIZE", "1"))
     rank = int(environ.get("RANK", "0"))
     if CONTROL in environ:
         control = socket.socket(fileno=os.dup(int(environ[CONTROL])))
-        return World(rank, size, control, "unisono")
+        hosts = Hosts(tuple(int(n) for n in environ.get(HOSTS, str(size)).split(",")))
+        return World(rank, hosts, control, "unisono", environ.get(ADDRESS))
     if size == 1:
-        return World(0, 1, None, "python")
-    local = int(environ.get("LOCAL_WORLD_SIZE", size))
-    if local != size:
-        raise LaunchError(
-            f"{size} workers on several hosts ({local} on this one); one host is what this version can use: "
-            f"torchrun --nnodes 1 --nproc-per-node {local}"
-        )
-    return World(rank, size, connect(environ, rank), "torchrun")
+        return World(0, Hosts((1,)), None, "python")
+    world = World(rank, Hosts((size,)), None, "torchrun")
+    if int(environ.get("LOCAL_WORLD_SIZE", size)) != size:
+        world.hosts = _torchrun_hosts(environ, world)
+    if world.local_size > 1:
+        world.control = connect(environ, world.local_rank)
+    return world
+
+
+def _torchrun_hosts(environ: Mapping[str, str], world: World) -> Hosts:
+    """Which ranks share a host, as each of them says; torchrun numbers them host by host."""
+    store = world.store(CONNECT_DEADLINE_S)
+    store.set(f"unisono/host of {world.rank}", environ["GROUP_RANK"])
+    numbers = [int(store.get(f"unisono/host of {rank}")) for rank in range(world.size)]
+    return Hosts(tuple(numbers.count(host) for host in sorted(set(numbers))))

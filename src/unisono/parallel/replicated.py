@@ -98,6 +98,7 @@ class Replica:
         self._uses = uses
         self._versions = [p._version for _, p in uses]
         self._chain: Sequence[Partial] = ()
+        self._on_gradient: Callable[[int], None] | None = None
         self._seen = bytearray(len(uses))
         self._handles = [
             cast(Any, p).register_post_accumulate_grad_hook(self._take(u)) for u, (_, p) in enumerate(uses)
@@ -157,11 +158,24 @@ class Replica:
         samples = 1.0 if isinstance(result, tuple) else float(rows(batch))
         return output, target, float(loss.item()) * samples, weight * samples
 
-    def backward(self, forwarded: Forwarded, chain: Sequence[Partial], *, opens: bool) -> None:
-        """Compute a micro-batch's gradient and add it, with all that belongs to the leaf, along ``chain``."""
+    def backward(
+        self,
+        forwarded: Forwarded,
+        chain: Sequence[Partial],
+        *,
+        opens: bool,
+        on_gradient: Callable[[int], None] | None = None,
+    ) -> None:
+        """Compute a micro-batch's gradient and add it, with all that belongs to the leaf, along ``chain``.
+
+        Arguments:
+            opens: the first partial of the chain starts with no value.
+            on_gradient: called with each use as soon as its gradient has been added.
+        """
         if opens:
             chain[0].clear()
         self._chain = chain
+        self._on_gradient = on_gradient
         self._seen = bytearray(len(self._uses))
         if forwarded.loss.requires_grad:  # a micro-batch of weight 0 need not depend on anything
             cast(Any, forwarded.loss).backward()
@@ -191,8 +205,10 @@ class Replica:
             if len(self._chain) == 1 and not self._chain[0].counts[use] and not gradient.is_sparse:
                 self._chain[0].entries[use].copy_(gradient)  # the usual case, without detours
                 self._chain[0].counts[use] = 1
-                return
-            add_entry(self._chain, use, gradient.to_dense() if gradient.is_sparse else gradient)
+            else:
+                add_entry(self._chain, use, gradient.to_dense() if gradient.is_sparse else gradient)
+            if self._on_gradient is not None:
+                self._on_gradient(use)
 
         return take
 

@@ -79,6 +79,13 @@ class TrainingState:
         at = block * self._present_stride
         return self._present[at : at + 1]
 
+    def parts(self) -> list[Tensor]:
+        """All bytes of the state, for a copy elsewhere: the region, and words that a device's memory cannot hold."""
+        if self.memory.device.type == "cpu":
+            return [self.memory]
+        words = torch.frombuffer(self._present, dtype=torch.int64)
+        return [self.memory, words, *([] if self._numbers is None else [self._numbers])]
+
     def python_state(self) -> memoryview | None:
         """The bytes in which a coupled optimizer's plain numbers are kept."""
         return None if self._numbers is None else self._numbers.numpy().data

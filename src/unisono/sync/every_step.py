@@ -130,7 +130,7 @@ class EveryStep:
             self._reduce(owned, sums)
             squares += squared_norms(owned.gradients)
         phases.enter("wait")
-        everyone = self._group.all_gather(np.array(squares).tobytes(), f"norm of step {step}")
+        everyone = self._group.owners.all_gather(np.array(squares).tobytes(), f"norm of step {step}")
         norm = global_norm(square for payload in everyone[: self._owners()] for square in np.frombuffer(payload))
         if not np.isfinite(norm):
             raise TrainingError(
@@ -142,7 +142,7 @@ class EveryStep:
     def _owners(self) -> int:
         """How many workers' norms make up the whole: one where everyone updates a replica of all blocks."""
         whole = sum(owned.run.stop - owned.run.first for owned in self._owned) == len(self._flat.blocks)
-        return 1 if whole else self._group.size
+        return 1 if whole else self._group.owners.size
 
     def _commit_buffers(self, buffers: OwnedBuffers, sums: StepSums, step: int, snapshot: bool) -> None:
         uses = len(self._flat.uses)

@@ -9,11 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from unisono.comm.canonical import Cover, canonical_sum, sum_buffer, sum_scalars
 from unisono.comm.partial import Partial
 from unisono.plan.blocks import Block, FlatLayout
-from unisono.run.summation import Node, finish
-
-Cover = Sequence[tuple[Node, Partial]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,27 +27,8 @@ class Span:
 def add_trees(
     cover: Cover, count: int, view: Callable[[Partial], Tensor | None], out: Tensor | None = None
 ) -> Tensor | None:
-    """The canonical sum of one part of every partial; None stands for a part that nobody touched.
-
-    What `view` returns stays as it is. The last addition goes to ``out`` where that is given, others to new memory.
-    """
-    left_to_add = len(cover) - 1
-
-    def add(left: tuple[Tensor | None, bool], right: tuple[Tensor | None, bool]) -> tuple[Tensor | None, bool]:
-        nonlocal left_to_add
-        left_to_add -= 1
-        (a, a_mine), (b, b_mine) = left, right
-        if a is None or b is None:
-            return right if a is None else left
-        if left_to_add == 0 and out is not None:
-            return torch.add(a, b, out=out), True
-        if a_mine:
-            return a.add_(b), True
-        if b_mine:
-            return b.add_(a), True
-        return torch.add(a, b), True
-
-    return finish({node: (view(partial), False) for node, partial in cover}, count, add)[0]
+    """The canonical sum of one part of every partial (see `canonical_sum`)."""
+    return canonical_sum({node: view(partial) for node, partial in cover}, count, out=out)
 
 
 class StepSums:
@@ -65,7 +44,7 @@ class StepSums:
         self._cover = cover
         self._count = count
         self._flat = flat
-        self.loss, self.weight = self._scalars()
+        self.loss, self.weight = sum_scalars(cover, count)
         counts = [partial.counts_array() > 0 for _, partial in cover]
         self.touched: NDArray[np.bool_] = np.logical_or.reduce(counts)
         self.complete = all(bool(c[: len(flat.uses)].all()) for c in counts)
@@ -99,20 +78,10 @@ class StepSums:
     def mean_buffer(self, entry: int, out: Tensor) -> None:
         """A buffer's mean over the micro-batches that wrote it; a counter's value after the first of them."""
 
-        def view(partial: Partial) -> Tensor | None:
-            return partial.entries[entry] if partial.counts[entry] else None
-
+        uses = len(self._flat.uses)
+        total = sum_buffer(self._cover, entry - uses, self._count)
+        assert total is not None
         if self._cover[0][1].first_wins[entry]:
-            first = finish({n: view(p) for n, p in self._cover}, self._count, lambda a, b: b if a is None else a)
-            assert first is not None
-            out.copy_(first)
+            out.copy_(total)
         else:
-            total = add_trees(self._cover, self._count, view)
-            assert total is not None
             torch.div(total, sum(int(p.counts[entry]) for _, p in self._cover), out=out)
-
-    def _scalars(self) -> tuple[float, float]:
-        def add(a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float]:
-            return a[0] + b[0], a[1] + b[1]
-
-        return finish({node: (p.scalars[0], p.scalars[1]) for node, p in self._cover}, self._count, add)

@@ -1,0 +1,271 @@
+"""One host's part in summing a step across hosts: bucket by bucket, as soon as a backward has finished each.
+
+A reduction is a generator: it posts messages, yields what must arrive, goes on, and ends when its sum is in the host's
+total. So several buckets are under way at once in one thread, and the link is not idle while there is anything to send.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unisono.comm.canonical import sum_touched
+from unisono.comm.host import HostGroup
+from unisono.comm.partial import Partial
+from unisono.comm.wire import Pending, Wire
+from unisono.plan.blocks import FlatLayout
+from unisono.plan.exchange import Bucket, HostShare, slices
+from unisono.run.summation import Node
+
+TAGS_A_BUCKET = 4
+Reduction = Iterator[Pending]
+
+
+@dataclass(frozen=True, slots=True)
+class ExchangePlan:
+    """What is exchanged in every step, the same on all hosts.
+
+    Attributes:
+        buckets: in the order in which they leave.
+        shares: what each host contributes.
+        count: micro-batches in a step.
+    """
+
+    buckets: tuple[Bucket, ...]
+    shares: tuple[HostShare, ...]
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class HostSum:
+    """One host's sums over a bucket: a flat tensor for every subtree, and how many micro-batches touched each use."""
+
+    values: Mapping[Node, Tensor]
+    counts: Tensor  # (subtrees, uses), int32
+
+    def touched(self, nodes: Sequence[Node]) -> dict[Node, list[bool]]:
+        """Whether each subtree touched each use."""
+        return dict(zip(nodes, (self.counts > 0).tolist(), strict=True))
+
+
+class HostSums:
+    """Sums what the workers of this host have published.
+
+    Arguments:
+        local: the workers of this host.
+        flat: where gradients lie.
+        share: what they publish.
+        total: receives the sum over all hosts; until then it holds this host's sum over its first subtree.
+    """
+
+    def __init__(self, local: HostGroup, flat: FlatLayout, share: HostShare, total: Partial, count: int) -> None:
+        self._local = local
+        self._flat = flat
+        self._share = share
+        self._total = total
+        self._count = count
+
+    def __call__(self, bucket: Bucket) -> HostSum:
+        """The host's subtrees over a bucket; where one worker holds a whole subtree, its own memory."""
+        values: dict[Node, Tensor] = {}
+        counts = torch.zeros(len(self._share.nodes), len(bucket.uses), dtype=torch.int32)
+        inside = pieces(self._flat, bucket, range(bucket.start, bucket.stop))
+        for i, node in enumerate(self._share.nodes):
+            held = {
+                part.node: self._local.view(self._local.members[part.local_rank], part.entry)
+                for part in self._share.parts
+                if node.start <= part.node.start < node.stop
+            }
+            views = {n: p.segments[bucket.segment][bucket.start : bucket.stop] for n, p in held.items()}
+            each = {n: [p.counts[use] for use in bucket.uses] for n, p in held.items()}
+            counts[i] = torch.tensor(list(each.values()), dtype=torch.int32).sum(0)
+            if node in views:
+                values[node] = views[node]
+                continue
+            out = self._total.segments[bucket.segment][bucket.start : bucket.stop]
+            values[node] = out if i == 0 else torch.empty_like(out)
+            touched = {n: [c > 0 for c in row] for n, row in each.items()}
+            sum_touched(views, touched, inside, self._count, values[node], node)
+        return HostSum(values, counts)
+
+
+def pieces(flat: FlatLayout, bucket: Bucket, part: range) -> list[slice]:
+    """Where each use of a bucket lies inside elements ``part`` of its segment."""
+    result = []
+    for use in bucket.uses:
+        place = flat.use_places[use]
+        first = min(max(place.offset, part.start), part.stop)
+        last = max(min(place.offset + place.numel, part.stop), first)
+        result.append(slice(first - part.start, last - part.start))
+    return result
+
+
+class Canonical:
+    """The exact reduction: partials to all, a canonical sum of one slice each, and the sums back to all.
+
+    Each member sends (n - 1)/n of every partial of its host, and (n - 1)/n of the gradient again; for ranges that are
+    aligned subtrees that is one partial, as little as a ring sends.
+
+    Arguments:
+        data: carries gradients.
+        control: carries counts, which lie in the host's memory.
+    """
+
+    def __init__(
+        self, data: Wire, control: Wire, plan: ExchangePlan, flat: FlatLayout, sums: HostSums, total: Partial
+    ) -> None:
+        self._data = data
+        self._control = control
+        self._plan = plan
+        self._flat = flat
+        self._sums = sums
+        self._total = total
+        self._others = [h for h in range(data.size) if h != data.rank]
+
+    def __call__(self, bucket: Bucket) -> Reduction:
+        """Sum one bucket over all hosts, into the total."""
+        me, tag = self._data.rank, bucket.index * TAGS_A_BUCKET
+        own = self._sums(bucket)
+        cuts = slices(bucket.start, bucket.stop, self._data.size)
+        inside = [slice(c.start - bucket.start, c.stop - bucket.start) for c in cuts]
+        out = self._total.segments[bucket.segment][bucket.start : bucket.stop]
+
+        values = {node: value[inside[me]] for node, value in own.values.items()}
+        counts = {me: own.counts}
+        for h in self._others:
+            nodes = self._plan.shares[h].nodes
+            values |= {node: torch.empty_like(out[inside[me]]) for node in nodes}
+            counts[h] = torch.empty(len(nodes), len(bucket.uses), dtype=torch.int32)
+        sends = [(value[inside[h]], h) for h in self._others for value in own.values.values()]
+        receives = [(values[node], h) for h in self._others for node in self._plan.shares[h].nodes]
+        moving = self._data.post(sends, receives, tag)
+        counted = self._control.post(
+            [(own.counts, h) for h in self._others], [(counts[h], h) for h in self._others], tag + 1
+        )
+        yield _Both(counted, moving)
+
+        touched: dict[Node, list[bool]] = {}
+        for h, rows in counts.items():
+            touched |= dict(zip(self._plan.shares[h].nodes, (rows > 0).tolist(), strict=True))
+        sum_touched(values, touched, pieces(self._flat, bucket, cuts[me]), self._plan.count, out[inside[me]])
+        yield self._data.post(
+            [(out[inside[me]], h) for h in self._others], [(out[inside[h]], h) for h in self._others], tag + 2
+        )
+
+        summed = torch.cat([counts[h] for h in range(len(counts))]).sum(0).tolist()
+        for use, number in zip(bucket.uses, summed, strict=True):
+            self._total.counts[use] = number
+
+
+@dataclass(frozen=True, slots=True)
+class _Both:
+    first: Pending
+    second: Pending
+
+    def wait(self, operation: str) -> None:
+        self.first.wait(operation)
+        self.second.wait(operation)
+
+
+class Words:
+    """The words of a host's arena through which its workers follow an exchange."""
+
+    def __init__(self, local: HostGroup) -> None:
+        named = local.layout.regions.named
+        self._ready = local.arena.words(named["ready"])
+        self._summed = local.arena.words(named["summed"])
+        self._buckets = local.layout.buckets
+        self._generation = local.generation
+
+    def _word(self, step: int) -> int:
+        return (self._generation << 32) | step
+
+    def set_ready(self, slot: int, bucket: int, step: int) -> None:
+        """The slot's worker has finished its gradients of the bucket."""
+        self._ready[slot * self._buckets + bucket] = self._word(step)
+
+    def ready(self, slot: int, bucket: int, step: int) -> bool:
+        """Whether it has."""
+        return self._ready[slot * self._buckets + bucket] == self._word(step)
+
+    def set_summed(self, bucket: int, step: int) -> None:
+        """The bucket's sum over all hosts is in the total; number ``buckets`` stands for all that is no gradient."""
+        self._summed[bucket] = self._word(step)
+
+    def all_summed(self, step: int) -> bool:
+        """Whether everything is."""
+        word = self._word(step)
+        return all(self._summed[bucket] == word for bucket in range(self._buckets + 1))
+
+    @property
+    def flags(self) -> int:
+        """Requests of all workers of all hosts, with the step that was summed last."""
+        return self._summed[self._buckets + 1]
+
+    @flags.setter
+    def flags(self, value: int) -> None:
+        self._summed[self._buckets + 1] = value
+
+
+@dataclass(slots=True)
+class Lane:
+    """One worker's part of the exchange: the buckets of its lane, in order.
+
+    Attributes:
+        ready: whether all workers of this host have finished their gradients of a bucket.
+        await_ready: waits until they have.
+        reduce: sums one bucket over all hosts.
+        ordered: every member must post in the same order, whatever is ready first.
+    """
+
+    buckets: Sequence[Bucket]
+    ready: Callable[[Bucket], bool]
+    await_ready: Callable[[Bucket], None]
+    reduce: Callable[[Bucket], Reduction]
+    done: Callable[[Bucket], None]
+    ordered: bool
+    exchanging_s: float = 0.0
+
+    def run(self, step: int) -> None:
+        """Exchange all of the lane's buckets."""
+        under_way: deque[_UnderWay] = deque()
+        began = None
+        for bucket in self.buckets:
+            while under_way and not self.ordered and not self.ready(bucket):
+                self._advance(under_way, under_way[0], step)
+            self.await_ready(bucket)
+            began = began or time.perf_counter()
+            under_way.append(_UnderWay(bucket, self.reduce(bucket)))
+            under_way[-1].start()
+            for item in list(under_way)[:-1]:
+                self._advance(under_way, item, step)
+        while under_way:
+            for item in list(under_way):
+                self._advance(under_way, item, step)
+        self.exchanging_s = time.perf_counter() - began if began else 0.0
+
+    def _advance(self, under_way: "deque[_UnderWay]", item: "_UnderWay", step: int) -> None:
+        """One stage further."""
+        if item.advance(f"exchange of bucket {item.bucket.index} of step {step}"):
+            under_way.remove(item)
+            self.done(item.bucket)
+
+
+class _UnderWay:
+    def __init__(self, bucket: Bucket, reduction: Reduction) -> None:
+        self.bucket = bucket
+        self._reduction = reduction
+        self._pending: Pending | None = None
+
+    def start(self) -> None:
+        self._pending = next(self._reduction, None)
+
+    def advance(self, operation: str) -> bool:
+        """Wait for the stage that is under way and start the next; True after the last."""
+        if self._pending is not None:
+            self._pending.wait(operation)
+            self._pending = next(self._reduction, None)
+        return self._pending is None

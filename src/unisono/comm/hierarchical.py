@@ -1,0 +1,422 @@
+"""The workers of several hosts as a group: the arena inside a host, a network between hosts, exact.
+
+Every host holds the whole training state; its workers own and update it as on one host. What crosses the network is the
+step's gradient: each local rank, in its lane, sums its buckets with its like on the other hosts, while the backward
+still runs. With one worker on every host this is a plain network group: one code path for both.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from unisono.comm.algorithms import broadcast, drive, gather_bytes
+from unisono.comm.arena import store_fence
+from unisono.comm.blame import PATIENCE_S, Bulletin
+from unisono.comm.canonical import sum_heads
+from unisono.comm.exchange import Canonical, ExchangePlan, HostSums, Lane, Words
+from unisono.comm.host import HostGroup
+from unisono.comm.network import Link, NetworkWire
+from unisono.comm.partial import Partial, head_layout, item_size, pack_head, unpack_head
+from unisono.comm.waiting import Waiter, revoked
+from unisono.errors import GroupError, Revoked
+from unisono.events import PHASES, WireUse
+from unisono.plan.blocks import FlatLayout
+from unisono.plan.exchange import Bucket, buckets, host_shares
+from unisono.plan.hosts import Hosts
+from unisono.run.summation import Node, root
+
+T = TypeVar("T")
+
+GRACE_S = PATIENCE_S + 0.6
+"""How much longer than the deadline workers wait for a mate that waits for another host: its error names the cause."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where this worker stands.
+
+    Attributes:
+        hosts: all of them.
+        rank: this worker's world rank.
+    """
+
+    hosts: Hosts
+    rank: int
+
+    @property
+    def host(self) -> int:
+        """This worker's host."""
+        return self.hosts.place(self.rank)[0]
+
+    @property
+    def local_rank(self) -> int:
+        """This worker's number on its host."""
+        return self.hosts.place(self.rank)[1]
+
+
+def wire_buckets(flat: FlatLayout, bucket_bytes: int, lanes: int = 1) -> tuple[Bucket, ...]:
+    """The buckets of a model; their number does not depend on the lanes."""
+    return buckets(flat, [item_size(dtype) for dtype in flat.segment_dtypes], bucket_bytes, lanes)
+
+
+class HierarchicalGroup:
+    """A `Group` over several hosts.
+
+    Arguments:
+        local: the workers of this host.
+        place: this worker among all.
+        link: how hosts reach each other.
+        flat: where gradients lie.
+        bucket_bytes: the least size in which they travel.
+        count: micro-batches in a step.
+        name: of the run's set of workers; generations add their number.
+    """
+
+    def __init__(
+        self,
+        local: HostGroup,
+        place: Place,
+        link: Link,
+        flat: FlatLayout,
+        bucket_bytes: int,
+        count: int,
+        name: str = "group",
+    ) -> None:
+        self.local = local
+        self.place = place
+        self._link = link
+        self._flat = flat
+        self._bucket_bytes = bucket_bytes
+        self._buckets = wire_buckets(flat, bucket_bytes, place.hosts.lanes)
+        self._count = count
+        self._name = name
+        self._plan = ExchangePlan(self._buckets, host_shares(place.hosts.sizes, count), count)
+        self._words = Words(local)
+        self._total = local.total()
+        self._patient: Waiter = replace(local.waiter, deadline_s=local.waiter.deadline_s + GRACE_S)
+        self._thread: ThreadPoolExecutor | None = None
+        self._running: Future[None] | None = None
+        self._use = WireUse(0, 0.0, 0.0)
+        self._remote: dict[int, list[float]] = {}
+        self._waiting: dict[int, int] = {}
+        self._bucket_of = {use: bucket for bucket in self._buckets for use in bucket.uses}
+        self._step = 0
+        generation = f"{name}/generation {local.generation}"
+        self._bulletin = Bulletin(link.store, place.hosts, place.rank, generation)
+        self._control: NetworkWire | None = None
+        self._data: NetworkWire | None = None
+        if place.local_rank < place.hosts.lanes:
+            self._connect(generation)
+
+    def _connect(self, generation: str) -> None:
+        """Join this worker's lane."""
+        lane, hosts = self.place.local_rank, self.place.hosts
+
+        def explain(peer: int, operation: str, deadline: str) -> GroupError:
+            return self._bulletin.explain(hosts.rank(peer, lane), operation, deadline)
+
+        def wire(link: Link, kind: str) -> NetworkWire:
+            return NetworkWire(link, f"{generation}/lane {lane}/{kind}", self.place.host, len(hosts.sizes), explain)
+
+        on_cpu = replace(self._link, backend="gloo", device=torch.device("cpu"))
+        self._data = wire(self._link, "data")
+        self._control = self._data if self._link == on_cpu else wire(on_cpu, "control")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="unisono-exchange", initializer=_one_thread)
+        share = self._plan.shares[self.place.host]
+        sums = HostSums(self.local, self._flat, share, self._total, self._count)
+        self._lane = Lane(
+            buckets=[bucket for bucket in self._buckets if bucket.lane == lane],
+            ready=self._is_ready,
+            await_ready=self._await_ready,
+            reduce=Canonical(self._data, self._control, self._plan, self._flat, sums, self._total),
+            done=self._is_summed,
+            ordered=self._data.ordered,
+        )
+
+    @property
+    def rank(self) -> int:
+        """This worker's world rank."""
+        return self.place.rank
+
+    @property
+    def size(self) -> int:
+        """Workers on all hosts."""
+        return self.place.hosts.size
+
+    @property
+    def generation(self) -> int:
+        """The group's number."""
+        return self.local.generation
+
+    @property
+    def owners(self) -> HostGroup:
+        """The workers of this host, who share its state."""
+        return self.local
+
+    @property
+    def on_gradient(self) -> Callable[[int], None]:
+        """Counts down the uses of each bucket; the last one sends it on its way."""
+        return self._gradient_is_final
+
+    @property
+    def wire_use(self) -> WireUse:
+        """What the last step's exchange took."""
+        return self._use
+
+    def enter(self, activity: str, step: int) -> None:
+        """Say what this worker does now."""
+        self.local.enter(activity, step)
+
+    def begin(self, step: int) -> None:
+        """Let the exchange of a step begin as its buckets come."""
+        self._step = step
+        self._waiting = {bucket.index: len(bucket.uses) for bucket in self._buckets}
+        if self._thread is not None:
+            self._running = self._thread.submit(self._exchange, step)
+
+    def partial(self, entry: int) -> Partial:
+        """This worker's buffer number ``entry``."""
+        return self.local.partial(entry)
+
+    def publish(self, step: int, entry: int, node: Node) -> None:
+        """The subtree is complete; with this worker's last one, so are all its buckets."""
+        self.local.publish(step, entry, node)
+        mine = [part for part in self._plan.shares[self.place.host].parts if part.local_rank == self.local.rank]
+        if node == mine[-1].node:
+            for bucket in self._waiting:
+                self._words.set_ready(self.local.slot, bucket, step)
+            self._waiting = {}
+
+    def _gradient_is_final(self, use: int) -> None:
+        bucket = self._bucket_of[use].index
+        left = self._waiting.get(bucket, 0) - 1
+        self._waiting[bucket] = left
+        if left == 0:
+            del self._waiting[bucket]
+            store_fence()
+            self._words.set_ready(self.local.slot, bucket, self._step)
+
+    def collect(self, step: int, count: int) -> list[tuple[Node, Partial]]:
+        """Wait until the exchange is over: one subtree, the whole, in this host's total."""
+        arrived = time.perf_counter()
+
+        def ready() -> bool | None:
+            return True if self._words.all_summed(step) else None
+
+        self._await(ready, self._running, f"exchange of step {step}")
+        if self._data is not None and self._control is not None:
+            sent = self._data.sent_bytes + (self._control.sent_bytes if self._control is not self._data else 0)
+            self._data.sent_bytes = self._control.sent_bytes = 0
+            self._use = WireUse(sent, self._lane.exchanging_s, time.perf_counter() - arrived)
+        self.local.header.closed = step
+        return [(root(count), self._total)]
+
+    def _await(self, ready: Callable[[], T | None], running: "Future[T] | Future[None] | None", operation: str) -> T:
+        """Wait for the exchange thread's work, or for what a mate's leads to; its error is this worker's error."""
+
+        def ready_or_failed() -> T | None:
+            error = running.exception() if running is not None and running.done() else None
+            if isinstance(error, Revoked):
+                raise Revoked(revoked(operation, self.local.cause()))
+            if error is not None:
+                raise error
+            return ready()
+
+        try:
+            return self._patient(ready_or_failed, operation, lambda: "the exchange with other hosts is not complete")
+        except GroupError as error:
+            self._ended(error)
+            raise
+
+    def _call(self, work: Callable[[], T], operation: str) -> T:
+        """Do something with the wire: on its thread, so that this one can be freed."""
+        assert self._thread is not None
+        running = self._thread.submit(work)
+        return self._await(lambda: running.result() if running.done() else None, running, operation)
+
+    def _ended(self, error: GroupError) -> None:
+        """This worker met with an error of the group: tell the others, and free them."""
+        if not isinstance(error, Revoked):
+            self._bulletin.post(None, str(error))
+        self.revoke(str(error))
+
+    def _exchange(self, step: int) -> None:
+        """On the exchange thread: a lane's buckets; then, in the first lane, all that is no gradient."""
+        try:
+            self._lane.run(step)
+            if self.local.rank == 0:
+                self._exchange_heads(step)
+        except GroupError as error:
+            self._ended(error)
+            raise
+
+    def _is_ready(self, bucket: Bucket) -> bool:
+        return all(self._words.ready(slot, bucket.index, self._step) for slot in self.local.members)
+
+    def _await_ready(self, bucket: Bucket) -> None:
+        """This worker's own backward may take its time; for the mates there is a deadline from then on."""
+        step = self._step
+
+        def arrived(slot: int) -> bool:
+            return self._words.ready(slot, bucket.index, step)
+
+        own = replace(self.local.waiter, deadline_s=float("inf"))
+        own(lambda: True if arrived(self.local.slot) else None, f"bucket {bucket.index} of step {step}", str)
+        self.local.waiter(
+            lambda: True if self._is_ready(bucket) else None,
+            f"bucket {bucket.index} of step {step}",
+            lambda: self.local.missing(arrived),
+        )
+
+    def _is_summed(self, bucket: Bucket) -> None:
+        store_fence()
+        self._words.set_summed(bucket.index, self._step)
+
+    def _exchange_heads(self, step: int) -> None:
+        share = self._plan.shares[self.place.host]
+        self.local.await_published(step, [part.node for part in share.parts])
+        layout = head_layout(self.local.partials.buffers)
+        heads: dict[Node, Partial] = {}
+
+        def new_head() -> Partial:
+            return Partial(layout, torch.zeros(layout.size_bytes, dtype=torch.uint8))
+
+        for node in share.nodes:
+            cover = [
+                (part.node, self.local.view(self.local.members[part.local_rank], part.entry))
+                for part in share.parts
+                if node.start <= part.node.start < node.stop
+            ]
+            heads[node] = new_head()
+            sum_heads(cover, self._count, heads[node], node)
+        reports = [value for row in self.local.reports(step - 1) for value in row]
+        about = np.array([self.local.all_flags(), *reports], dtype=np.float64).tobytes()
+        packed = b"".join([about, *(pack_head(heads[node]) for node in share.nodes)])
+        assert self._control is not None
+        tag = len(self._buckets) * 4
+        flags = 0
+        for host, data in enumerate(gather_bytes(self._control, packed, tag, f"sums of step {step}")):
+            words = 1 + self.place.hosts.sizes[host] * len(PHASES)
+            row = np.frombuffer(data[: 8 * words])
+            flags |= int(row[0])
+            for i, seconds in enumerate(row[1:].reshape(-1, len(PHASES)).tolist()):
+                self._remote[self.place.hosts.rank(host, i)] = seconds
+            nodes = self._plan.shares[host].nodes
+            size_bytes = (len(data) - 8 * words) // len(nodes)
+            for i, node in enumerate(nodes):
+                if host != self.place.host:
+                    heads[node] = new_head()
+                    start = 8 * words + i * size_bytes
+                    unpack_head(data[start : start + size_bytes], heads[node])
+        sum_heads(list(heads.items()), self._count, self._total)
+        self._words.flags = flags
+        store_fence()
+        self._words.set_summed(len(self._buckets), step)
+
+    def finish(self, step: int) -> None:
+        """This worker is done with the step."""
+        self.local.finish(step)
+
+    def settle(self, step: int) -> None:
+        """Wait for the workers of this host: its state is whole."""
+        self.local.settle(step)
+
+    def set_flags(self, flags: int) -> None:
+        """Requests to go with the next step."""
+        self.local.set_flags(flags)
+
+    def all_flags(self) -> int:
+        """Everyone's requests joined."""
+        return self._words.flags
+
+    def all_gather(self, payload: bytes, operation: str) -> list[bytes]:
+        """Everyone's payload: inside the hosts, between them, and inside again."""
+        own = self.local.all_gather(payload, operation)
+        joined = b""
+        if self.local.rank == 0:
+            wire = self._control
+            assert wire is not None
+            tag = len(self._buckets) * 4 + 4
+            hosts = self._call(lambda: gather_bytes(wire, _join(own), tag, operation), operation)
+            joined = _join(hosts)
+        hosts = _split(self.local.all_gather(joined, operation, GRACE_S)[0])
+        return [part for host in hosts for part in _split(host)]
+
+    def barrier(self, operation: str) -> None:
+        """An exchange of nothing."""
+        self.all_gather(b"", operation)
+
+    def report(self, step: int, seconds: Sequence[float]) -> None:
+        """Leave this worker's seconds in each phase."""
+        self.local.report(step, seconds)
+
+    def reports(self, step: int) -> list[list[float]]:
+        """Seconds in each phase, a list for each rank; those of other hosts are of the step before."""
+        first = self.place.hosts.rank(self.place.host, 0)
+        own = dict(enumerate(self.local.reports(step), first))
+        return [own.get(rank) or self._remote.get(rank, [0.0] * len(PHASES)) for rank in range(self.size)]
+
+    def broadcast(self, tensor: torch.Tensor, operation: str) -> None:
+        """On the first worker of every host: the first host's values, for all."""
+        wire = self._control
+        assert wire is not None
+        tag = len(self._buckets) * 4 + 8
+
+        def work() -> bool:
+            drive(broadcast(wire, tensor, tag), operation)
+            return True
+
+        self._call(work, operation)
+
+    def revoke(self, cause: str = "") -> None:
+        """End this generation on this host, and free whoever waits on its wires."""
+        self.local.revoke(cause)
+        for wire in (self._data, self._control):
+            if wire is not None:
+                wire.revoke()
+
+    def close(self) -> None:
+        """Let go of the wires and their thread; others that still wait on them fail."""
+        for wire in {self._data, self._control} - {None}:
+            assert wire is not None
+            wire.revoke()
+        if self._thread is not None:
+            self._thread.shutdown(wait=True)
+        for wire in {self._data, self._control} - {None}:
+            assert wire is not None
+            wire.close()
+
+    def reform(self, generation: int, members: Sequence[int]) -> "HierarchicalGroup":
+        """The next generation: ``members`` are world ranks of this one, in order."""
+        self.close()
+        places = [self.place.hosts.place(rank) for rank in members]
+        hosts = sorted({host for host, _ in places})
+        sizes = tuple(sum(1 for host, _ in places if host == h) for h in hosts)
+        slots = [self.local.members[local_rank] for host, local_rank in places if host == self.place.host]
+        local = self.local.reform(generation, slots)
+        place = Place(Hosts(sizes), members.index(self.rank))
+        return HierarchicalGroup(local, place, self._link, self._flat, self._bucket_bytes, self._count, self._name)
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _join(parts: Sequence[bytes]) -> bytes:
+    lengths = np.array([len(parts), *map(len, parts)], dtype=np.int64).tobytes()
+    return b"".join([lengths, *parts])
+
+
+def _split(data: bytes) -> list[bytes]:
+    count = int(np.frombuffer(data[:8], dtype=np.int64)[0])
+    lengths = np.frombuffer(data[8 : 8 * (count + 1)], dtype=np.int64).tolist()
+    result, at = [], 8 * (count + 1)
+    for length in lengths:
+        result.append(data[at : at + length])
+        at += length
+    return result

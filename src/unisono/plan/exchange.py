@@ -1,0 +1,113 @@
+"""How a step's partials become one sum across hosts, as data: buckets and their slices, and who holds which subtree."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+from unisono.plan.assignment import micro_batches
+from unisono.plan.blocks import FlatLayout, aligned
+from unisono.run.summation import Node, accumulation, subtrees
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Gradients that travel together: elements [start, stop) of a segment, the whole gradients of ``uses``.
+
+    Attributes:
+        index: its place in the order in which a backward finishes buckets.
+        lane: the local rank that exchanges it, on every host.
+    """
+
+    index: int
+    lane: int
+    segment: int
+    start: int
+    stop: int
+    uses: tuple[int, ...]
+
+
+def buckets(flat: FlatLayout, item_bytes: Sequence[int], bucket_bytes: int, lanes: int) -> tuple[Bucket, ...]:
+    """Cut the gradient into buckets of at least ``bucket_bytes``, from its end: a backward finishes the last use first.
+
+    Arguments:
+        item_bytes: of an element of each segment.
+        lanes: local ranks that exchange; each bucket goes to the one with the fewest bytes so far.
+    """
+    load = [0] * lanes
+    result: list[Bucket] = []
+    for members in _neighbours(flat, item_bytes, bucket_bytes):
+        first, last = flat.use_places[members[-1]], flat.use_places[members[0]]
+        lane = load.index(min(load))
+        stop = last.offset + aligned(last.numel)
+        load[lane] += (stop - first.offset) * item_bytes[first.segment]
+        result.append(Bucket(len(result), lane, first.segment, first.offset, stop, tuple(reversed(members))))
+    return tuple(result)
+
+
+def _neighbours(flat: FlatLayout, item_bytes: Sequence[int], bucket_bytes: int) -> Iterator[list[int]]:
+    """Uses that lie behind each other, the last first, until they are enough."""
+    members: list[int] = []
+    size_bytes = 0
+    for use in reversed(range(len(flat.uses))):
+        place = flat.use_places[use]
+        if members:
+            next_place = flat.use_places[members[-1]]
+            adjacent = next_place.segment == place.segment and place.offset + aligned(place.numel) == next_place.offset
+            if size_bytes >= bucket_bytes or not adjacent:
+                yield members
+                members, size_bytes = [], 0
+        members.append(use)
+        size_bytes += aligned(place.numel) * item_bytes[place.segment]
+    if members:
+        yield members
+
+
+def slices(start: int, stop: int, count: int) -> tuple[range, ...]:
+    """Cut elements [start, stop) into ``count`` contiguous, aligned slices; the last ones may be empty.
+
+    >>> slices(64, 64 + 192, 2)
+    (range(64, 192), range(192, 256))
+    """
+    step = aligned(-(-(stop - start) // count))
+    edges = [min(start + i * step, stop) for i in range(count + 1)]
+    return tuple(range(a, b) for a, b in pairwise(edges))
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A subtree that one worker of a host publishes: who, and in which of its buffers."""
+
+    node: Node
+    local_rank: int
+    entry: int
+
+
+@dataclass(frozen=True, slots=True)
+class HostShare:
+    """What one host contributes to a step.
+
+    Attributes:
+        nodes: the maximal subtrees of its micro-batches: the sums that leave it.
+        parts: what its workers publish; they cover the nodes.
+    """
+
+    nodes: tuple[Node, ...]
+    parts: tuple[Part, ...]
+
+
+def host_shares(hosts: Sequence[int], count: int) -> tuple[HostShare, ...]:
+    """The shares of hosts with the given numbers of workers in ``count`` micro-batches.
+
+    >>> [share.nodes for share in host_shares([2, 2], 8)]
+    [(Node(level=2, index=0),), (Node(level=2, index=1),)]
+    """
+    shares = micro_batches(count, sum(hosts))
+    result = []
+    for first, workers in zip(accumulate([0, *hosts[:-1]]), hosts, strict=True):
+        own = shares[first : first + workers]
+        parts = []
+        for local_rank, share in enumerate(own):
+            leaves, _ = accumulation(share.start, share.stop, count)
+            parts += [Part(leaf.completes[0], local_rank, leaf.completes[1]) for leaf in leaves if leaf.completes]
+        result.append(HostShare(subtrees(own[0].start, own[-1].stop, count), tuple(parts)))
+    return tuple(result)

@@ -1,0 +1,58 @@
+"""Which worker is on which host: world ranks run through the hosts one after another."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Hosts:
+    """The hosts of a run.
+
+    Attributes:
+        sizes: workers on each host, in order.
+
+    >>> hosts = Hosts((2, 3))
+    >>> hosts.size, hosts.place(3), hosts.rank(1, 1), hosts.lanes
+    (5, (1, 1), 3, 2)
+    """
+
+    sizes: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Workers in all."""
+        return sum(self.sizes)
+
+    @property
+    def lanes(self) -> int:
+        """Local ranks that every host has: those that exchange with their like on other hosts."""
+        return min(self.sizes)
+
+    def rank(self, host: int, local_rank: int) -> int:
+        """The world rank of a host's worker."""
+        return sum(self.sizes[:host]) + local_rank
+
+    def place(self, rank: int) -> tuple[int, int]:
+        """(host, local rank) of a world rank."""
+        host = 0
+        while rank >= self.sizes[host]:
+            rank -= self.sizes[host]
+            host += 1
+        return host, rank
+
+    def name(self, rank: int) -> str:
+        """A rank for a reader, with its host where there are several.
+
+        >>> Hosts((2, 3)).name(3)
+        'rank 3 (host 1)'
+        """
+        return f"rank {rank} (host {self.place(rank)[0]})" if len(self.sizes) > 1 else f"rank {rank}"
+
+
+def evenly(workers: int, hosts: int) -> tuple[int, ...]:
+    """``workers`` over ``hosts``, the first ones with one more where it does not divide.
+
+    >>> evenly(5, 2)
+    (3, 2)
+    """
+    each, more = divmod(workers, hosts)
+    return tuple(each + (i < more) for i in range(hosts))

@@ -3,6 +3,8 @@
 import gc
 import os
 import signal
+import subprocess
+import threading
 import time
 from dataclasses import asdict
 from typing import Any
@@ -12,7 +14,18 @@ from torch import nn
 
 from tests import toys
 from unisono import Trainer
+from unisono.comm.algorithms import drive, ring
+from unisono.comm.arena import Arena
+from unisono.comm.hierarchical import HierarchicalGroup, Place, wire_buckets
+from unisono.comm.host import HostGroup, host_layout
+from unisono.comm.network import Link, NetworkWire
+from unisono.comm.partial import add_entry, partial_layout
+from unisono.errors import GroupError
 from unisono.events import Event, PhaseEntered, StepFinished, ValidationFinished
+from unisono.launch.world import this_process
+from unisono.plan.assignment import micro_batches
+from unisono.plan.blocks import ParameterSpec, TensorSpec, flat_layout
+from unisono.run.summation import accumulation
 
 
 def trainer(
@@ -86,12 +99,23 @@ def fail(rank: int, how: str, step: int = 2, phase: str = "compute", **options: 
                 raise RuntimeError("struck on purpose")
             elif how == "sleep":
                 time.sleep(60)
+            elif how == "stop":
+                subprocess.Popen(["sh", "-c", f"sleep 5; kill -KILL {os.getpid()}"])
+                os.kill(os.getpid(), signal.SIGSTOP)
             elif how == "interrupt":
                 os.kill(os.getpid(), signal.SIGINT)
 
     subject = trainer(**options)
     subject.probe(strike)
     return asdict(subject.fit(10))
+
+
+def survive(**options: Any) -> dict[str, Any]:
+    """`fail`, where those that are left return the error that they meet with, and when, instead of failing too."""
+    try:
+        return fail(**options)
+    except GroupError as error:
+        return {"error": str(error), "kind": type(error).__name__, "at": time.monotonic()}
 
 
 def rank_and_world() -> list[str]:
@@ -101,8 +125,6 @@ def rank_and_world() -> list[str]:
 
 def leave_child() -> int:
     """Start a process that outlives the function; its id."""
-    import subprocess
-
     return subprocess.Popen(["sleep", "300"]).pid
 
 
@@ -120,3 +142,82 @@ def descriptors_before_and_after() -> tuple[int, int]:
         small_trainer().fit(1)
         gc.collect()
     return before, len(os.listdir("/proc/self/fd"))
+
+
+def reform_often(times: int) -> dict[str, Any]:
+    """Make a wire, use it, be freed from a call that would wait for long, and let go of it, again and again."""
+    world = this_process()
+    link = Link("gloo", world.store(10.0), world.address, 30.0, torch.device("cpu"))
+    made, freed, errors, descriptors = [], [], set(), []
+    for generation in range(times):
+        started = time.monotonic()
+        wire = NetworkWire(link, f"generation {generation}", world.rank, world.size)
+        made.append(time.monotonic() - started)
+        total = torch.full((1000,), float(world.rank))
+        drive(ring(wire, total, 0), "ring")
+        assert total[0] == sum(range(world.size))
+        revoked: list[float] = []
+
+        def revoke(wire: NetworkWire = wire, revoked: list[float] = revoked) -> None:
+            revoked.append(time.monotonic())
+            wire.revoke()
+
+        if world.rank == 0:
+            threading.Timer(0.01, revoke).start()
+        try:
+            wire.post([], [(total, (world.rank + 1) % world.size)], 1).wait("a message that nobody sends")
+        except GroupError as error:
+            errors.add(type(error).__name__)
+            freed.append(time.monotonic() - revoked[0] if revoked else 0.0)
+        wire.close()
+        descriptors.append(len(os.listdir("/proc/self/fd")))
+    return {"made_s": made, "freed_s": freed, "errors": sorted(errors), "descriptors": descriptors}
+
+
+def reform_without(lost: int) -> dict[str, Any]:
+    """A group of several hosts loses a worker in a step; the others form the next generation and sum a step."""
+    world = this_process()
+    flat = flat_layout([ParameterSpec(TensorSpec("w", "float32", (500,)), ("w",), 0)])
+    partials = partial_layout(flat, [])
+    buckets = len(wire_buckets(flat, 100))
+    size = world.local_size
+    layout = host_layout(size, 9, 8, partials.size_bytes, 64, 1, 64, buckets)
+    arena = Arena(world.arena(layout.size_bytes), layout.size_bytes)
+    local = HostGroup(arena, layout, partials, world.local_rank, range(size), 1, 2.0)
+    link = Link("gloo", world.store(10.0), world.address, 2.0, torch.device("cpu"))
+    count = 2 * world.size
+    group = HierarchicalGroup(local, Place(world.hosts, world.rank), link, flat, 100, count)
+
+    def step(group: HierarchicalGroup, number: int) -> float:
+        group.begin(number)
+        share = micro_batches(count, group.size)[group.rank]
+        leaves, _ = accumulation(share.start, share.stop, count)
+        for leaf in leaves:
+            partial = group.partial(leaf.chain[0])
+            if leaf.opens:
+                partial.clear()
+            add_entry([group.partial(p) for p in leaf.chain], 0, torch.full((500,), float(leaf.micro_batch)))
+            if leaf.completes is not None:
+                group.publish(number, leaf.completes[1], leaf.completes[0])
+        total = float(group.collect(number, count)[0][1].segments[0][7])
+        group.finish(number)
+        group.settle(number)
+        return total
+
+    first = step(group, 1)
+    if world.rank == lost:
+        os.kill(os.getpid(), signal.SIGKILL)
+    error = ""
+    try:
+        step(group, 2)
+    except GroupError as caught:
+        error = str(caught)
+    left = [rank for rank in range(world.size) if rank != lost]
+    link.store.set(f"agreed {world.rank}", "")  # what a coordinator does: nobody begins before all have been freed
+    link.store.wait([f"agreed {rank}" for rank in left])
+    started = time.monotonic()
+    group = group.reform(2, left)
+    seconds = time.monotonic() - started
+    again = step(group, 2)
+    group.close()
+    return {"sums": [first, again], "error": error, "reformed_s": seconds, "place": [group.rank, group.size]}

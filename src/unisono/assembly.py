@@ -176,7 +176,7 @@ def assemble(
 
     Returns the worker and the step from which training starts.
     """
-    hosts, several = world.hosts, len(world.hosts.sizes) > 1
+    several = len(world.hosts.sizes) > 1
     prepared = prepare(objects, config, world.local_size, device, several_hosts=several)
     host = prepared.host
     arena = _map(world.arena(host.size_bytes), host.size_bytes)
@@ -190,7 +190,7 @@ def assemble(
         1,
         config.deadline_s,
         memory=memory,
-        names=lambda local_rank: hosts.name(hosts.rank(world.host, local_rank)),
+        names=Place(world.hosts, world.rank).local_name,
     )
     feed = Feed(objects.data, config.seed, "training", objects.collate, device)
     local.assemble(_fingerprint(prepared, config, feed.size))

@@ -195,10 +195,13 @@ class Words:
         """The bucket's sum over all hosts is in the total; number ``buckets`` stands for all that is no gradient."""
         self._summed[bucket] = self._word(step)
 
+    def summed(self, bucket: int, step: int) -> bool:
+        """Whether it is."""
+        return self._summed[bucket] == self._word(step)
+
     def all_summed(self, step: int) -> bool:
         """Whether everything is."""
-        word = self._word(step)
-        return all(self._summed[bucket] == word for bucket in range(self._buckets + 1))
+        return all(self.summed(bucket, step) for bucket in range(self._buckets + 1))
 
     @property
     def flags(self) -> int:

@@ -58,6 +58,10 @@ class Place:
         """This worker's number on its host."""
         return self.hosts.place(self.rank)[1]
 
+    def local_name(self, local_rank: int) -> str:
+        """A worker of this host, for a reader."""
+        return self.hosts.name(self.hosts.rank(self.host, local_rank))
+
 
 def wire_buckets(flat: FlatLayout, bucket_bytes: int, lanes: int = 1) -> tuple[Bucket, ...]:
     """The buckets of a model; their number does not depend on the lanes."""
@@ -88,6 +92,7 @@ class HierarchicalGroup:
         name: str = "group",
     ) -> None:
         self.local = local
+        self.local.names = place.local_name
         self.place = place
         self._link = link
         self._flat = flat
@@ -228,10 +233,21 @@ class HierarchicalGroup:
             return ready()
 
         try:
-            return self._patient(ready_or_failed, operation, lambda: "the exchange with other hosts is not complete")
+            return self._patient(ready_or_failed, operation, self._unfinished)
         except GroupError as error:
             self._ended(error)
             raise
+
+    def _unfinished(self) -> str:
+        """Which mates have not finished their part of an exchange."""
+        late = {b.lane for b in self._buckets if not self._words.summed(b.index, self._step)}
+        if not late and not self._words.summed(len(self._buckets), self._step):
+            late = {0}
+        if self.place.local_rank in late or not late:
+            return "the exchange with other hosts is not complete"
+        return "; ".join(
+            self.local.describe(local_rank) + " has not exchanged its buckets" for local_rank in sorted(late)
+        )
 
     def _call(self, work: Callable[[], T], operation: str) -> T:
         """Do something with the wire: on its thread, so that this one can be freed."""

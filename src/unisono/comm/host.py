@@ -135,7 +135,7 @@ class HostGroup:
         self.slot = slot
         self.members = tuple(members)
         self._generation = generation
-        self._names = names
+        self.names = names
         self.partials = partials
         self._memory = memory or (lambda region: arena.tensor(region, torch.uint8))
         self.waiter = replace(waiter or Waiter(deadline_s, self.is_revoked), revoked=self.is_revoked, cause=self.cause)
@@ -170,7 +170,7 @@ class HostGroup:
         differing = [rank for rank, value in enumerate(seen) if value != seen[0]]
         if differing:
             raise LaunchError(
-                f"{self._names(differing[0])} built another model or configuration than {self._names(0)} (other names, "
+                f"{self.names(differing[0])} built another model or configuration than {self.names(0)} (other names, "
                 "shapes, dtypes, batch sizes or optimizer); the model's factory must not depend on the rank"
             )
         self.header.generation = self._generation
@@ -364,7 +364,7 @@ class HostGroup:
             self.waiter.deadline_s,
             self._memory,
             self.waiter,
-            self._names,
+            self.names,
         )
         self.header.generation = generation
         return group
@@ -372,14 +372,18 @@ class HostGroup:
     def missing(self, arrived: Callable[[int], bool]) -> str:
         """Whose slot has not arrived, and what they did last."""
         late = [rank for rank, slot in enumerate(self.members) if not arrived(slot)]
-        return "; ".join(f"{self._names(rank)} is missing, last seen in {self._last(rank)}" for rank in late)
+        return "; ".join(f"{self.names(rank)} is missing, last seen in {self._last(rank)}" for rank in late)
+
+    def describe(self, rank: int) -> str:
+        """A worker, with what it did last."""
+        return f"{self.names(rank)}, last seen in {self._last(rank)},"
 
     def _last(self, rank: int) -> str:
         return self.header.activity(self.members[rank])
 
     def _doing(self) -> str:
         others = [rank for rank in range(self.size) if rank != self.rank]
-        return ", ".join(f"{self._names(rank)}: {self._last(rank)}" for rank in others)
+        return ", ".join(f"{self.names(rank)}: {self._last(rank)}" for rank in others)
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -67,8 +67,10 @@ def revoked(operation: str, cause: str) -> str:
 
 
 def _caller() -> str:
-    """The nearest source line outside this package's communication."""
+    """The nearest source line outside this package's communication; on a thread of its own, the first inside."""
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("unisono.comm"):
+        if frame.f_back.f_globals.get("__name__", "").startswith("concurrent."):
+            break
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"

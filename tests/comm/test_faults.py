@@ -1,0 +1,71 @@
+"""Faults in the middle of an exchange: every survivor names the rank and the operation, in time; then it reforms."""
+
+import re
+import time
+from typing import Any
+
+import pytest
+
+from unisono.launch.local import LocalLauncher
+
+DEADLINE_S = 1.5
+
+
+@pytest.fixture
+def tolerant(pool: LocalLauncher, monkeypatch: pytest.MonkeyPatch) -> LocalLauncher:
+    """A pool that lets survivors end by themselves instead of ending them with the first that failed."""
+    monkeypatch.setattr(pool, "_failures", lambda: (False, False))
+    monkeypatch.setattr(pool, "_raise_failure", lambda: None)
+    return pool
+
+
+def survivors(pool: LocalLauncher, workers: int, hosts: int, **arguments: Any) -> list[dict[str, Any]]:
+    settings = {"deadline_s": DEADLINE_S, "wire": {"bucket_bytes": 300}, **arguments}
+    ending = pool.run({"call": "tests.jobs:survive", "arguments": settings}, workers, hosts=hosts)
+    return [result for rank, result in enumerate(ending.results) if rank != arguments["rank"]]
+
+
+@pytest.mark.parametrize("phase", ["compute", "wait"])
+@pytest.mark.parametrize(("workers", "hosts"), [(2, 2), (3, 3), (4, 2)])
+def test_a_stopped_worker_is_named_by_all_others(tolerant: LocalLauncher, workers: int, hosts: int, phase: str) -> None:
+    """(last rank, step 3, compute or wait): SIGSTOP."""
+    started = time.monotonic()
+    found = survivors(tolerant, workers, hosts, rank=workers - 1, how="stop", step=3, phase=phase)
+    assert len(found) == workers - 1
+    for result in found:
+        assert result["kind"] in ("WaitTimeout", "Revoked", "PeerLost")
+        assert f"rank {workers - 1} (host {hosts - 1})" in result["error"], result["error"]
+        assert re.search(r"of step [34]", result["error"])
+        assert result["at"] - started < DEADLINE_S + 2 + 1.5  # 1.5: to start, and to train two steps
+
+
+@pytest.mark.parametrize(("workers", "hosts"), [(2, 2), (3, 3), (4, 2)])
+def test_a_killed_worker_is_named_by_all_others(tolerant: LocalLauncher, workers: int, hosts: int) -> None:
+    """(last rank, step 3, compute): SIGKILL."""
+    found = survivors(tolerant, workers, hosts, rank=workers - 1, how="kill", step=3)
+    assert len(found) == workers - 1
+    for result in found:
+        assert f"rank {workers - 1} (host {hosts - 1})" in result["error"], result["error"]
+        assert re.search(r"of step 3", result["error"])
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_a_wire_is_revoked_and_made_anew_fifty_times(pool: LocalLauncher, workers: int) -> None:
+    results = pool.run({"call": "tests.jobs:reform_often", "arguments": {"times": 50}}, workers, hosts=workers).results
+    for rank, result in enumerate(results):
+        assert max(result["made_s"]) < 0.5
+        assert len(result["freed_s"]) == 50 and max(result["freed_s"]) < 0.1
+        assert result["errors"] == (["Revoked"] if rank == 0 else ["PeerLost"])
+        assert result["descriptors"][-1] == result["descriptors"][1], "descriptors leak"
+
+
+@pytest.mark.parametrize(("workers", "hosts", "lost"), [(3, 3, 1), (4, 2, 3), (5, 2, 0)])
+def test_survivors_form_the_next_generation(tolerant: LocalLauncher, workers: int, hosts: int, lost: int) -> None:
+    target = {"call": "tests.jobs:reform_without", "arguments": {"lost": lost}}
+    results = tolerant.run(target, workers, hosts=hosts).results
+    expected = float(sum(range(2 * workers)))
+    for place, rank in enumerate(rank for rank in range(workers) if rank != lost):
+        assert results[rank]["sums"] == [expected, expected]
+        assert results[rank]["place"] == [place, workers - 1]
+        assert results[rank]["reformed_s"] < 0.5
+        assert f"rank {lost}" in results[rank]["error"]

@@ -4,9 +4,9 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -15,8 +15,11 @@ from unisono.errors import ConfigurationError, UnisonoError
 if TYPE_CHECKING:
     from unisono.config import Config
     from unisono.launch.launcher import Launcher
+    from unisono.launch.nodes import Nodes
 
 INTERRUPTED = 130
+ELSEWHERE = Path("(on host 0)")
+"""The run's directory, as hosts know it that keep no records."""
 
 app = typer.Typer(
     name="unisono",
@@ -36,6 +39,17 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides, layout.zero=0 for example.")
 ]
 WorkersOption = Annotated[int | None, typer.Option("-n", "--workers", min=1, help="Workers; default: one per core.")]
+HostsOption = Annotated[
+    Path | None, typer.Option(help="A file that lists the hosts, this one first: NAME slots=N a line. Uses ssh.")
+]
+NodesOption = Annotated[int, typer.Option(min=1, help="Hosts; the same command is given on each of them.")]
+NodeRankOption = Annotated[int, typer.Option(help="Which host this is, from 0.")]
+RendezvousOption = Annotated[
+    str | None, typer.Option(metavar="HOST:PORT", help="Where host 0 listens; default: 127.0.0.1:29400.")
+]
+SecretOption = Annotated[
+    Path | None, typer.Option(help="A file with the job's secret, mode 0600; default: $UNISONO_SECRET.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
@@ -65,23 +79,35 @@ def train(
         bool,
         typer.Option("--resume", help="Go on from the newest intact checkpoint of run_dir, or of the task's last run."),
     ] = False,
+    hosts: HostsOption = None,
+    nnodes: NodesOption = 1,
+    node_rank: NodeRankOption = 0,
+    rendezvous: RendezvousOption = None,
+    secret_file: SecretOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train what a configuration describes.
 
     Example: unisono train configs/lm.yaml steps=200 layout.zero=0 -n 2
+
+    On two hosts, the same command on each but for its number:
+    unisono train configs/lm.yaml --nnodes 2 --node-rank 0 --rendezvous 10.0.0.1:29400 --secret-file job.secret
     """
-    with _launcher() as launcher:
+    with _launchers(hosts, nnodes, node_rank, rendezvous, secret_file) as here:
         from unisono.config import load, to_yaml
         from unisono.launch.local import STANDARD_ERROR, STANDARD_OUTPUT
-        from unisono.launch.runs import choose_workers, next_run_dir
+        from unisono.launch.runs import choose_workers, next_run_dir, workers_here
 
         settings = load(config, overrides or [])
-        if workers is not None:
-            settings = _with_workers(settings, workers)
-        run_dir = next_run_dir(settings.run_dir, settings.task, resume=resume)
+        launcher = here.launcher
+        if here.nodes > 1:
+            count = workers_here(settings, workers or here.slots, here.nodes)
+        else:
+            settings = settings if workers is None else _with_workers(settings, workers)
+            count = choose_workers(settings)
+        as_json = as_json or here.number > 0
+        run_dir = next_run_dir(settings.run_dir, settings.task, resume=resume) if here.number == 0 else ELSEWHERE
         settings = settings.model_copy(update={"run_dir": str(run_dir)})
-        count = choose_workers(settings)
         if as_json:
             settings = settings.model_copy(update={"observe": settings.observe.model_copy(update={"progress": False})})
         else:
@@ -91,6 +117,8 @@ def train(
         arguments = {"config": settings.model_dump(mode="json"), "resume": resume}
         output = STANDARD_ERROR if as_json else STANDARD_OUTPUT
         ending = launcher.run({"call": "unisono.tasks.job:train", "arguments": arguments}, count, output=output)
+        if here.number > 0:
+            return
         if as_json:
             typer.echo(json.dumps({**ending.results[0], "workers": count}))
         elif (run_dir / "report.html").exists():
@@ -110,6 +138,11 @@ def run(
     all_output: Annotated[
         bool, typer.Option("--all-output", help="Show every worker's output, not only rank 0's.")
     ] = False,
+    hosts: HostsOption = None,
+    nnodes: NodesOption = 1,
+    node_rank: NodeRankOption = 0,
+    rendezvous: RendezvousOption = None,
+    secret_file: SecretOption = None,
 ) -> None:
     """Run a script in several workers; what follows the script is its own arguments.
 
@@ -119,9 +152,9 @@ def run(
         raise ConfigurationError(f"no script at {script}; give an existing Python file")
     from unisono.launch.runs import default_workers
 
-    with _launcher() as launcher:
+    with _launchers(hosts, nnodes, node_rank, rendezvous, secret_file, str(script)) as here:
         target = {"script": str(script), "argv": list(context.args)}
-        ending = launcher.run(target, workers or default_workers(), show_all=all_output)
+        ending = here.launcher.run(target, workers or here.slots or default_workers(), show_all=all_output)
         if ending.interrupted:
             raise typer.Exit(INTERRUPTED)
 
@@ -271,8 +304,77 @@ def bench_train(
             typer.echo(json.dumps({"rows": rows}))
 
 
+class _Here(NamedTuple):
+    """This host: its launcher, how many hosts there are, which one it is, and how many workers a host file gives it."""
+
+    launcher: "Launcher"
+    nodes: int
+    number: int
+    slots: int | None
+
+
 @contextmanager
-def _launcher() -> "Iterator[Launcher]":
+def _launchers(
+    hosts: Path | None,
+    nnodes: int,
+    node_rank: int,
+    rendezvous: str | None,
+    secret_file: Path | None,
+    last_word: str = "",
+) -> Iterator[_Here]:
+    """This host's launcher; with a host file, those of the others are started.
+
+    Arguments:
+        last_word: of the command line that is this program's own; what follows belongs to a script.
+    """
+    if hosts is None and nnodes == 1:
+        if rendezvous is not None or node_rank or secret_file is not None:
+            raise ConfigurationError("--rendezvous, --node-rank and --secret-file are for several hosts; give --nnodes")
+        with _launcher() as launcher:
+            yield _Here(launcher, 1, 0, None)
+        return
+    from unisono import __version__
+    from unisono.launch.nodes import Nodes, Rendezvous, parse_rendezvous
+    from unisono.launch.remote import RemoteLaunchers, new_secret, read_hosts, rendezvous_address
+    from unisono.launch.secret import find_secret
+
+    remote: AbstractContextManager[object] = nullcontext()
+    slots = None
+    if hosts is not None:
+        if nnodes != 1 or node_rank or rendezvous is not None:
+            raise ConfigurationError("--hosts lists the hosts; leave --nnodes, --node-rank and --rendezvous out")
+        listed = read_hosts(hosts)
+        address, port = rendezvous_address(listed)
+        secret, nnodes, slots = new_secret(), len(listed), listed[0].slots
+        remote = RemoteLaunchers(listed, _without_hosts(sys.argv[1:], last_word), f"{address}:{port}", secret)
+    else:
+        if not 0 <= node_rank < nnodes:
+            raise ConfigurationError(f"--node-rank is {node_rank}; with --nnodes {nnodes} give 0 to {nnodes - 1}")
+        address, port = parse_rendezvous(rendezvous or "127.0.0.1:29400")
+        secret = find_secret(secret_file, os.environ)
+    nodes = Nodes(Rendezvous(address, port, nnodes, node_rank, secret), __version__)
+    with remote, _launcher(nodes) as launcher:
+        yield _Here(launcher, nnodes, node_rank, slots)
+
+
+def _without_hosts(words: list[str], last_word: str) -> list[str]:
+    """The command for another host: without the host file, the number of workers, and what only the first prints."""
+    end = words.index(last_word) if last_word in words else len(words)
+    result: list[str] = []
+    skip = False
+    for word in words[:end]:
+        attached = word.startswith(("--hosts=", "--workers=")) or (word[:2] == "-n" and word[2:].isdigit())
+        if skip:
+            skip = False
+        elif word in ("--hosts", "-n", "--workers"):
+            skip = True
+        elif not attached and word != "--json":
+            result.append(word)
+    return result + words[end:]
+
+
+@contextmanager
+def _launcher(nodes: "Nodes | None" = None) -> "Iterator[Launcher]":
     """The fork server starts to import torch first of all; everything else overlaps with it."""
     from unisono.launch.launcher import launcher
 
@@ -281,7 +383,7 @@ def _launcher() -> "Iterator[Launcher]":
             "unisono starts its own workers (-n N); under torchrun or another launcher, run a script that uses "
             "unisono.Trainer"
         )
-    with launcher() as started:
+    with launcher(nodes) as started:
         yield started
 
 

@@ -10,6 +10,7 @@ from typing import Protocol, Self
 from unisono.errors import ConfigurationError, LaunchError
 from unisono.launch.control import Message
 from unisono.launch.local import STANDARD_OUTPUT, Ending, LocalLauncher
+from unisono.launch.nodes import Nodes
 
 
 class Launcher(Protocol):
@@ -85,9 +86,20 @@ class SoloLauncher:
         return Ending([perform(target)])
 
 
-def launcher() -> Launcher:
-    """Workers from a fork server where the system can share memory between them, else one in this process."""
-    return LocalLauncher() if shares_memory() else SoloLauncher()
+def launcher(nodes: Nodes | None = None) -> Launcher:
+    """Workers from a fork server where the system can share memory between them, else one in this process.
+
+    Arguments:
+        nodes: the launchers of other hosts, where the run spans several.
+
+    Raises:
+        LaunchError: for several hosts where the system has no fork server for workers.
+    """
+    if shares_memory():
+        return LocalLauncher(nodes=nodes)
+    if nodes is not None:
+        raise LaunchError(f"several hosts need memfd and pidfd, which {platform.system()} lacks; use one worker (-n 1)")
+    return SoloLauncher()
 
 
 def shares_memory() -> bool:

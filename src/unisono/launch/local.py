@@ -16,6 +16,7 @@ from typing import Any, Self
 from unisono.errors import ConfigurationError, LaunchError, UnisonoError, WorkerFailed
 from unisono.launch.board import Board
 from unisono.launch.control import ADDRESS, HOSTS, ArenaKeeper, Message, pair, receive, send
+from unisono.launch.nodes import Failure, Nodes
 from unisono.launch.process import kill_group
 from unisono.plan.hosts import Hosts, evenly
 
@@ -55,6 +56,13 @@ class Ending:
     interrupted: bool = False
 
 
+def _error_of(failure: Failure) -> UnisonoError:
+    """What was told by a worker, or by another host, as this process's error."""
+    error = UnisonoError(failure.text)
+    error.exit_code = failure.exit_code
+    return error
+
+
 def _free_port() -> int:
     """A port for programs that start torch.distributed by themselves."""
     with socket.socket() as probe:
@@ -70,9 +78,11 @@ class LocalLauncher:
 
     Arguments:
         environment: variables for the server and its workers.
+        nodes: the launchers of the other hosts, where the run spans several.
     """
 
-    def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
+    def __init__(self, environment: Mapping[str, str] = os.environ, nodes: Nodes | None = None) -> None:
+        self._nodes = nodes
         self._keeper = ArenaKeeper()
         self._server, theirs = pair()
         command = [sys.executable, "-m", "unisono.launch.server", str(theirs.fileno()), str(os.getpid())]
@@ -88,6 +98,8 @@ class LocalLauncher:
         self._port = _free_port()
         self._ready = False
         self._board = Board()
+        self._placed = Hosts((1,))
+        self._reported = False
         self._workers: list[_Worker] = []
         self._interrupts = 0
 
@@ -104,6 +116,8 @@ class LocalLauncher:
         self._kill_workers()
         self._server.close()
         self._keeper.close()
+        if self._nodes is not None:
+            self._nodes.close()
         if not self._ready:  # it still imports, and started nothing yet
             self._process.kill()
         try:
@@ -140,6 +154,7 @@ class LocalLauncher:
 
         Arguments:
             target: ``{"call": "module:function", "arguments": {...}}`` or ``{"script": path, "argv": [...]}``.
+            workers: on this host, where the run spans several.
             hosts: as many separate sets of workers, which share no memory and reach each other over loopback, as if on
                 hosts of their own.
             show_all: every worker's output is shown, not only rank 0's.
@@ -150,18 +165,21 @@ class LocalLauncher:
         """
         self._await_server()
         self._interrupts = 0
+        self._reported = False
         self._workers = []
         self._board = Board()
-        placed = Hosts(evenly(workers, hosts))
+        self._placed, ranks = self._place(workers, hosts)
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
-            for rank in range(workers):
-                self._workers.append(self._start(rank, placed, target, show_all, output))
+            for rank in ranks:
+                self._workers.append(self._start(rank, target, show_all, output))
                 self._await_fork(self._workers[-1])
             self._watch()
             self._raise_failure()
             return Ending([w.result for w in self._workers], self._interrupts > 0)
-        except BaseException:
+        except BaseException as error:
+            if self._nodes is not None:
+                self._nodes.fail(str(error) or "interrupted", getattr(error, "exit_code", 1))
             if sys.stdout.isatty():  # a worker that was killed could not give the cursor back
                 print("\x1b[?25h", end="", flush=True)
             raise
@@ -177,6 +195,15 @@ class LocalLauncher:
             self._workers = []
             self._keeper.close()
 
+    def _place(self, workers: int, hosts: int) -> tuple[Hosts, range]:
+        """The hosts of the run, and which ranks are started here."""
+        if self._nodes is None:
+            return Hosts(evenly(workers, hosts)), range(workers)
+        self._nodes.on_set = self._board.set
+        placed = self._nodes.join(workers)
+        first = placed.rank(self._nodes.number, 0)
+        return placed, range(first, first + workers)
+
     def _await_server(self) -> None:
         if self._ready:
             return
@@ -185,13 +212,14 @@ class LocalLauncher:
             raise LaunchError(f"the fork server ended before it was ready (exit code {self._process.wait()})")
         self._ready = True
 
-    def _start(self, rank: int, hosts: Hosts, target: Message, show_all: bool, output: int) -> _Worker:
+    def _start(self, rank: int, target: Message, show_all: bool, output: int) -> _Worker:
         ours, theirs = pair()
         visible = show_all or rank == 0
         log = None if visible else os.memfd_create(f"unisono-log-{rank}")
         output = output if log is None else log
         errors = STANDARD_ERROR if log is None else log
         sys.stdout.flush()
+        hosts = self._placed
         host, local_rank = hosts.place(rank)
         environment = {
             "RANK": str(rank),
@@ -202,7 +230,7 @@ class LocalLauncher:
             "MASTER_ADDR": LOOPBACK,
             "MASTER_PORT": str(self._port),
             HOSTS: ",".join(map(str, hosts.sizes)),
-            ADDRESS: LOOPBACK,
+            ADDRESS: LOOPBACK if self._nodes is None else self._nodes.address,
         }
         send(
             self._server,
@@ -222,23 +250,39 @@ class LocalLauncher:
         selector.register(self._server, selectors.EVENT_READ)
         for worker in self._workers:
             selector.register(worker.control, selectors.EVENT_READ, worker)
+        if self._nodes is not None:
+            selector.register(self._nodes, selectors.EVENT_READ, self._nodes)
         patience: float | None = None
-        while any(w.status is None for w in self._workers):
+        while not self._all_ended():
             timeout = None if patience is None else max(0.0, patience - time.monotonic())
             ready = selector.select(timeout)
             for key, _ in ready:
                 if key.data is None:
                     self._hear_server()
+                elif key.data is self._nodes:
+                    self._nodes.poll()
                 elif self._hear_worker(key.data) is Heard.END:
                     selector.unregister(key.fileobj)
             cause, consequence = self._failures()
-            if cause or self._interrupts > 1:
+            elsewhere = self._nodes is not None and self._nodes.failure is not None
+            if cause or elsewhere or self._interrupts > 1:
                 break
             if consequence and patience is None:
                 patience = time.monotonic() + CONSEQUENCE_PATIENCE_S
             if patience is not None and time.monotonic() >= patience:
                 break
         selector.close()
+
+    def _all_ended(self) -> bool:
+        """Whether all workers have ended: those of this host, and in good order those of the others."""
+        if any(w.status is None for w in self._workers):
+            return False
+        if self._nodes is None or any(w.status for w in self._workers):
+            return True
+        if not self._reported:
+            self._reported = True
+            self._nodes.done()
+        return self._nodes.over
 
     def _failures(self) -> tuple[bool, bool]:
         """Whether a cause of failure is known, and whether a consequence of one is."""
@@ -279,6 +323,8 @@ class LocalLauncher:
             self._keeper.answer(worker.control, message)
         elif message["op"] in ("set", "get"):
             send(worker.control, self._board.answer(message))
+            if self._nodes is not None and message["op"] == "set":
+                self._nodes.set(message["key"], message["value"])
         elif message["op"] == "release":
             self._keeper.release(message["name"])
         elif message["op"] == "result":
@@ -301,6 +347,9 @@ class LocalLauncher:
     def _raise_failure(self) -> None:
         if self._interrupts > 1:
             raise KeyboardInterrupt
+        elsewhere = self._nodes.failure if self._nodes is not None else None
+        if elsewhere is not None and not self._failures()[0]:
+            raise _error_of(elsewhere)
         failed = [w for w in self._workers if w.error] + [w for w in self._workers if w.status and not w.error]
         if not failed:
             return
@@ -311,16 +360,14 @@ class LocalLauncher:
         if worker.error is None:
             raise WorkerFailed(self._how_it_ended(worker))
         if worker.error["ours"]:
-            failure = UnisonoError(worker.error["text"])
-            failure.exit_code = worker.error["exit_code"]
-            raise failure
-        raise WorkerFailed(f"worker {worker.rank} of {len(self._workers)} failed:\n{worker.error['text'].rstrip()}")
+            raise _error_of(Failure(worker.error["text"], worker.error["exit_code"]))
+        raise WorkerFailed(f"worker {worker.rank} of {self._placed.size} failed:\n{worker.error['text'].rstrip()}")
 
     def _how_it_ended(self, worker: _Worker) -> str:
         assert worker.status is not None
         code = os.waitstatus_to_exitcode(worker.status)
         how = f"ended with exit code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
-        text = f"worker {worker.rank} of {len(self._workers)} (process {worker.pid}) {how}; the others have been ended"
+        text = f"worker {worker.rank} of {self._placed.size} (process {worker.pid}) {how}; the others have been ended"
         if worker.log is not None and (size := os.fstat(worker.log).st_size):
             last = os.pread(worker.log, 2000, max(0, size - 2000)).decode(errors="replace").strip()
             text += f"; its last output:\n{last}"

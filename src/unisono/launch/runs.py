@@ -38,6 +38,24 @@ def choose_workers(config: Config) -> int:
     return wanted
 
 
+def workers_here(config: Config, wanted: int | None, nodes: int) -> int:
+    """Workers on this host, one of ``nodes``: the number wanted, its part of layout.data, or one for each core.
+
+    Raises:
+        ConfigurationError: where layout.data cannot be divided.
+    """
+    if wanted is not None:
+        return wanted
+    if config.layout.data is None:
+        most = max(1, config.micro_batches // nodes)
+        return max(1, min(default_workers() // config.threads, most))
+    if config.layout.data % nodes:
+        raise ConfigurationError(
+            f"layout.data is {config.layout.data}, which {nodes} hosts do not divide; say how many each has with -n"
+        )
+    return config.layout.data // nodes
+
+
 def next_run_dir(given: str | None, task: str, *, resume: bool) -> Path:
     """The directory of a run: the one given, the last of the task where it is resumed, else the next free one.
 

@@ -1,0 +1,361 @@
+"""The launchers of a run's hosts: they find each other, pass on what workers leave for each other, and end together.
+
+Launcher 0 listens, hears all, and tells all; the others each hold one line to it. Training itself does not pass here.
+"""
+
+import selectors
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from unisono.errors import ConfigurationError, LaunchError
+from unisono.launch.channel import Channel, Refused, Role
+from unisono.launch.control import Message
+from unisono.plan.hosts import Hosts
+
+SEND_DEADLINE_S = 10.0
+HANDSHAKE_DEADLINE_S = 10.0
+MOST_STRANGERS = 64
+SAY_AFTER_S = 5.0
+READ_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Rendezvous:
+    """Where the launchers meet.
+
+    Attributes:
+        address, port: where launcher 0 listens.
+        nodes, number: how many launchers there are, and which this one is.
+        secret: the job's.
+        deadline_s: seconds until all must be there.
+    """
+
+    address: str
+    port: int
+    nodes: int
+    number: int
+    secret: bytes
+    deadline_s: float = 300.0
+
+
+def parse_rendezvous(text: str) -> tuple[str, int]:
+    """Address and port.
+
+    Raises:
+        ConfigurationError: for anything that is not HOST:PORT.
+
+    >>> parse_rendezvous("10.0.0.1:29400")
+    ('10.0.0.1', 29400)
+    """
+    address, separator, port = text.rpartition(":")
+    if not separator or not address or not port.isdigit() or not 0 < int(port) < 1 << 16:
+        raise ConfigurationError(
+            f"--rendezvous is {text!r}; give HOST:PORT of the first host, 10.0.0.1:29400 for example"
+        )
+    return address.strip("[]"), int(port)
+
+
+@dataclass(slots=True)
+class _Line:
+    """A connection to another launcher."""
+
+    socket: socket.socket
+    channel: Channel
+    peer: str
+    since: float
+    number: int | None = None
+    workers: int = 0
+    done: bool = False
+
+    def flush(self) -> None:
+        data = self.channel.take()
+        if data:
+            self.socket.settimeout(SEND_DEADLINE_S)
+            self.socket.sendall(data)
+            self.socket.setblocking(False)
+
+    def send(self, message: Message) -> None:
+        self.channel.send(message)
+        self.flush()
+
+    def read(self) -> list[Message] | None:
+        """Messages that came in; None where the other end has closed."""
+        try:
+            data = self.socket.recv(READ_BYTES)
+        except BlockingIOError:
+            return []
+        if not data:
+            return None
+        messages = self.channel.feed(data)
+        self.flush()
+        return messages
+
+
+@dataclass(slots=True)
+class Failure:
+    """Why the run ends on all hosts."""
+
+    text: str
+    exit_code: int
+
+
+@dataclass(slots=True)
+class Nodes:
+    """This host's launcher among the others; a context manager.
+
+    Arguments:
+        rendezvous: where they meet.
+        version: of the software; all must have the same.
+
+    Attributes:
+        hosts: once `join` has returned.
+        address: of this host, as the others reach it.
+        failure: why another host has failed.
+        over: all hosts have ended in good order.
+        on_set: called with what a worker of another host has left for all.
+    """
+
+    rendezvous: Rendezvous
+    version: str
+    clock: Callable[[], float] = time.monotonic
+    on_set: Callable[[str, str], None] = lambda key, value: None
+    hosts: Hosts | None = None
+    address: str = ""
+    failure: Failure | None = None
+    over: bool = False
+    _listener: socket.socket | None = None
+    _lines: list[_Line] = field(default_factory=list)
+    _selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
+    _workers: int = 0
+    _done: bool = False
+
+    @property
+    def number(self) -> int:
+        """Which host this is."""
+        return self.rendezvous.number
+
+    def fileno(self) -> int:
+        """Readable when `poll` has something to do."""
+        descriptor: int = self._selector.fileno()  # type: ignore[attr-defined]
+        return descriptor
+
+    def join(self, workers: int) -> Hosts:
+        """Meet the others; how many workers each of them has.
+
+        Raises:
+            LaunchError: if not all come before the deadline, or one is refused.
+        """
+        self._workers = workers
+        if self.number == 0:
+            self._listen()
+        else:
+            self._connect()
+        started, said = self.clock(), False
+        while self.hosts is None:
+            waited = self.clock() - started
+            if waited > self.rendezvous.deadline_s:
+                raise LaunchError(
+                    f"{self._absent()} within {self.rendezvous.deadline_s:g} s; start the others, or fewer"
+                )
+            if waited > SAY_AFTER_S and not said:
+                said = True
+                print(f"unisono: {self._absent()} yet; waiting", file=sys.stderr, flush=True)
+            for _ in self._selector.select(0.5):
+                pass
+            self.poll()
+            if self.failure is not None:
+                raise LaunchError(self.failure.text)
+        return self.hosts
+
+    def poll(self) -> None:
+        """Handle what has come in."""
+        for key, _ in self._selector.select(0):
+            if key.fileobj is self._listener:
+                self._accept()
+            else:
+                self._hear(key.data)
+        for line in [line for line in self._lines if not line.channel.established]:
+            if self.clock() - line.since > HANDSHAKE_DEADLINE_S:
+                self._drop(line)
+
+    def set(self, key: str, value: str) -> None:
+        """Pass on to all hosts what a worker of this one leaves for all."""
+        self._tell({"op": "set", "key": key, "value": value})
+
+    def fail(self, text: str, exit_code: int) -> None:
+        """This host has failed: all end."""
+        if not self.over and self.failure is None:
+            self.failure = Failure(text, exit_code)
+            self._tell({"op": "failed", "number": self.number, "text": text[-4000:], "exit_code": exit_code})
+
+    def done(self) -> None:
+        """The workers of this host have ended in good order."""
+        self._done = True
+        if self.number:
+            self._tell({"op": "done"})
+        else:
+            self._end_if_all_done()
+
+    def close(self) -> None:
+        """Let go of all lines."""
+        for line in list(self._lines):
+            self._drop(line)
+        if self._listener is not None:
+            self._selector.unregister(self._listener)
+            self._listener.close()
+            self._listener = None
+        self._selector.close()
+
+    def _listen(self) -> None:
+        where = (self.rendezvous.address, self.rendezvous.port)
+        try:
+            family = socket.getaddrinfo(*where, type=socket.SOCK_STREAM)[0][0]
+            self._listener = socket.socket(family, socket.SOCK_STREAM)
+            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._listener.bind(where)
+            self._listener.listen(self.rendezvous.nodes + MOST_STRANGERS)
+        except OSError as error:
+            raise ConfigurationError(
+                f"launcher 0 cannot listen on {where[0]}:{where[1]}: {error.strerror or error}; --rendezvous names an "
+                "address of the first host, and a port that is free there"
+            ) from error
+        self._listener.setblocking(False)
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        self.address = self._listener.getsockname()[0]
+        self._start_if_all_joined()
+
+    def _connect(self) -> None:
+        where = (self.rendezvous.address, self.rendezvous.port)
+        until = self.clock() + self.rendezvous.deadline_s
+        said = self.clock() + SAY_AFTER_S
+        while True:
+            try:
+                connection = socket.create_connection(where, timeout=SEND_DEADLINE_S)
+                break
+            except OSError as error:
+                if self.clock() > until:
+                    raise LaunchError(
+                        f"no launcher 0 at {where[0]}:{where[1]} within {self.rendezvous.deadline_s:g} s: "
+                        f"{error.strerror or error}"
+                    ) from error
+                if self.clock() > said:
+                    said = float("inf")
+                    print(f"unisono: no launcher 0 at {where[0]}:{where[1]} yet; waiting", file=sys.stderr, flush=True)
+                time.sleep(0.1)
+        self.address = connection.getsockname()[0]
+        line = self._add(connection, Role.CLIENT)
+        try:
+            while not line.channel.established:
+                if not self._selector.select(HANDSHAKE_DEADLINE_S) or line.read() is None:
+                    raise Refused("the connection was closed")
+        except (Refused, OSError) as error:
+            raise ConfigurationError(
+                f"launcher 0 at {where[0]}:{where[1]} did not accept this host: {error}; do both have the same secret?"
+            ) from error
+        line.number = 0
+        line.send({"op": "join", "number": self.number, "workers": self._workers, "version": self.version})
+
+    def _add(self, connection: socket.socket, role: Role) -> _Line:
+        connection.setblocking(False)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        peer = str(connection.getpeername()[0])
+        line = _Line(connection, Channel(self.rendezvous.secret, role), peer, self.clock())
+        self._lines.append(line)
+        self._selector.register(connection, selectors.EVENT_READ, line)
+        line.flush()
+        return line
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:
+            return
+        if sum(not line.channel.established for line in self._lines) >= MOST_STRANGERS:
+            connection.close()
+            return
+        try:
+            self._add(connection, Role.SERVER)
+        except OSError:
+            connection.close()
+
+    def _drop(self, line: _Line) -> None:
+        self._lines.remove(line)
+        self._selector.unregister(line.socket)
+        line.socket.close()
+
+    def _hear(self, line: _Line) -> None:
+        try:
+            messages = line.read()
+        except (Refused, OSError):
+            messages = None
+        if messages is None:
+            self._drop(line)
+            if line.number is not None and not self.over and self.failure is None:
+                self.failure = Failure(f"the connection to host {line.number} ({line.peer}) was lost", 1)
+                self._tell({"op": "failed", "number": line.number, "text": self.failure.text, "exit_code": 1})
+            return
+        for message in messages:
+            self._handle(line, message)
+
+    def _handle(self, line: _Line, message: Message) -> None:
+        match message["op"]:
+            case "join":
+                self._welcome(line, message)
+            case "start":
+                self.hosts = Hosts(tuple(message["sizes"]))
+            case "set":
+                self.on_set(message["key"], message["value"])
+                self._tell(message, but=line)
+            case "failed":
+                if self.failure is None:
+                    self.failure = Failure(f"host {message['number']}: {message['text']}", message["exit_code"])
+                    self._tell(message, but=line)
+            case "done":
+                line.done = True
+                self._end_if_all_done()
+            case "end":
+                self.over = True
+
+    def _welcome(self, line: _Line, message: Message) -> None:
+        number, taken = message["number"], {other.number for other in self._lines} | {0}
+        problem = ""
+        if message["version"] != self.version:
+            problem = f"it has unisono {message['version']}, launcher 0 has {self.version}"
+        elif number in taken or not 0 < number < self.rendezvous.nodes:
+            problem = f"--node-rank {number} is taken, or not below --nnodes {self.rendezvous.nodes}"
+        if problem:
+            text = f"the host at {line.peer} was refused: {problem}"
+            line.send({"op": "failed", "number": 0, "text": text, "exit_code": 2})
+            return
+        line.number, line.workers = number, message["workers"]
+        self._start_if_all_joined()
+
+    def _start_if_all_joined(self) -> None:
+        joined = sorted((line for line in self._lines if line.number is not None), key=lambda line: line.number or 0)
+        if len(joined) == self.rendezvous.nodes - 1:
+            self.hosts = Hosts((self._workers, *(line.workers for line in joined)))
+            self._tell({"op": "start", "sizes": list(self.hosts.sizes)})
+
+    def _end_if_all_done(self) -> None:
+        if self._done and all(line.done for line in self._lines if line.number is not None):
+            self.over = True
+            self._tell({"op": "end"})
+
+    def _tell(self, message: Message, but: _Line | None = None) -> None:
+        for line in list(self._lines):
+            if line.number is not None and line is not but:
+                try:
+                    line.send(message)
+                except OSError:  # its end is noticed when it is read next
+                    continue
+
+    def _absent(self) -> str:
+        if self.number:
+            return "launcher 0 has not begun"
+        here = {line.number for line in self._lines}
+        late = [str(n) for n in range(1, self.rendezvous.nodes) if n not in here]
+        return f"host{'s' * (len(late) > 1)} {', '.join(late)} of {self.rendezvous.nodes} did not come"

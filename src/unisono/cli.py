@@ -117,11 +117,9 @@ def train(
         arguments = {"config": settings.model_dump(mode="json"), "resume": resume}
         output = STANDARD_ERROR if as_json else STANDARD_OUTPUT
         ending = launcher.run({"call": "unisono.tasks.job:train", "arguments": arguments}, count, output=output)
-        if here.number > 0:
-            return
-        if as_json:
+        if as_json and here.number == 0:
             typer.echo(json.dumps({**ending.results[0], "workers": count}))
-        elif (run_dir / "report.html").exists():
+        elif not as_json and (run_dir / "report.html").exists():
             typer.echo(f"report: {run_dir / 'report.html'}")
         if ending.interrupted:
             if not as_json:

@@ -1,0 +1,198 @@
+"""A run over several hosts, each with its own network: one digest, records on the first, one error for all."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from unisono.bench.namespaces import Namespaces, unavailable
+
+SECRET = "a secret of twenty-four c"
+SETTINGS = ["steps=6", "global_batch_size=24", "micro_batch_size=4", "validation.samples=16", "deadline_s=3"]
+CONFIG = Path(__file__).parents[2] / "configs" / "lm.yaml"
+PORT = 29411
+
+
+@pytest.fixture
+def hosts() -> Iterator[Callable[..., Namespaces]]:
+    """Makes hosts out of namespaces; skips where the machine forbids it."""
+    reason = unavailable()
+    if reason is not None:
+        pytest.skip(f"no network namespaces: {reason}")
+    with ExitStack() as stack:
+        yield lambda *arguments: stack.enter_context(Namespaces(*arguments))
+
+
+def command(number: int, nodes: int, address: str, *more: str) -> list[str]:
+    own = ["--nnodes", str(nodes), "--node-rank", str(number), "--rendezvous", f"{address}:{PORT}", "--json"]
+    return [sys.executable, "-m", "unisono.cli", "train", str(CONFIG), *SETTINGS, *more, *own]
+
+
+def start(words: list[str], tmp_path: Path, secret: str = SECRET) -> subprocess.Popen[str]:
+    environment = {**os.environ, "UNISONO_SECRET": secret}
+    return subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment
+    )
+
+
+def finish(processes: list[subprocess.Popen[str]], deadline_s: float = 60.0) -> list[tuple[int, str, str]]:
+    results = []
+    for process in processes:
+        try:
+            output, errors = process.communicate(timeout=deadline_s)
+        finally:
+            process.kill()
+        results.append((process.returncode, output, errors))
+    return results
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The digest of one worker on one host."""
+    words = [sys.executable, "-m", "unisono.cli", "train", str(CONFIG), *SETTINGS, "--json", "-n", "1"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path_factory.mktemp("alone"), check=True)
+    digest: str = json.loads(done.stdout)["digest"]
+    return digest
+
+
+@pytest.mark.parametrize(("sizes", "rate"), [((1, 1), "100mbit"), ((2, 1, 1), None)])
+def test_one_digest_over_hosts_with_slow_links(
+    hosts: Callable[..., Namespaces], sizes: tuple[int, ...], rate: str | None, expected: str, tmp_path: Path
+) -> None:
+    network = hosts(len(sizes), rate)
+    processes = [
+        start(network.words(i, [*command(i, len(sizes), network.addresses[0]), "-n", str(n)]), tmp_path)
+        for i, n in enumerate(sizes)
+    ]
+    results = finish(processes)
+    assert [code for code, _, _ in results] == [0] * len(sizes), results
+    assert json.loads(results[0][1])["digest"] == expected
+    assert [output for _, output, _ in results[1:]] == [""] * (len(sizes) - 1)
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["lm-001"]
+
+
+def test_a_cut_link_is_an_error_on_both_sides_that_names_the_other(
+    hosts: Callable[..., Namespaces], tmp_path: Path
+) -> None:
+    network = hosts(2)
+    words = [[*command(i, 2, network.addresses[0], "steps=100000"), "-n", "1"] for i in range(2)]
+    processes = [start(network.words(i, words[i]), tmp_path) for i in range(2)]
+    wait_for_steps(tmp_path)
+    network.cut(1)
+    cut = time.monotonic()
+    results = finish(processes)
+    assert time.monotonic() - cut < 3 + 2 + 1  # the deadline, what may be added, and a process's end
+    for i, (code, _, errors) in enumerate(results):
+        assert code == 1
+        assert f"rank {1 - i} (host {1 - i}) did not answer (deadline 3 s)" in errors, errors
+        assert "of step" in errors and "Traceback" not in errors
+
+
+def wait_for_steps(directory: Path) -> None:
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
+        found = list(directory.glob("runs/*/events.jsonl"))
+        if found and "RunStarted" in found[0].read_text():
+            time.sleep(1.0)
+            return
+        time.sleep(0.05)
+    raise AssertionError("training did not begin")
+
+
+def test_a_killed_launcher_ends_all_hosts(tmp_path: Path) -> None:
+    processes = [start([*command(i, 2, "127.0.0.1", "steps=100000"), "-n", "1"], tmp_path) for i in range(2)]
+    wait_for_steps(tmp_path)
+    processes[1].send_signal(signal.SIGKILL)
+    (code, _, errors), _ = finish(processes, 20)
+    assert code == 1
+    assert "host 1" in errors and "lost" in errors and "Traceback" not in errors
+
+
+def test_a_killed_worker_is_named_on_all_hosts(tmp_path: Path) -> None:
+    processes = [start([*command(i, 2, "127.0.0.1", "steps=100000"), "-n", "1"], tmp_path) for i in range(2)]
+    wait_for_steps(tmp_path)
+    server = subprocess.run(["pgrep", "-P", str(processes[1].pid)], capture_output=True, text=True).stdout.split()[0]
+    worker = subprocess.run(["pgrep", "-P", server], capture_output=True, text=True).stdout.split()[0]
+    os.kill(int(worker), signal.SIGKILL)
+    for code, _, errors in finish(processes, 20):
+        assert code == 1
+        assert "worker 1 of 2" in errors and "SIGKILL" in errors, errors
+
+
+def test_an_interrupt_on_one_host_stops_all_in_good_order(tmp_path: Path) -> None:
+    processes = [start([*command(i, 2, "127.0.0.1", "steps=100000"), "-n", "1"], tmp_path) for i in range(2)]
+    wait_for_steps(tmp_path)
+    processes[1].send_signal(signal.SIGINT)
+    (first, output, _), (second, _, _) = finish(processes, 20)
+    assert (first, second) == (0, 130)
+    assert json.loads(output)["reason"] == "stopped"
+
+
+def test_a_wrong_secret_is_refused_and_does_not_disturb_who_waits(tmp_path: Path) -> None:
+    waiting = start([*command(0, 2, "127.0.0.1"), "-n", "1"], tmp_path)
+    (code, _, errors), *_ = finish([start([*command(1, 2, "127.0.0.1"), "-n", "1"], tmp_path, "wrong" * 8)], 20)
+    assert code == 2 and "same secret" in errors
+    assert waiting.poll() is None, "a stranger must not disturb who waits"
+    waiting.send_signal(signal.SIGINT)
+    (code, _, errors), *_ = finish([waiting], 20)
+    assert code == 130 and "Traceback" not in errors
+
+
+def test_a_run_that_differs_between_hosts_is_refused(tmp_path: Path) -> None:
+    processes = [start([*command(i, 2, "127.0.0.1", f"seed={i}"), "-n", "1"], tmp_path) for i in range(2)]
+    for code, _, errors in finish(processes, 30):
+        assert code == 2 and "another run" in errors, errors
+
+
+def test_a_host_file_starts_the_others(tmp_path: Path, expected: str) -> None:
+    (tmp_path / "hosts").write_text("localhost slots=1  # this one\n\n127.0.0.1 slots=2\n")
+    words = [sys.executable, "-m", "unisono.cli", "train", str(CONFIG), *SETTINGS, "--json", "--hosts", "hosts"]
+    ((code, output, errors),) = finish([start(words, tmp_path)])
+    assert code == 0, errors
+    assert json.loads(output)["digest"] == expected
+
+
+def test_other_hosts_are_reached_by_ssh_and_the_secret_is_no_argument(tmp_path: Path, expected: str) -> None:
+    """A program of that name stands in for ssh: it notes its arguments and runs the command here."""
+    program = tmp_path / "bin" / "ssh"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\nfor last; do :; done\nexec sh -c "$last"\n')
+    program.chmod(0o755)
+    words = [sys.executable, "-m", "unisono.cli", "train", str(CONFIG), *SETTINGS, "--json", "--hosts", "hosts"]
+    (tmp_path / "hosts").write_text(f"{own_address()} slots=1\nother.example slots=1\n")
+    environment = {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}"}
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["digest"] == expected
+    asked = (tmp_path / "asked").read_text()
+    assert "other.example" in asked and "--node-rank 1" in asked and "read -r UNISONO_SECRET" in asked
+
+
+def own_address() -> str:
+    return subprocess.run(["hostname", "-I"], capture_output=True, text=True).stdout.split()[0]
+
+
+def test_torchrun_on_two_hosts(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(Path(__file__).parents[2])!r})\n"
+        "from tests import jobs\n"
+        "digest = jobs.trainer(model='norm', optimizer='momentum').fit(5).digest\n"
+        "sys.stdout.write(f'digest {digest}\\n')\n"
+    )
+    common = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2"]
+    where = ["--master-addr", "127.0.0.1", "--master-port", "29431"]
+    processes = [start([*common, "--node-rank", str(i), *where, str(script)], tmp_path) for i in range(2)]
+    processes.append(start([sys.executable, str(script)], tmp_path))
+    results = finish(processes)
+    assert [code for code, _, _ in results] == [0, 0, 0], results
+    digests = {line for _, output, _ in results for line in output.split() if len(line) == 64}
+    assert len(digests) == 1

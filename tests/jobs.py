@@ -16,7 +16,7 @@ from tests import toys
 from unisono import Trainer
 from unisono.comm.algorithms import drive, ring
 from unisono.comm.arena import Arena
-from unisono.comm.hierarchical import HierarchicalGroup, Place, wire_buckets
+from unisono.comm.hierarchical import HierarchicalGroup, Place, Way, wire_buckets
 from unisono.comm.host import HostGroup, host_layout
 from unisono.comm.network import Link, NetworkWire
 from unisono.comm.partial import add_entry, partial_layout
@@ -186,7 +186,7 @@ def reform_without(lost: int) -> dict[str, Any]:
     local = HostGroup(arena, layout, partials, world.local_rank, range(size), 1, 2.0)
     link = Link("gloo", world.store(10.0), world.address, 2.0, torch.device("cpu"))
     count = 2 * world.size
-    group = HierarchicalGroup(local, Place(world.hosts, world.rank), link, flat, 100, count)
+    group = HierarchicalGroup(local, Place(world.hosts, world.rank), link, flat, Way(100), count)
 
     def step(group: HierarchicalGroup, number: int) -> float:
         group.begin(number)

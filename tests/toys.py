@@ -140,10 +140,16 @@ def double() -> nn.Module:
     return Mixed()
 
 
+def wide() -> nn.Module:
+    """Matrices that are large enough to be compressed."""
+    return nn.Sequential(nn.Linear(6, 128), nn.Tanh(), nn.Linear(128, 64), nn.Tanh(), nn.Linear(64, 4))
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "mlp": mlp,
     "plain": plain,
     "norm": norm,
+    "wide": wide,
     "tied": Tied,
     "untouched": Untouched,
     "double": double,

@@ -4,20 +4,23 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._distributed_c10d import Store
 from torch.optim import Optimizer
 
 from unisono.comm.arena import Arena, DeviceMemory, Region
+from unisono.comm.compression import Compression
 from unisono.comm.group import Group
-from unisono.comm.hierarchical import HierarchicalGroup, Place, wire_buckets
+from unisono.comm.hierarchical import HierarchicalGroup, Place, Way, wire_buckets
 from unisono.comm.host import HostGroup, HostLayout, host_layout
 from unisono.comm.journal import Journal
 from unisono.comm.network import Link
 from unisono.comm.partial import PartialLayout, partial_layout
+from unisono.comm.tuning import Measured, decode_table, encode_table, read_table, table_path
 from unisono.config import TrainingConfig
 from unisono.data.feed import Collate, Dataset, Feed, TrainingFeed
 from unisono.engine import Engine, work_share
@@ -84,6 +87,14 @@ class Prepared:
     host: HostLayout
 
 
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What a checkpoint gave besides the state: the step it is at, and the memory of compression."""
+
+    step: int = 0
+    compression: Mapping[str, Tensor] = field(default_factory=dict)
+
+
 @dataclass(slots=True)
 class Worker:
     """A worker ready to train."""
@@ -133,6 +144,11 @@ def prepare(
         raise ConfigurationError(
             f"the optimizer's factory returned {type(optimizer).__name__}; return a torch.optim.Optimizer"
         )
+    if config.wire.momentum and any(group.get("momentum") for group in optimizer.param_groups):
+        raise ConfigurationError(
+            f"wire.momentum is {config.wire.momentum} and the optimizer has momentum of its own, which would count "
+            "twice; set the optimizer's to 0"
+        )
     update = update_class(optimizer)
     pin_variant(optimizer)
     specs = tensors.parameter_specs(optimizer)
@@ -155,6 +171,7 @@ def prepare(
         replicas=workers if config.layout.zero == 0 else 1,
         undo_bytes=undo_bytes(layout, [run for share in owned for run in share]),
         buckets=len(wire_buckets(flat, config.wire.bucket_bytes)) if several_hosts else 0,
+        wire_bytes=way(config).wire_bytes(flat) if several_hosts else 0,
     )
     return Prepared(model, tensors, optimizer, originals, update, layout, partials, owned, host)
 
@@ -166,13 +183,12 @@ def assemble(
     device: torch.device,
     schedule: Schedule,
     listeners: Emitter | None,
-    restore: Callable[[Prepared, TrainingState], int],
+    restore: Callable[[Prepared, TrainingState], Restored],
 ) -> tuple[Worker, int]:
     """Share memory with the other workers, fill it, and build the engine.
 
     Arguments:
-        restore: called by rank 0 once the state holds its initial values; may load a checkpoint into it, and returns
-            the step it is at.
+        restore: called by rank 0 once the state holds its initial values; may load a checkpoint into it.
 
     Returns the worker and the step from which training starts.
     """
@@ -216,7 +232,8 @@ def _across_hosts(
     place = Place(world.hosts, world.rank)
     flat = prepared.layout.flat
     name = f"training {world.trainings}"
-    group = HierarchicalGroup(local, place, link, flat, config.wire.bucket_bytes, config.micro_batches, name)
+    travel = replace(way(config), table=_shared_table(link.store, world) if config.wire.algorithm == "auto" else ())
+    group = HierarchicalGroup(local, place, link, flat, travel, config.micro_batches, name)
     try:
         agreed = (prepared.layout, samples, config.model_dump(exclude={"run_dir", "observe"}))
         mine = hashlib.sha256(repr(agreed).encode()).digest()
@@ -230,6 +247,23 @@ def _across_hosts(
         group.close()
         raise
     return group
+
+
+def way(config: TrainingConfig) -> Way:
+    """How gradients travel between hosts."""
+    wire = config.wire
+    compression = None
+    if wire.compression != "none":
+        compression = Compression(wire.compression, wire.rank, wire.density, wire.momentum, config.seed)
+    return Way(wire.bucket_bytes, wire.algorithm, compression)
+
+
+def _shared_table(store: Store, world: World) -> list[Measured]:
+    """Rank 0's measurements, so that all choose alike."""
+    key = f"training {world.trainings}/table"
+    if world.rank == 0:
+        store.set(key, encode_table(read_table(table_path())))
+    return decode_table(store.get(key).decode())
 
 
 def _backend(config: TrainingConfig, device: torch.device) -> str:
@@ -249,7 +283,7 @@ def _worker(
     feed: Feed,
     schedule: Schedule,
     listeners: Emitter | None,
-    restore: Callable[[Prepared, TrainingState], int],
+    restore: Callable[[Prepared, TrainingState], Restored],
 ) -> tuple[Worker, int]:
     """A worker over its group, and the step from which it starts."""
     host, device = prepared.host, feed.device
@@ -346,10 +380,10 @@ def _fill(
     state: TrainingState,
     memory: Callable[[Region], Tensor],
     versions: memoryview,
-    restore: Callable[[Prepared, TrainingState], int],
+    restore: Callable[[Prepared, TrainingState], Restored],
 ) -> int:
     """Initial values, or those of a checkpoint, by rank 0; all others have copies of its own. Returns the step."""
-    step, failure = 0, ""
+    step, failure, compression = 0, "", Restored().compression
     if group.rank == 0:
         with torch.no_grad():
             for value, parameter in zip(state.values, prepared.originals, strict=True):
@@ -357,7 +391,8 @@ def _fill(
             for value, (_, buffer) in zip(state.buffers, prepared.tensors.buffers, strict=True):
                 value.copy_(buffer)
         try:
-            step = restore(prepared, state)
+            restored = restore(prepared, state)
+            step, compression = restored.step, restored.compression
         except UnisonoError as error:  # of which all hear, so that none waits
             failure = str(error)
             group.all_gather(json.dumps([step, failure]).encode(), "initial state")
@@ -369,6 +404,7 @@ def _fill(
     if local.rank == 0:
         for part in state.parts():
             group.broadcast(part, "initial state")
+        group.restore_compression(compression)
     local.barrier("initial state")
     if prepared.host.replicas > 1 and local.rank > 0:
         state.memory.copy_(memory(prepared.host.state(0)))

@@ -36,9 +36,41 @@ class WireConfig(Section):
     """How gradients travel between hosts."""
 
     backend: str = Field("auto", description="gloo, nccl, or another that torch.distributed knows; auto: by device.")
+    algorithm: Literal["canonical", "auto", "ring", "tree", "halving_doubling", "native"] = Field(
+        "canonical",
+        description="canonical is exact; the others change the order of sums. auto: what `bench comm --tune` found.",
+    )
+    compression: Literal["none", "bf16", "fp16", "int8", "top_k", "sign", "powersgd"] = Field(
+        "none", description="Smaller gradients between hosts, with error feedback; not exact."
+    )
+    rank: int = Field(4, ge=1, description="powersgd: of the factors.")
+    density: float = Field(0.01, gt=0, le=1, description="top_k: the part of each tensor that is sent.")
+    momentum: float = Field(
+        0.0, ge=0, lt=1, description="top_k: momentum of what is accumulated, in place of the optimizer's own."
+    )
     bucket_bytes: int = Field(
         1 << 20, ge=1, description="Gradients leave in buckets of at least this size, while the backward still runs."
     )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.compression != "none" and self.algorithm != "canonical":
+            raise ValueError(
+                f"compression {self.compression} has its own way of summing; leave wire.algorithm out, "
+                f"or set wire.compression=none for {self.algorithm}"
+            )
+        if self.momentum and self.compression != "top_k":
+            raise ValueError(f"momentum is for compression top_k, not {self.compression}")
+        return self
+
+    @property
+    def inexact(self) -> str | None:
+        """Why a run over several hosts is not exact, in a few words; None where it is."""
+        if self.compression != "none":
+            return f"{self.compression} loses a part of each gradient until a later step"
+        if self.algorithm != "canonical":
+            return f"{self.algorithm} changes the order of sums"
+        return None
 
 
 class ScheduleConfig(Section):

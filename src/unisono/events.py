@@ -49,11 +49,15 @@ class WireUse:
         sent_bytes: payload that it sent.
         seconds: from its first message to its last.
         exposed_s: how long training waited for the exchange: what did not hide behind computation.
+        saved_bytes: what compression kept from being sent.
+        error_norm: the norm of what compression has not sent yet; None without compression.
     """
 
     sent_bytes: int
     seconds: float
     exposed_s: float
+    saved_bytes: int = 0
+    error_norm: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

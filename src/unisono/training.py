@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from unisono.assembly import Objects, Prepared, Worker, assemble, describe
+from unisono.assembly import Objects, Prepared, Restored, Worker, assemble, describe
+from unisono.comm.compression import PREFIX
 from unisono.comm.group import SNAPSHOT, STOP
 from unisono.config import TrainingConfig, to_yaml
 from unisono.definition import definition, differences
@@ -106,6 +107,7 @@ class Training:
         self._evaluated = -1
         self._loss: float | None = None
         self._notices: list[Event] = []
+        self._compression: tuple[int, Mapping[str, Tensor]] = (-1, {})
         self._recorded: dict[str, Any] | None = None
         self._device = torch.device(config.device)
         self._fingerprint = asdict(fingerprint(config.threads, self._device))
@@ -162,6 +164,8 @@ class Training:
             began = time.perf_counter()
             worker.group.set_flags(self._flags(step))
             outcome = worker.engine.step(step, check_purity=step == self._start + 1, last=step == self._steps)
+            if self._may_be_saved(step):
+                self._keep_compression(step)
             self._after_step(step, outcome, time.perf_counter() - began)
             every = self._config.validation.every
             if every is not None and step % every == 0 and self._validate(step):
@@ -195,10 +199,10 @@ class Training:
         retention = Retention(self._config.checkpoint.keep, self._config.checkpoint.keep_best)
         self._writer = CheckpointWriter(checkpoints, retention, self._emit)
 
-    def _restore(self, prepared: Prepared, state: TrainingState) -> int:
+    def _restore(self, prepared: Prepared, state: TrainingState) -> Restored:
         """On rank 0: load the newest intact checkpoint into the state, where that is wanted."""
         if not self._job.resume:
-            return 0
+            return Restored()
         assert self._run_dir is not None
         path, manifest, tensors, damaged = newest_intact(self._run_dir / DIRECTORY)
         changed = differences(self._definition(prepared), manifest.run, path)
@@ -214,7 +218,7 @@ class Training:
         if self._writer is not None:
             self._writer.best_step = best.get("step")
         self._notices.append(Resumed(manifest.step, str(path), list(damaged.values())))
-        return manifest.step
+        return Restored(manifest.step, {name: t for name, t in tensors.items() if name.startswith(PREFIX)})
 
     def _definition(self, prepared: Prepared) -> dict[str, Any]:
         if self._recorded is None:
@@ -237,10 +241,22 @@ class Training:
         if prepared.update is UpdateClass.COUPLED and self._world.size > 1:
             name = type(prepared.optimizer).__name__
             self._emit(Notice(f"optimizer {name} is of no known class, so rank 0 updates everything; see update_class"))
+        if self._inexact:
+            self._emit(Notice(f"not exact: {self._inexact}"))
         if in_notebook():
             self._emit(
                 Notice("a notebook runs one worker; for more, move the code to a script: unisono run -n 2 script.py")
             )
+
+    def _may_be_saved(self, step: int) -> bool:
+        """Whether a checkpoint of this step can be wanted; the same on all hosts."""
+        every = (self._config.checkpoint.every, self._config.validation.every)
+        return self._config.run_dir is not None and every[0] is not None and any(n and step % n == 0 for n in every)
+
+    def _keep_compression(self, step: int) -> None:
+        """The memory of compression as of this step, on rank 0: the state's own copy is made in the next."""
+        if self._world.local_rank == 0:
+            self._compression = (step, self._assembled.group.gather_compression())
 
     def _flags(self, step: int) -> int:
         """What this worker asks for with ``step``, which begins."""
@@ -249,12 +265,17 @@ class Training:
             self._writer.poll()
             if self._wanted is not None and self._wanted == self._best_wanted:
                 self._writer.finish()  # the best state is this one, and no later one
-            if self._wanted is not None and self._device.type != "cpu":  # a snapshot shares words with the live state
+            if self._wanted is not None and self._saves_at_once:
                 self._save(step - 1, self._assembled.state)
                 self._writer.finish()
             if self._wanted is not None and not self._writer.busy:
                 flags |= SNAPSHOT
         return flags
+
+    @property
+    def _saves_at_once(self) -> bool:
+        """A device's snapshot shares words with the live state; the memory of compression has no snapshot."""
+        return self._device.type != "cpu" or bool(self._compression[1])
 
     def _after_step(self, step: int, outcome: Outcome, seconds: float) -> None:
         self._loss = outcome.loss
@@ -317,13 +338,16 @@ class Training:
             **describe(self._assembled.prepared, self._definition(self._assembled.prepared), self._fingerprint)
         )
         about = replace(about, validation=self._metrics if self._evaluated == step else None, best=best)
-        self._writer.begin(step, state, about)
+        kept_of, kept = self._compression
+        self._writer.begin(step, state, about, kept if kept_of == step else None)
         if self._wanted is not None and step >= self._wanted:
             self._wanted = None
 
     def _finish(self, step: int, reason: str, seconds: float) -> Result:
         worker = self._assembled
         digest = self._digest(step)
+        if self._config.run_dir is not None and self._compression[0] != step:
+            self._keep_compression(step)
         if self._writer is not None:
             self._writer.finish()
             saved = step in steps_in(self._writer.directory)
@@ -346,4 +370,9 @@ class Training:
         digests = [payload.decode() for payload in worker.group.all_gather(mine.encode(), "digest") if payload]
         if len(set(digests)) > 1:
             raise CheckpointError(f"replicas differ after step {step}: {digests}; this is a defect of Unisono")
-        return digests[0]
+        return f"not exact ({self._inexact}): {digests[0]}" if self._inexact else digests[0]
+
+    @property
+    def _inexact(self) -> str | None:
+        """Why the result depends on the number of hosts; None where it does not."""
+        return self._config.wire.inexact if len(self._world.hosts.sizes) > 1 else None

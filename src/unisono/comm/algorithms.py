@@ -61,6 +61,17 @@ def tree(wire: Wire, tensor: Tensor, tag: int) -> Collective:
     yield from broadcast(wire, tensor, tag)
 
 
+def direct(wire: Wire, tensor: Tensor, tag: int) -> Collective:
+    """Sum what every member sends to all others, in order of member: one message one after another, n - 1 at once."""
+    others = [peer for peer in range(wire.size) if peer != wire.rank]
+    received = {peer: torch.empty_like(tensor) for peer in others}
+    yield wire.post([(tensor, peer) for peer in others], [(received[peer], peer) for peer in others], tag)
+    received[wire.rank] = tensor.clone()
+    tensor.copy_(received[0])
+    for peer in range(1, wire.size):
+        tensor.add_(received[peer])
+
+
 def halving_doubling(wire: Wire, tensor: Tensor, tag: int) -> Collective:
     """Sum by exchanging halves with ever nearer partners, and gather by doubling: few messages and few bytes.
 
@@ -108,7 +119,12 @@ def _member(place: int, extra: int) -> int:
     return 2 * place + 1 if place < extra else place + extra
 
 
-ALGORITHMS: Mapping[str, AllReduce] = {"ring": ring, "tree": tree, "halving_doubling": halving_doubling}
+ALGORITHMS: Mapping[str, AllReduce] = {
+    "ring": ring,
+    "tree": tree,
+    "halving_doubling": halving_doubling,
+    "direct": direct,
+}
 
 
 def broadcast(wire: Wire, tensor: Tensor, tag: int) -> Collective:

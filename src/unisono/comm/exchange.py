@@ -20,7 +20,7 @@ from unisono.plan.blocks import FlatLayout
 from unisono.plan.exchange import Bucket, HostShare, slices
 from unisono.run.summation import Node
 
-TAGS_A_BUCKET = 4
+TAGS_A_BUCKET = 8
 Reduction = Iterator[Pending]
 
 
@@ -125,7 +125,7 @@ class Canonical:
         self._total = total
         self._others = [h for h in range(data.size) if h != data.rank]
 
-    def __call__(self, bucket: Bucket) -> Reduction:
+    def __call__(self, bucket: Bucket, step: int) -> Reduction:
         """Sum one bucket over all hosts, into the total."""
         me, tag = self._data.rank, bucket.index * TAGS_A_BUCKET
         own = self._sums(bucket)
@@ -145,7 +145,7 @@ class Canonical:
         counted = self._control.post(
             [(own.counts, h) for h in self._others], [(counts[h], h) for h in self._others], tag + 1
         )
-        yield _Both(counted, moving)
+        yield _All([counted, moving])
 
         touched: dict[Node, list[bool]] = {}
         for h, rows in counts.items():
@@ -161,13 +161,20 @@ class Canonical:
 
 
 @dataclass(frozen=True, slots=True)
-class _Both:
-    first: Pending
-    second: Pending
+class _All:
+    parts: Sequence[Pending]
 
     def wait(self, operation: str) -> None:
-        self.first.wait(operation)
-        self.second.wait(operation)
+        for part in self.parts:
+            part.wait(operation)
+
+
+def together(*reductions: Reduction) -> Reduction:
+    """Several at once, stage by stage."""
+    running = [(reduction, pending) for reduction in reductions if (pending := next(reduction, None)) is not None]
+    while running:
+        yield _All([pending for _, pending in running])
+        running = [(r, pending) for r, _ in running if (pending := next(r, None)) is not None]
 
 
 class Words:
@@ -227,7 +234,7 @@ class Lane:
     buckets: Sequence[Bucket]
     ready: Callable[[Bucket], bool]
     await_ready: Callable[[Bucket], None]
-    reduce: Callable[[Bucket], Reduction]
+    reduce: Callable[[Bucket, int], Reduction]
     done: Callable[[Bucket], None]
     ordered: bool
     exchanging_s: float = 0.0
@@ -241,7 +248,7 @@ class Lane:
                 self._advance(under_way, under_way[0], step)
             self.await_ready(bucket)
             began = began or time.perf_counter()
-            under_way.append(_UnderWay(bucket, self.reduce(bucket)))
+            under_way.append(_UnderWay(bucket, self.reduce(bucket, step)))
             under_way[-1].start()
             for item in list(under_way)[:-1]:
                 self._advance(under_way, item, step)

@@ -5,7 +5,7 @@ before the new state is read, `settle`. Every wait has a deadline; `revoke` free
 group of the next generation.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -90,6 +90,15 @@ class Group(Protocol):
 
     def reports(self, step: int) -> list[list[float]]:
         """What everyone left for a step that is settled, in order of rank."""
+
+    def gather_compression(self) -> dict[str, Tensor]:
+        """On the first worker of every host, between two steps: the memory of compression of all hosts, by name.
+
+        Only the first host receives it; empty where nothing is compressed.
+        """
+
+    def restore_compression(self, tensors: Mapping[str, Tensor]) -> None:
+        """On the first worker of every host: take up what the first host was given; what is missing begins anew."""
 
     def close(self) -> None:
         """Let go of connections; no call follows."""

@@ -5,8 +5,9 @@ step's gradient: each local rank, in its lane, sums its buckets with its like on
 still runs. With one worker on every host this is a plain network group: one code path for both.
 """
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -14,14 +15,17 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from unisono.comm.algorithms import broadcast, drive, gather_bytes
+from unisono.comm.algorithms import ALGORITHMS, AllReduce, broadcast, drive, gather_bytes, ring
 from unisono.comm.arena import store_fence
 from unisono.comm.blame import PATIENCE_S, Bulletin
 from unisono.comm.canonical import sum_heads
-from unisono.comm.exchange import Canonical, ExchangePlan, HostSums, Lane, Words
+from unisono.comm.compression import Compression, WireState, begin, wire_regions, wire_state
+from unisono.comm.exchange import TAGS_A_BUCKET, Canonical, ExchangePlan, HostSums, Lane, Words
 from unisono.comm.host import HostGroup
 from unisono.comm.network import Link, NetworkWire
 from unisono.comm.partial import Partial, head_layout, item_size, pack_head, unpack_head
+from unisono.comm.reductions import Algorithm, Compressed, Ends
+from unisono.comm.tuning import Measured, quickest
 from unisono.comm.waiting import Waiter, revoked
 from unisono.errors import GroupError, Revoked
 from unisono.events import PHASES, WireUse
@@ -68,6 +72,34 @@ def wire_buckets(flat: FlatLayout, bucket_bytes: int, lanes: int = 1) -> tuple[B
     return buckets(flat, [item_size(dtype) for dtype in flat.segment_dtypes], bucket_bytes, lanes)
 
 
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How gradients travel.
+
+    Attributes:
+        bucket_bytes: the least size of a bucket.
+        algorithm: "canonical", "native", or one of `ALGORITHMS`; a table's rows for "auto".
+        compression: None for none.
+        table: measured, for "auto".
+    """
+
+    bucket_bytes: int
+    algorithm: str = "canonical"
+    compression: Compression | None = None
+    table: Sequence[Measured] = ()
+
+    def wire_bytes(self, flat: FlatLayout) -> int:
+        """Bytes of a host's memory of compression."""
+        return wire_regions(flat, self.compression).size_bytes if self.compression is not None else 0
+
+    def choose(self, wire: NetworkWire, size_bytes: int) -> AllReduce:
+        """The algorithm for a bucket."""
+        name = self.algorithm
+        if name == "auto":
+            name = quickest(self.table, wire.size, size_bytes)
+        return wire.native if name == "native" else ALGORITHMS[name]
+
+
 class HierarchicalGroup:
     """A `Group` over several hosts.
 
@@ -76,7 +108,7 @@ class HierarchicalGroup:
         place: this worker among all.
         link: how hosts reach each other.
         flat: where gradients lie.
-        bucket_bytes: the least size in which they travel.
+        way: how they travel.
         count: micro-batches in a step.
         name: of the run's set of workers; generations add their number.
     """
@@ -87,7 +119,7 @@ class HierarchicalGroup:
         place: Place,
         link: Link,
         flat: FlatLayout,
-        bucket_bytes: int,
+        way: Way,
         count: int,
         name: str = "group",
     ) -> None:
@@ -96,8 +128,8 @@ class HierarchicalGroup:
         self.place = place
         self._link = link
         self._flat = flat
-        self._bucket_bytes = bucket_bytes
-        self._buckets = wire_buckets(flat, bucket_bytes, place.hosts.lanes)
+        self._way = way
+        self._buckets = wire_buckets(flat, way.bucket_bytes, place.hosts.lanes)
         self._count = count
         self._name = name
         self._plan = ExchangePlan(self._buckets, host_shares(place.hosts.sizes, count), count)
@@ -113,6 +145,10 @@ class HierarchicalGroup:
         self._step = 0
         generation = f"{name}/generation {local.generation}"
         self._bulletin = Bulletin(link.store, place.hosts, place.rank, generation)
+        self._wire_state: WireState | None = None
+        if way.compression is not None:
+            regions = wire_regions(flat, way.compression)
+            self._wire_state = wire_state(flat, way.compression, regions, local.memory("wire"))
         self._control: NetworkWire | None = None
         self._data: NetworkWire | None = None
         if place.local_rank < place.hosts.lanes:
@@ -132,16 +168,28 @@ class HierarchicalGroup:
         self._data = wire(self._link, "data")
         self._control = self._data if self._link == on_cpu else wire(on_cpu, "control")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="unisono-exchange", initializer=_one_thread)
-        share = self._plan.shares[self.place.host]
-        sums = HostSums(self.local, self._flat, share, self._total, self._count)
+        self._reduce = self._reduction(self._data, self._control)
         self._lane = Lane(
             buckets=[bucket for bucket in self._buckets if bucket.lane == lane],
             ready=self._is_ready,
             await_ready=self._await_ready,
-            reduce=Canonical(self._data, self._control, self._plan, self._flat, sums, self._total),
+            reduce=self._reduce,
             done=self._is_summed,
             ordered=self._data.ordered,
         )
+
+    def _reduction(self, data: NetworkWire, control: NetworkWire) -> Canonical | Algorithm | Compressed:
+        """How this lane sums a bucket."""
+        way, flat = self._way, self._flat
+        share = self._plan.shares[self.place.host]
+        sums = HostSums(self.local, flat, share, self._total, self._count)
+        ends = Ends(data, control, flat, sums, self._total)
+        if way.compression is not None:
+            assert self._wire_state is not None
+            return Compressed(ends, way.compression, self._wire_state)
+        if way.algorithm == "canonical":
+            return Canonical(data, control, self._plan, flat, sums, self._total)
+        return Algorithm(ends, lambda size_bytes: way.choose(data, size_bytes))
 
     @property
     def rank(self) -> int:
@@ -217,9 +265,18 @@ class HierarchicalGroup:
         if self._data is not None and self._control is not None:
             sent = self._data.sent_bytes + (self._control.sent_bytes if self._control is not self._data else 0)
             self._data.sent_bytes = self._control.sent_bytes = 0
-            self._use = WireUse(sent, self._lane.exchanging_s, time.perf_counter() - arrived)
+            self._use = self._measured(sent, time.perf_counter() - arrived)
         self.local.header.closed = step
         return [(root(count), self._total)]
+
+    def _measured(self, sent: int, exposed_s: float) -> WireUse:
+        saved, norm = 0, None
+        if isinstance(self._reduce, Compressed):
+            hosts = len(self.place.hosts.sizes)
+            sizes = [item_size(self._flat.segment_dtypes[b.segment]) * (b.stop - b.start) for b in self._lane.buckets]
+            saved = max(0, 2 * (hosts - 1) * sum(sizes) // hosts - sent)
+            norm = math.sqrt(sum(self._reduce.error_squares.values()))
+        return WireUse(sent, self._lane.exchanging_s, exposed_s, saved, norm)
 
     def _await(self, ready: Callable[[], T | None], running: "Future[T] | Future[None] | None", operation: str) -> T:
         """Wait for the exchange thread's work, or for what a mate's leads to; its error is this worker's error."""
@@ -314,7 +371,7 @@ class HierarchicalGroup:
         about = np.array([self.local.all_flags(), *reports], dtype=np.float64).tobytes()
         packed = b"".join([about, *(pack_head(heads[node]) for node in share.nodes)])
         assert self._control is not None
-        tag = len(self._buckets) * 4
+        tag = len(self._buckets) * TAGS_A_BUCKET
         flags = 0
         for host, data in enumerate(gather_bytes(self._control, packed, tag, f"sums of step {step}")):
             words = 1 + self.place.hosts.sizes[host] * len(PHASES)
@@ -357,7 +414,7 @@ class HierarchicalGroup:
         if self.local.rank == 0:
             wire = self._control
             assert wire is not None
-            tag = len(self._buckets) * 4 + 4
+            tag = len(self._buckets) * TAGS_A_BUCKET + 4
             hosts = self._call(lambda: gather_bytes(wire, _join(own), tag, operation), operation)
             joined = _join(hosts)
         hosts = _split(self.local.all_gather(joined, operation, GRACE_S)[0])
@@ -379,12 +436,43 @@ class HierarchicalGroup:
 
     def broadcast(self, tensor: torch.Tensor, operation: str) -> None:
         """On the first worker of every host: the first host's values, for all."""
+        whole = tensor.detach().cpu() if tensor.device.type != "cpu" else tensor
+        self._collective(broadcast, whole.view(-1), operation)
+        if whole is not tensor:
+            tensor.copy_(whole)
+
+    def gather_compression(self) -> dict[str, torch.Tensor]:
+        """The errors of all hosts, added up; what is the same on all of them, as it is."""
+        if self._wire_state is None:
+            return {}
+        result = {}
+        for name, tensor in self._wire_state.named(self._flat):
+            total = tensor.detach().cpu().clone().view(-1)
+            if "/basis/" not in name:
+                self._collective(ring, total, f"gathering {name}")
+            result[name] = total.view(tensor.shape)
+        return result if self.rank == 0 else {}
+
+    def restore_compression(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Every host has an equal part of the errors that were added up."""
+        if self._wire_state is None or self._way.compression is None:
+            return
+        begin(self._wire_state, self._way.compression)
+        hosts = len(self.place.hosts.sizes)
+        for name, tensor in self._wire_state.named(self._flat):
+            if name in tensors and tensors[name].shape == tensor.shape:
+                tensor.copy_(tensors[name] if "/basis/" in name else tensors[name] / hosts)
+            whole = tensor.detach().cpu().contiguous()
+            self._collective(broadcast, whole.view(-1), f"restoring {name}")
+            tensor.copy_(whole)
+
+    def _collective(self, collective: AllReduce, tensor: torch.Tensor, operation: str) -> None:
         wire = self._control
         assert wire is not None
-        tag = len(self._buckets) * 4 + 8
+        tag = len(self._buckets) * TAGS_A_BUCKET + 8
 
         def work() -> bool:
-            drive(broadcast(wire, tensor, tag), operation)
+            drive(collective(wire, tensor, tag), operation)
             return True
 
         self._call(work, operation)
@@ -416,7 +504,7 @@ class HierarchicalGroup:
         slots = [self.local.members[local_rank] for host, local_rank in places if host == self.place.host]
         local = self.local.reform(generation, slots)
         place = Place(Hosts(sizes), members.index(self.rank))
-        return HierarchicalGroup(local, place, self._link, self._flat, self._bucket_bytes, self._count, self._name)
+        return HierarchicalGroup(local, place, self._link, self._flat, self._way, self._count, self._name)
 
 
 def _one_thread() -> None:

@@ -1,6 +1,6 @@
 """The workers of one host as a group: partials, messages and commits through the arena. One worker is a normal case."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -76,12 +76,14 @@ def host_layout(
     replicas: int,
     undo_bytes: int,
     buckets: int = 0,
+    wire_bytes: int = 0,
 ) -> HostLayout:
     """Divide an arena.
 
     Arguments:
         entries: partials that a slot may hold at once.
         buckets: in which the gradient travels between hosts, 0 where there is one host.
+        wire_bytes: the memory of compression.
     """
     if entries > ENTRIES:
         raise ValueError(f"{entries} partials a slot exceed the {ENTRIES} that can be published")
@@ -99,6 +101,7 @@ def host_layout(
         regions.add("ready", 8 * slots * buckets)
         regions.add("summed", 8 * (buckets + 2))
         regions.add("total", partial_bytes, PAGE)
+        regions.add("wire", wire_bytes, PAGE)
     return HostLayout(slots, blocks, entries, partial_bytes, state_bytes, replicas, undo_bytes, buckets, regions)
 
 
@@ -204,9 +207,13 @@ class HostGroup:
             view = self._views[slot, entry] = Partial(self.partials, memory)
         return view
 
+    def memory(self, name: str) -> Tensor:
+        """A region of the arena by its name, as bytes."""
+        return self._memory(self.layout.regions.named[name])
+
     def total(self) -> Partial:
         """Where the sum over all hosts goes."""
-        return Partial(self.partials, self._memory(self.layout.regions.named["total"]))
+        return Partial(self.partials, self.memory("total"))
 
     def publish(self, step: int, entry: int, node: Node) -> None:
         """One aligned store: the subtree is complete."""
@@ -327,6 +334,13 @@ class HostGroup:
         """Seconds in each phase, a list for each rank."""
         starts = [(slot * 2 + step % 2) * len(PHASES) for slot in self.members]
         return [list(self._reports[start : start + len(PHASES)]) for start in starts]
+
+    def gather_compression(self) -> dict[str, Tensor]:
+        """Nothing is compressed."""
+        return {}
+
+    def restore_compression(self, tensors: Mapping[str, Tensor]) -> None:
+        """Nothing is compressed."""
 
     def close(self) -> None:
         """The memory is let go of with its last view."""

@@ -10,7 +10,7 @@ import os
 import socket
 import stat
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 
-from unisono.comm.wire import Addressed
+from unisono.comm.wire import Addressed, Pending, Wire
 from unisono.errors import ConfigurationError, GroupError, LaunchError, PeerLost, Revoked, WaitTimeout
 
 MESSAGES_A_TAG = 64
@@ -138,10 +138,11 @@ class NetworkWire:
         """Seconds that any wait may take."""
         return self._link.deadline_s
 
-    def all_reduce(self, tensor: torch.Tensor, operation: str) -> None:
+    def native(self, wire: Wire, tensor: torch.Tensor, tag: int) -> Iterator[Pending]:
         """The transport's own sum over all members, in place; the order of its additions is its own affair."""
         work = self._group.allreduce([tensor], dist.AllreduceOptions())
-        self.await_work((self.rank + 1) % self.size, work, time.monotonic() + self.deadline_s, operation)
+        self.sent_bytes += 2 * (self.size - 1) * tensor.numel() * tensor.element_size() // self.size
+        yield _Posted(self, [((self.rank + 1) % self.size, work)])
 
     def revoke(self) -> None:
         """Free every call that waits on this wire, at once, and all later ones; callable from any thread.

@@ -14,6 +14,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
+from unisono.comm.compression import PREFIX
 from unisono.errors import CheckpointError
 from unisono.run.digest import digest
 from unisono.state.manifest import NAME, Manifest, SavedFile, SavedTensor, checksums, encode, read
@@ -69,7 +70,7 @@ def save(
         saved, files = _write_shards(temporary, named)
         manifest = Manifest(
             step=step,
-            digest=digest(step, named),
+            digest=digest(step, [(name, tensor) for name, tensor in named if not name.startswith(PREFIX)]),
             tensors=saved,
             files=files,
             ties=dict(about.ties),

@@ -2,9 +2,11 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from torch import Tensor
 
 from unisono.errors import CheckpointError, UnisonoError
 from unisono.events import CheckpointSaved
@@ -41,13 +43,16 @@ class CheckpointWriter:
         """Whether a checkpoint is being written."""
         return self._thread is not None and self._thread.is_alive()
 
-    def begin(self, step: int, state: TrainingState, about: Description) -> None:
-        """Start writing ``state``, which must not change until the writer is no longer busy."""
+    def begin(
+        self, step: int, state: TrainingState, about: Description, more: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Start writing ``state``, and ``more``, which must not change until the writer is no longer busy."""
         self.finish()
+        tensors = (more or {}).items()
 
         def write() -> None:
             try:
-                self._outcome = self._write(step, state, about)
+                self._outcome = self._write(step, [*state.named_tensors(), *tensors], about)
             except BaseException as error:
                 self._outcome = error
 
@@ -76,9 +81,9 @@ class CheckpointWriter:
         if outcome is not None:
             self._saved(outcome)
 
-    def _write(self, step: int, state: TrainingState, about: Description) -> CheckpointSaved:
+    def _write(self, step: int, tensors: Iterable[tuple[str, Tensor]], about: Description) -> CheckpointSaved:
         started = time.perf_counter()
-        path, manifest = save(self.directory, step, state.named_tensors(), about)
+        path, manifest = save(self.directory, step, tensors, about)
         always = [self.best_step] if self._retention.best and self.best_step is not None else []
         prune(self.directory, self._retention.newest, always)
         size_bytes = sum(file.size_bytes for file in manifest.files.values())

@@ -10,7 +10,9 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
 from tests import toys
 from unisono import Trainer
@@ -20,6 +22,7 @@ from unisono.comm.hierarchical import HierarchicalGroup, Place, Way, wire_bucket
 from unisono.comm.host import HostGroup, host_layout
 from unisono.comm.network import Link, NetworkWire
 from unisono.comm.partial import add_entry, partial_layout
+from unisono.comm.reductions import power_sgd
 from unisono.errors import GroupError
 from unisono.events import Event, PhaseEntered, StepFinished, ValidationFinished
 from unisono.launch.world import this_process
@@ -221,3 +224,37 @@ def reform_without(lost: int) -> dict[str, Any]:
     again = step(group, 2)
     group.close()
     return {"sums": [first, again], "error": error, "reformed_s": seconds, "place": [group.rank, group.size]}
+
+
+def full_rank_power_sgd() -> dict[str, Any]:
+    """A gradient summed by PowerSGD at full rank, by ours and by torch's hook."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    torch.manual_seed(rank)
+    inputs, targets = torch.randn(9, 20), torch.randn(9, 12)
+    torch.manual_seed(5)
+    plain = nn.Linear(20, 12, bias=False)
+    nn.functional.mse_loss(plain(inputs), targets).backward()  # type: ignore[no-untyped-call]
+    assert plain.weight.grad is not None
+    own = plain.weight.grad.clone()
+    mean = own.clone()
+    dist.all_reduce(mean)
+
+    model = nn.parallel.DistributedDataParallel(plain)
+    state = PowerSGDState(None, matrix_approximation_rank=12, start_powerSGD_iter=2, min_compression_rate=0.01)
+    model.register_comm_hook(state, powerSGD_hook)
+    for _ in range(4):  # the first ones are not compressed
+        model.zero_grad()
+        nn.functional.mse_loss(model(inputs), targets).backward()  # type: ignore[no-untyped-call]
+
+    world = this_process()
+    wire = NetworkWire(Link("gloo", world.store(10.0), None, 10.0, torch.device("cpu")), "ours", rank, 2)
+    value, basis = own.flatten().clone(), torch.randn(20, 12, generator=torch.Generator().manual_seed(0))
+    drive(power_sgd(wire, [value], [torch.zeros_like(value)], [basis], 0), "power_sgd")
+    wire.close()
+    torchs = plain.weight.grad.clone()
+    del model
+    gc.collect()
+    dist.barrier()
+    dist.destroy_process_group()
+    return {"ours": (value / 2).tolist(), "torch": torchs.flatten().tolist(), "mean": (mean / 2).flatten().tolist()}

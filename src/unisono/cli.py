@@ -311,6 +311,26 @@ class _Here(NamedTuple):
     slots: int | None
 
 
+@bench_app.command("network")
+def bench_network(
+    rate: Annotated[str, typer.Option(help="Of the link between two hosts, as tc writes it.")] = "100mbit",
+    steps: Annotated[int, typer.Option(min=20, help="Steps of DDP, and of what loses nothing.")] = 60,
+    methods: Annotated[
+        str, typer.Option(help="Ways of moving gradients, besides ddp.")
+    ] = "exact,bf16,int8,powersgd,top_k,sign,torch_powersgd",
+    as_json: JsonOption = False,
+) -> None:
+    """Compare ways of training over a slow link between two hosts (network namespaces; needs root).
+
+    Example: unisono bench network --rate 100mbit --methods exact,powersgd
+    """
+    from unisono.bench.network import bench
+
+    rows = bench(rate, steps, methods.split(","), None if as_json else typer.echo)
+    if as_json:
+        typer.echo(json.dumps({"rows": rows}))
+
+
 @contextmanager
 def _launchers(
     hosts: Path | None,

@@ -1,46 +1,24 @@
 """Collectives over point-to-point messages: every algorithm, any number of members, any length; threads are members."""
 
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch._C._distributed_c10d import HashStore
 
+from tests.comm.wires import in_threads, join
 from unisono.comm.algorithms import ALGORITHMS, broadcast, drive, gather_bytes
-from unisono.comm.network import Link, NetworkWire
+from unisono.comm.network import NetworkWire
 from unisono.plan.blocks import aligned
 
 
 def together(members: list[NetworkWire], work: Callable[[NetworkWire], Any]) -> list[Any]:
-    results: list[Any] = [None] * len(members)
-
-    def run(i: int) -> None:
-        results[i] = work(members[i])
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(members))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
+    return in_threads(len(members), lambda rank: work(members[rank]))
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3, 4, 5, 7])
 def wires(request: pytest.FixtureRequest) -> Iterator[list[NetworkWire]]:
-    size: int = request.param
-    link = Link("gloo", HashStore(), "127.0.0.1", 20.0, torch.device("cpu"))
-    members: list[Any] = [None] * size
-
-    def join(rank: int) -> None:
-        members[rank] = NetworkWire(link, "test", rank, size)
-
-    threads = [threading.Thread(target=join, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    members = join(request.param)
     yield members
     for wire in members:
         wire.close()

@@ -36,6 +36,7 @@ class World:
     launcher: str
     address: str | None = None
     _arenas: int = 0
+    _store: "Store | None" = None
     _asking: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -97,10 +98,11 @@ class World:
             from unisono.launch.store import LauncherStore
 
             return LauncherStore(lambda request: self._ask(request)[0], deadline_s)
-        from torch.distributed.rendezvous import rendezvous
+        if self._store is None:
+            from torch.distributed.rendezvous import rendezvous
 
-        store: Store = next(iter(rendezvous("env://", self.rank, self.size)))[0]
-        return store
+            self._store = next(iter(rendezvous("env://", self.rank, self.size)))[0]
+        return self._store
 
     def release_arena(self) -> None:
         """Training is over: the keeper may let go of the last arena, so that its memory ends with the workers' maps."""
@@ -132,9 +134,19 @@ def discover(environ: Mapping[str, str]) -> World:
     world = World(rank, Hosts((size,)), None, "torchrun")
     if int(environ.get("LOCAL_WORLD_SIZE", size)) != size:
         world.hosts = _torchrun_hosts(environ, world)
+        world.address = _own_address(environ)
     if world.local_size > 1:
         world.control = connect(environ, world.local_rank)
     return world
+
+
+def _own_address(environ: Mapping[str, str]) -> str:
+    """The address from which this host reaches the first one; nothing is sent to find it."""
+    where = (environ["MASTER_ADDR"], int(environ["MASTER_PORT"]))
+    family, kind, _, _, address = socket.getaddrinfo(*where, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)
+        return str(probe.getsockname()[0])
 
 
 def _torchrun_hosts(environ: Mapping[str, str], world: World) -> Hosts:

@@ -8,6 +8,9 @@ from unisono.plan.assignment import micro_batches
 from unisono.plan.blocks import FlatLayout, aligned
 from unisono.run.summation import Node, accumulation, subtrees
 
+FIRST_BYTES = 1 << 16
+"""The least size of the first bucket."""
+
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
@@ -27,9 +30,12 @@ class Bucket:
 
 
 def buckets(flat: FlatLayout, item_bytes: Sequence[int], bucket_bytes: int, lanes: int) -> tuple[Bucket, ...]:
-    """Cut the gradient into buckets of at least ``bucket_bytes``, from its end: a backward finishes the last use first.
+    """Cut the gradient into buckets, from its end: a backward finishes the last use first.
+
+    Buckets grow: the first is small, so that the link has something to send early, and each may be twice the last.
 
     Arguments:
+        bucket_bytes: the least size of those that have grown up.
         item_bytes: of an element of each segment.
         lanes: local ranks that exchange; each bucket goes to the one with the fewest bytes so far.
     """
@@ -47,14 +53,15 @@ def buckets(flat: FlatLayout, item_bytes: Sequence[int], bucket_bytes: int, lane
 def _neighbours(flat: FlatLayout, item_bytes: Sequence[int], bucket_bytes: int) -> Iterator[list[int]]:
     """Uses that lie behind each other, the last first, until they are enough."""
     members: list[int] = []
-    size_bytes = 0
+    size_bytes, least = 0, FIRST_BYTES
     for use in reversed(range(len(flat.uses))):
         place = flat.use_places[use]
         if members:
             next_place = flat.use_places[members[-1]]
             adjacent = next_place.segment == place.segment and place.offset + aligned(place.numel) == next_place.offset
-            if size_bytes >= bucket_bytes or not adjacent:
+            if size_bytes >= min(least, bucket_bytes) or not adjacent:
                 yield members
+                least *= 2
                 members, size_bytes = [], 0
         members.append(use)
         size_bytes += aligned(place.numel) * item_bytes[place.segment]

@@ -1,0 +1,136 @@
+"""``unisono bench network``: training over a slow link between two hosts, with each way of moving gradients."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from statistics import mean, median
+from typing import Any
+
+from unisono.bench.namespaces import DEVICE, Namespaces, unavailable
+from unisono.errors import ConfigurationError, WorkerFailed
+
+HOSTS = 2
+WARMUP = 3
+SMOOTHING = 10
+"""Steps over whose losses a mean is taken, for "the loss that DDP reaches"."""
+TOLERANCE = 1e-4
+"""Relative: equal sums in another order are not another loss."""
+LONGER = 3
+"""How many times DDP's steps a lossy method is given to reach DDP's loss."""
+LOSSLESS = ("ddp", "exact", "bf16", "fp16")
+PORT = 29441
+DEADLINE_S = 1800.0
+
+
+def bench(
+    rate: str | None, steps: int, methods: Sequence[str], say: Callable[[str], None] | None
+) -> list[dict[str, Any]]:
+    """Measure; one row for each method, DDP first.
+
+    Raises:
+        ConfigurationError: where this machine cannot have several hosts, or for a method that is not known.
+    """
+    from unisono.bench.over_network import METHODS
+
+    for method in methods:
+        if method not in METHODS:
+            raise ConfigurationError(f"--methods {method!r} is not known; use {', '.join(METHODS)}")
+    reason = unavailable()
+    if reason is not None:
+        raise ConfigurationError(f"this machine cannot be several hosts: {reason}")
+    rows: list[dict[str, Any]] = []
+    goal = None
+    for method in ("ddp", *(m for m in methods if m != "ddp")):
+        with Namespaces(HOSTS, rate) as hosts:
+            count = steps if method in LOSSLESS else steps * LONGER
+            results = _run(hosts, method, count)
+        row = summary(method, results, steps, goal)
+        if method == "ddp":
+            goal = row["final_loss"]
+            row["time_to_ddp_loss_s"] = _time_to(results, goal)
+        rows.append(row)
+        if say is not None:
+            say(as_text(row, rows[0]))
+    return rows
+
+
+def summary(method: str, results: Sequence[dict[str, Any]], steps: int, goal: float | None) -> dict[str, Any]:
+    """A method's row from what its workers noted."""
+    first = results[0]
+    seconds = [b - a for a, b in zip(first["times"][WARMUP:], first["times"][WARMUP + 1 :], strict=False)]
+    sent = [b - a for a, b in zip(first["sent"][WARMUP:], first["sent"][WARMUP + 1 :], strict=False)]
+    return {
+        "method": method,
+        "step_s": median(seconds),
+        "bytes_per_step": round(mean(sent)),
+        "final_loss": _smoothed(results, steps),
+        "time_to_ddp_loss_s": None if goal is None else _time_to(results, goal),
+    }
+
+
+def _losses(results: Sequence[dict[str, Any]]) -> list[float]:
+    """Mean over workers; those that know the mean already say the same."""
+    series = [result["losses"] for result in results if result["losses"]]
+    return [mean(values) for values in zip(*series, strict=True)]
+
+
+def _smoothed(results: Sequence[dict[str, Any]], steps: int) -> float:
+    return mean(_losses(results)[max(0, steps - SMOOTHING) : steps])
+
+
+def _time_to(results: Sequence[dict[str, Any]], goal: float) -> float | None:
+    """Seconds of training until the mean of the last losses is as low as ``goal``; None where it never was."""
+    losses, times = _losses(results), results[0]["times"]
+    step_s = median(b - a for a, b in zip(times[WARMUP:], times[WARMUP + 1 :], strict=False))
+    for step in range(SMOOTHING, len(losses) + 1):
+        if mean(losses[step - SMOOTHING : step]) <= goal * (1 + TOLERANCE):
+            return float(step_s) + float(times[step - 1] - times[0])  # the first step has no beginning of its own
+    return None
+
+
+def _run(hosts: Namespaces, method: str, steps: int) -> list[dict[str, Any]]:
+    """Train on all hosts; what each worker printed."""
+    processes = []
+    for number in range(HOSTS):
+        environment = {
+            **os.environ,
+            "RANK": str(number),
+            "WORLD_SIZE": str(HOSTS),
+            "LOCAL_RANK": "0",
+            "LOCAL_WORLD_SIZE": "1",
+            "GROUP_RANK": str(number),
+            "MASTER_ADDR": hosts.addresses[0],
+            "MASTER_PORT": str(PORT),
+            "GLOO_SOCKET_IFNAME": DEVICE,
+            "OMP_NUM_THREADS": "1",
+        }
+        argument = json.dumps({"method": method, "steps": steps})
+        words = hosts.words(number, [sys.executable, "-m", "unisono.bench.over_network", argument])
+        pipe = subprocess.PIPE
+        processes.append(subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, env=environment))
+    results = []
+    try:
+        for process in processes:
+            output, errors = process.communicate(timeout=DEADLINE_S)
+            if process.returncode:
+                raise WorkerFailed(f"method {method} failed:\n{errors.strip()[-2000:]}")
+            results.append(json.loads(output.splitlines()[-1]))
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return results
+
+
+def as_text(row: dict[str, Any], reference: dict[str, Any]) -> str:
+    """A row for a reader."""
+    reached = row["time_to_ddp_loss_s"]
+    when = f"DDP's loss after {reached:7.1f} s" if reached is not None else "DDP's loss not reached"
+    if reached:
+        when += f" ({reference['time_to_ddp_loss_s'] / reached:.2f}x as soon)"
+    return (
+        f"{row['method']:<15} {row['step_s'] * 1e3:8.1f} ms a step ({reference['step_s'] / row['step_s']:5.2f}x)  "
+        f"{row['bytes_per_step'] / 2**20:7.3f} MiB a step  loss {row['final_loss']:.4f}  {when}"
+    )

@@ -1,0 +1,127 @@
+"""One worker of ``unisono bench network``, on a host of its own: trains in one way, and prints what it measured.
+
+``python -m unisono.bench.over_network '{"method": "exact", ...}'``, with the environment that torchrun would set.
+"""
+
+import gc
+import json
+import os
+import sys
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+
+from unisono.bench.namespaces import DEVICE
+from unisono.data.feed import Feed
+from unisono.events import Event, StepFinished
+from unisono.run.rng import Isolation, derive
+from unisono.run.sampling import Sampler
+from unisono.tasks.lm import LanguageModel
+from unisono.trainer import Trainer
+
+SEED = 0
+MICRO_BATCH = 2
+RANK, DENSITY = 4, 0.01
+UNISONO = {
+    "exact": {},
+    "bf16": {"compression": "bf16"},
+    "fp16": {"compression": "fp16"},
+    "int8": {"compression": "int8"},
+    "sign": {"compression": "sign"},
+    "top_k": {"compression": "top_k", "density": DENSITY},
+    "powersgd": {"compression": "powersgd", "rank": RANK},
+}
+METHODS = ("ddp", *UNISONO, "torch_powersgd")
+
+
+def task() -> LanguageModel:
+    """The 3.3 M-parameter GPT on the default corpus."""
+    return LanguageModel(layers=4, width=256, heads=4, context=128, lr=1e-3)
+
+
+class Meter:
+    """Notes the clock and the bytes that this host has sent, after every step."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.sent: list[int] = []
+        self.losses: list[float] = []
+
+    def note(self, loss: float) -> None:
+        """A step is over."""
+        self.times.append(time.perf_counter())
+        self.losses.append(loss)
+        with open(f"/sys/class/net/{DEVICE}/statistics/tx_bytes") as counter:
+            self.sent.append(int(counter.read()))
+
+
+def unisono(method: str, steps: int, meter: Meter) -> None:
+    """Unisono, as a user would call it."""
+    subject = task()
+    world = int(os.environ["WORLD_SIZE"])
+
+    def note(event: Event) -> None:
+        if isinstance(event, StepFinished):
+            meter.note(event.loss)
+
+    trainer = Trainer(
+        model=subject.model,
+        loss=subject.loss,
+        data=subject.dataset("train"),
+        optimizer=subject.optimizer,
+        callbacks=[note],
+        global_batch_size=MICRO_BATCH * world,
+        micro_batch_size=MICRO_BATCH,
+        seed=SEED,
+        wire=UNISONO[method],
+        observe={"progress": False},
+    )
+    trainer.fit(steps)
+
+
+def ddp(method: str, steps: int, meter: Meter) -> None:
+    """DistributedDataParallel over gloo, on the same samples, from the same initial values, with or without a hook."""
+    torch.set_num_threads(1)
+    subject = task()
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    with Isolation() as random:
+        random.seed(derive(SEED, "init"))
+        inner = subject.model()
+    model = nn.parallel.DistributedDataParallel(inner)
+    if method == "torch_powersgd":
+        state = PowerSGDState(None, matrix_approximation_rank=RANK, start_powerSGD_iter=2)
+        model.register_comm_hook(state, powerSGD_hook)
+    optimizer = subject.optimizer(model.parameters())
+    data = subject.dataset("train")
+    feed = Feed(data, SEED, "training", None, torch.device("cpu"))
+    sampler = Sampler(feed.size, SEED, MICRO_BATCH * world, MICRO_BATCH)
+    for step in range(steps):
+        batch: Any = feed.load(sampler.indices(step, rank).tolist(), 0, "benchmark")
+        inputs, target = batch
+        optimizer.zero_grad()
+        loss = subject.loss(model(inputs), target)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        meter.note(float(loss.detach()))
+    del model, optimizer
+    gc.collect()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    """Run what the argument says."""
+    wanted: dict[str, Any] = json.loads(sys.argv[1])
+    meter = Meter()
+    run = unisono if wanted["method"] in UNISONO else ddp
+    run(wanted["method"], wanted["steps"], meter)
+    sys.stdout.write(json.dumps({"times": meter.times, "sent": meter.sent, "losses": meter.losses}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 from unisono.assembly import Objects, OptimizerFactory
+from unisono.comm.waiting import wake_on_time
 from unisono.config import Layout, ScheduleConfig, TrainingConfig, more_workers_than_micro_batches, validate
 from unisono.data.feed import Collate, Dataset
 from unisono.errors import ConfigurationError
 from unisono.evaluation import Metrics
 from unisono.events import Listener
-from unisono.launch.process import keep_freed_memory, wake_on_time
+from unisono.launch.process import keep_freed_memory
 from unisono.launch.scope import deterministic, interrupts, threads
 from unisono.launch.world import World, this_process
 from unisono.optim.schedules import Schedule

@@ -5,7 +5,7 @@ import ctypes
 import os
 import signal
 
-_PR_SET_PDEATHSIG, _PR_SET_TIMERSLACK = 1, 29
+_PR_SET_PDEATHSIG = 1
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEEP_BYTES = 1 << 30
 
@@ -31,13 +31,6 @@ def kill_group(leader: int) -> None:
 def tasks() -> int:
     """Threads of this process."""
     return len(os.listdir("/proc/self/task"))
-
-
-def wake_on_time() -> None:
-    """Let short sleeps end when they should: by default Linux may add 50 us, several times a step."""
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if prctl is not None:
-        prctl(_PR_SET_TIMERSLACK, 1_000, 0, 0, 0)
 
 
 def keep_freed_memory() -> None:

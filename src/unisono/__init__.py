@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from unisono.comm.registration import register_with_torch
+
 if TYPE_CHECKING:
     from unisono.config import Layout, ScalingConfig, ScheduleConfig
     from unisono.errors import UnisonoError
@@ -18,6 +20,9 @@ _ROOMS = {
     "Trainer": "unisono.trainer",
     "UnisonoError": "unisono.errors",
 }
+
+
+register_with_torch()
 
 
 def __getattr__(name: str) -> object:

@@ -136,6 +136,10 @@ def run(
     all_output: Annotated[
         bool, typer.Option("--all-output", help="Show every worker's output, not only rank 0's.")
     ] = False,
+    backend: Annotated[
+        str | None,
+        typer.Option(help="arena: programs that use torch.distributed with gloo get the arena in its place."),
+    ] = None,
     hosts: HostsOption = None,
     nnodes: NodesOption = 1,
     node_rank: NodeRankOption = 0,
@@ -145,13 +149,20 @@ def run(
     """Run a script in several workers; what follows the script is its own arguments.
 
     Example: unisono run -n 4 examples/train_mlp.py --steps 100
+
+    A program of torch.distributed, with this host's shared memory in place of gloo:
+    unisono run -n 2 --backend arena train_ddp.py
     """
+    if backend not in (None, "arena"):
+        raise ConfigurationError(f"--backend is {backend!r}; give arena, or leave it out for what the script asks for")
+    if backend is not None and (nnodes > 1 or hosts is not None):
+        raise ConfigurationError("--backend arena is for the workers of one host; leave --nnodes and --hosts out")
     if not script.is_file():
         raise ConfigurationError(f"no script at {script}; give an existing Python file")
     from unisono.launch.runs import default_workers
 
     with _launchers(hosts, nnodes, node_rank, rendezvous, secret_file, str(script)) as here:
-        target = {"script": str(script), "argv": list(context.args)}
+        target = {"script": str(script), "argv": list(context.args), "backend": backend}
         ending = here.launcher.run(target, workers or here.slots or default_workers(), show_all=all_output)
         if ending.interrupted:
             raise typer.Exit(INTERRUPTED)

@@ -19,17 +19,13 @@ from torch._C._distributed_c10d import Store, Work
 
 from unisono.comm.channels import CHANNEL_BYTES, Channels, Request
 from unisono.comm.flat import Flat, as_bytes, as_memory, check_same, cut, flattened
-from unisono.comm.meeting import Combine, Meeting, MeetingError, meeting_layout
+from unisono.comm.meeting import LOOK_EVERY_S, Combine, Meeting, MeetingError, meeting_layout
+from unisono.comm.registration import NAME
 from unisono.comm.sharing import share
 from unisono.comm.waiting import wake_on_time
 from unisono.comm.work import ArenaWork
 
-NAME = "arena"
 ReduceOp = dist.ReduceOp
-
-
-def _nothing(work: ArenaWork) -> None:
-    """What waits for a collective has nothing to move on."""
 
 
 class ArenaGroup(dist.ProcessGroup):
@@ -52,9 +48,10 @@ class ArenaGroup(dist.ProcessGroup):
         self._meeting.begin(self._timeout_s)
         self._executor: ThreadPoolExecutor | None = None
         self._queued = 0
-        self._done = ArenaWork([], float("inf"), _nothing)
+        self._done = ArenaWork([])
         self._done.finish()
         self._closed = False
+        self._name = ""
         weakref.finalize(self, _release, self._channels, self._meeting)
 
     def getBackendName(self) -> str:  # torch's name
@@ -65,16 +62,18 @@ class ArenaGroup(dist.ProcessGroup):
         """Number of ranks."""
         return self._size
 
-    @property
-    def pg_name(self) -> str:
-        """The name that torch.distributed registered the group under."""
-        name: str = dist.distributed_c10d._world.pg_names[self]
-        return name
+    def _set_group_name(self, name: str) -> None:
+        """Called by torch.distributed, once."""
+        self._name = name
 
     @property
     def group_name(self) -> str:
-        """As `pg_name`: functional collectives and device meshes look groups up by it."""
-        return self.pg_name
+        """The name that the group is registered under: functional collectives and device meshes look it up."""
+        return self._name
+
+    def getGroupName(self) -> str:  # torch's name
+        """As `group_name`."""
+        return self._name
 
     # Collectives
 
@@ -275,30 +274,34 @@ class ArenaGroup(dist.ProcessGroup):
 
     def send(self, tensors: Sequence[Tensor], dst_rank: int, tag: int = 0) -> Work:
         """Send a tensor."""
-        work = self._message_work(tensors, dst_rank, "send")
-        data = as_memory(flattened(tensors[0]))
-        self._channels.send(Request(dst_rank, tag, data, lambda request: work.finish(request.error)))
+        request = Request(dst_rank, tag, as_memory(flattened(tensors[0])))
+        work = self._message_work(tensors, request, f"send to rank {dst_rank} (tag {tag})")
+        request.finished = lambda: work.finish(request.error)
+        self._channels.send(request)
         return work
 
     def recv(self, tensors: Sequence[Tensor], src_rank: int, tag: int = 0) -> Work:
         """Receive a tensor."""
-        work = self._message_work(tensors, src_rank, "recv")
         target = Flat(tensors[0], out=True)
+        request = Request(src_rank, tag, as_memory(target.flat))
+        sender = f"rank {src_rank}" if src_rank >= 0 else "any rank"
+        work = self._message_work(tensors, request, f"recv from {sender} (tag {tag})")
 
-        def finished(request: Request) -> None:
+        def finished() -> None:
             work.source = request.peer
             if request.error is None:
                 target.close()
             work.finish(request.error)
 
-        self._channels.receive(Request(src_rank, tag, as_memory(target.flat), finished))
+        request.finished = finished
+        self._channels.receive(request)
         return work
 
     def recv_anysource(self, tensors: Sequence[Tensor], tag: int = 0) -> Work:
         """Receive a tensor from whoever sends one first."""
         return self.recv(tensors, -1, tag)
 
-    def _message_work(self, tensors: Sequence[Tensor], peer: int, operation: str) -> ArenaWork:
+    def _message_work(self, tensors: Sequence[Tensor], request: Request, operation: str) -> ArenaWork:
         """A handle whose waiting moves messages on, and notices a dead peer."""
         channels, meeting = self._channels, self._meeting
         looked = 0.0
@@ -307,16 +310,20 @@ class ArenaGroup(dist.ProcessGroup):
             nonlocal looked
             channels.move()
             now = time.monotonic()
-            if peer >= 0 and now - looked > 0.01:
+            if request.peer >= 0 and now - looked > LOOK_EVERY_S:
                 looked = now
                 try:
-                    meeting.check_alive(peer, operation)
+                    meeting.check_alive(request.peer, operation)
                 except MeetingError as error:
                     channels.move()  # what it sent before it ended still counts
-                    if not work.is_success():
-                        work.finish(error)
+                    channels.cancel(request, error)
 
-        return ArenaWork(list(tensors), time.monotonic() + self._timeout_s, idle)
+        def late() -> MeetingError:
+            error = MeetingError(f"{operation} on rank {self._rank} was not over within {self._timeout_s:g} s")
+            channels.cancel(request, error)
+            return error
+
+        return ArenaWork(list(tensors), time.monotonic() + self._timeout_s, idle, late)
 
     # How operations run
 
@@ -332,7 +339,7 @@ class ArenaGroup(dist.ProcessGroup):
             return self._done
         if self._executor is None:
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="unisono-arena", initializer=_like_its_maker())
-        work = ArenaWork(result, float("inf"), _nothing)
+        work = ArenaWork(result)
         self._queued += 1
 
         def perform() -> None:
@@ -422,13 +429,3 @@ def _finish_average(flat: Tensor, opts: Any, size: int) -> None:
             flat.div_(size)
         else:
             flat.copy_(torch.div(flat, size, rounding_mode="trunc"))
-
-
-def _create(store: Store, rank: int, size: int, timeout: timedelta) -> ArenaGroup:
-    return ArenaGroup(store, rank, size, timeout)
-
-
-def register() -> None:
-    """Let torch.distributed know the backend; may be called again."""
-    if NAME not in dist.Backend.backend_list:
-        dist.Backend.register_backend(NAME, _create, devices=["cpu"])

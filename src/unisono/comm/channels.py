@@ -30,13 +30,14 @@ class Request:
         peer: the other member; for a receive from anyone, the sender once it is known, -1 before.
         tag: tells messages between two members apart.
         data: the bytes to send, or the memory to fill.
-        done, error: how far it is.
+        finished: called when it is over.
+        done, error, moved: how far it is.
     """
 
     peer: int
     tag: int
     data: memoryview
-    finished: Callable[["Request"], None]
+    finished: Callable[[], None] = lambda: None
     done: bool = False
     error: MeetingError | None = None
     moved: int = 0
@@ -44,7 +45,7 @@ class Request:
     def finish(self, error: MeetingError | None = None) -> None:
         """It is over."""
         self.done, self.error = True, error
-        self.finished(self)
+        self.finished()
 
 
 @dataclass(slots=True, eq=False)

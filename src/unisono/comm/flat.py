@@ -10,7 +10,8 @@ from unisono.comm.meeting import MeetingError
 
 def flattened(tensor: Tensor) -> Tensor:
     """A tensor's values as one contiguous dimension; complex ones as pairs are left to their type."""
-    return tensor.detach().contiguous().view(-1)
+    values = tensor.detach() if tensor.requires_grad else tensor
+    return values if values.dim() == 1 and values.is_contiguous() else values.contiguous().view(-1)
 
 
 def as_bytes(flat: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ SPIN_S, YIELD_S = 100e-6, 2e-3
 LOOK_EVERY_S = 10e-3
 """How often who waits looks whether the others are alive."""
 
-_ARRIVED, _CODE, _MORE, _PROCESS, _WORDS = 0, 1, 2, 3, 16
+_ARRIVED, _MORE, _PROCESS, _CODES, _WORDS = 0, 1, 2, 4, 16  # codes in turn: who is a round ahead has set the other
 
 Combine = Callable[[Tensor, Tensor, Tensor], None]
 """(a, b, out): out = a combined with b."""
@@ -231,15 +231,16 @@ class Meeting:
         """Say that this member's part is written, and wait until all have said so."""
         words, own = self._words, self.rank * _WORDS
         number = words[own] + 1
-        code = (hash_of(operation) << 40) | (elements & 0xFFFFFFFFFF)
-        words[own + _CODE] = code
+        code = (_NUMBERS[operation] << 40) | (elements & 0xFFFFFFFFFF)
+        at = _CODES + number % 2
+        words[own + at] = code
         store_fence()
         words[own] = number
         for rank in self._others:
             if words[rank * _WORDS] < number:
                 self._wait(rank, number, operation, deadline)
-            if words[rank * _WORDS] == number and words[rank * _WORDS + _CODE] != code:
-                self._disagree(rank, operation, elements)
+            if words[rank * _WORDS + at] != code:
+                self._disagree(rank, operation, elements, words[rank * _WORDS + at])
 
     def _wait(self, rank: int, number: int, operation: str, deadline: float) -> None:
         words, at = self._words, rank * _WORDS
@@ -285,9 +286,8 @@ class Meeting:
             if self._peers[handle] == rank:
                 raise MeetingError(f"{operation} on rank {self.rank}: rank {rank} has ended")
 
-    def _disagree(self, rank: int, operation: str, elements: int) -> None:
-        theirs = self._words[rank * _WORDS + _CODE]
-        name = next((name for name in _OPERATIONS if hash_of(name) == theirs >> 40), "another operation")
+    def _disagree(self, rank: int, operation: str, elements: int, theirs: int) -> None:
+        name = next((name for name in _OPERATIONS if _NUMBERS[name] == theirs >> 40), "another operation")
         raise MeetingError(
             f"rank {self.rank} is in {operation} of {elements} elements, rank {rank} in {name} of "
             f"{theirs & 0xFFFFFFFFFF}; all ranks of a group must call the same operations in the same order"
@@ -307,11 +307,6 @@ _OPERATIONS = (
     "barrier",
 )
 _NUMBERS = {name: i for i, name in enumerate(_OPERATIONS)}
-
-
-def hash_of(operation: str) -> int:
-    """The number of an operation."""
-    return _NUMBERS[operation]
 
 
 def _spans(size: int, room: int) -> Iterator[tuple[int, int]]:

@@ -14,10 +14,24 @@ from unisono.comm.waiting import FIRST_SLEEP_S, LONGEST_SLEEP_S
 
 
 class ArenaWork(Work):
-    """A handle of an operation; waiting for a message moves messages on."""
+    """A handle of an operation.
 
-    def __init__(self, result: list[Tensor], deadline: float, idle: Callable[["ArenaWork"], None]) -> None:
+    Arguments:
+        result: the tensors that it fills.
+        deadline: when waiting for it ends in an error, by `time.monotonic`.
+        idle: called while waiting; moves messages on.
+        late: called at the deadline; gives the operation up, and says what is missing.
+    """
+
+    def __init__(
+        self,
+        result: list[Tensor],
+        deadline: float = float("inf"),
+        idle: Callable[["ArenaWork"], None] = lambda work: None,
+        late: Callable[[], MeetingError] = lambda: MeetingError("the operation was not over in time"),
+    ) -> None:
         super().__init__()
+        self._late = late
         self._result = result
         self._deadline = deadline
         self._idle = idle
@@ -55,7 +69,7 @@ class ArenaWork(Work):
         while not self._over.is_set():
             self._idle(self)
             if time.monotonic() > deadline:
-                raise MeetingError("the operation was not over in time")
+                raise self._late()
             if not self._over.wait(pause):
                 pause = min(pause * 1.5, LONGEST_SLEEP_S)
         if self._error is not None:

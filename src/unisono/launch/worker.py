@@ -55,6 +55,10 @@ def perform(target: Message) -> object:
     """Call the function, or run the script, that a target names; what it returns."""
     if "call" in target:
         return resolve(target["call"])(**target["arguments"])
+    if target.get("backend") == "arena":
+        from unisono.comm.registration import replace_gloo
+
+        replace_gloo()
     sys.argv = [target["script"], *target["argv"]]
     sys.path[0] = os.path.dirname(os.path.abspath(target["script"]))
     runpy.run_path(target["script"], run_name="__main__")

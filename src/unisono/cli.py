@@ -191,7 +191,7 @@ def verify(
         from unisono.config import load
 
         settings = load(config, overrides or [])
-        numbers = _numbers(workers)
+        numbers = _numbers(workers, "--workers")
         if settings.preload:
             launcher.preload(settings.preload)
         report = check(launcher, settings, numbers, steps, resume_at, None if as_json else typer.echo, hosts)
@@ -322,6 +322,42 @@ class _Here(NamedTuple):
     slots: int | None
 
 
+@bench_app.command("comm")
+def bench_comm(
+    ranks: Annotated[str, typer.Option(help="Numbers of ranks on this host, for example 2,4.")] = "2,4",
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 9,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Measure algorithms between hosts, for wire.algorithm=auto to choose from.")
+    ] = False,
+    hosts: HostsOption = None,
+    nnodes: NodesOption = 1,
+    node_rank: NodeRankOption = 0,
+    rendezvous: RendezvousOption = None,
+    secret_file: SecretOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare collectives: the arena, gloo, our algorithms over gloo, MPI where it is installed.
+
+    Example: unisono bench comm --ranks 2
+    """
+    from unisono.bench.comm import as_text, bench
+    from unisono.bench.comm import tune as measure
+
+    if not tune and (hosts is not None or nnodes > 1):
+        raise ConfigurationError("--hosts and --nnodes are for --tune; without it, all ranks are on this host")
+    with _launchers(hosts, nnodes, node_rank, rendezvous, secret_file) as here:
+        numbers = _numbers(ranks, "--ranks")
+        if tune:
+            workers = 1 if here.nodes > 1 else max(2, numbers[0])
+            rows = measure(here.launcher, workers, rounds, writes=here.number == 0)
+            if not as_json and rows:
+                typer.echo(as_text(rows))
+        else:
+            rows = bench(here.launcher, numbers, rounds, None if as_json else typer.echo)
+        if as_json and here.number == 0:
+            typer.echo(json.dumps({"rows": rows}))
+
+
 @bench_app.command("network")
 def bench_network(
     rate: Annotated[str, typer.Option(help="Of the link between two hosts, as tc writes it.")] = "100mbit",
@@ -424,13 +460,13 @@ def _with_workers(settings: "Config", workers: int) -> "Config":
     return validate(Config, data, "-n")
 
 
-def _numbers(text: str) -> list[int]:
+def _numbers(text: str, option: str) -> list[int]:
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
         numbers = []
     if not numbers or min(numbers) < 1:
-        raise ConfigurationError(f"--workers is {text!r}; give whole numbers from 1, for example 1,2,4")
+        raise ConfigurationError(f"{option} is {text!r}; give whole numbers from 1, for example 1,2,4")
     return numbers
 
 

@@ -83,11 +83,34 @@ class ArenaGroup(dist.ProcessGroup):
 
         def run(deadline: float) -> None:
             for tensor in tensors:
+                if tensor.is_sparse:
+                    self._sum_sparse(tensor, opts, deadline)
+                    continue
                 with Flat(tensor, out=True) as flat:
                     self._meeting.all_reduce(flat, combine, deadline)
                     _finish_average(flat, opts, self._size)
 
         return self._run(run, tensors, opts, timeout)
+
+    def _sum_sparse(self, tensor: Tensor, opts: Any, deadline: float) -> None:
+        """Everyone's indices and values to all, and their sum."""
+        if _operation(opts) != ReduceOp.SUM:
+            raise MeetingError("sparse tensors can be summed only")
+        own = tensor.detach().coalesce()
+        counts = [torch.zeros(1, dtype=torch.int64) for _ in range(self._size)]
+        count = torch.tensor([own._nnz()])
+        self._meeting.all_gather([as_bytes(c) for c in counts], as_bytes(count), deadline)
+        most = max(int(c) for c in counts)
+        parts = []
+        for given in (own.indices().T.contiguous(), own.values()):
+            padded = given.new_zeros(most, *given.shape[1:])
+            padded[: given.shape[0]] = given
+            everyone = [torch.empty_like(padded) for _ in counts]
+            outputs = [as_bytes(flattened(t)) for t in everyone]
+            self._meeting.all_gather(outputs, as_bytes(flattened(padded)), deadline)
+            parts.append(torch.cat([t[: int(c)] for t, c in zip(everyone, counts, strict=True)]))
+        total = torch.sparse_coo_tensor(parts[0].T, parts[1], tensor.shape).coalesce()
+        tensor.copy_(total)
 
     def allreduce_coalesced(self, tensors: Any, opts: Any = None) -> Work:
         """Combine several tensors."""

@@ -265,7 +265,8 @@ class Meeting:
                 late = [r for r in self._others if words[r * _WORDS] < number]
                 names = ", ".join(f"rank {r} (process {words[r * _WORDS + _PROCESS]})" for r in late)
                 raise MeetingError(
-                    f"{operation}, number {number} of this group, on rank {self.rank}: {names} did not come"
+                    f"{operation}, number {number} of this group, on rank {self.rank}: {names} did not come before the "
+                    "timeout of this operation"
                 )
             time.sleep(pause)
             pause = min(pause * 1.5, LONGEST_SLEEP_S)

@@ -41,7 +41,7 @@ class Members:
     def slowest(self, seconds: float) -> float:
         """The largest of all members' values; also brings them together."""
         payloads = gather_bytes(self._wire, struct.pack("d", seconds), 1, "slowest")
-        return max(struct.unpack("d", payload)[0] for payload in payloads)
+        return max(float(struct.unpack("d", payload)[0]) for payload in payloads)
 
 
 @contextmanager

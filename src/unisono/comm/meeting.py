@@ -17,11 +17,11 @@ from torch import Tensor
 from unisono.comm.arena import LINE, PAGE, Arena, Region, Regions, store_fence
 from unisono.comm.waiting import FIRST_SLEEP_S, LONGEST_SLEEP_S
 
-BUFFER_BYTES = 1 << 20
+BUFFER_BYTES = 1 << 21
 DIRECT_BYTES = 1 << 16
 """Up to this size everyone adds up everything: one round instead of two."""
 
-SPIN_S, YIELD_S = 100e-6, 2e-3
+SPIN_S, YIELD_S, CROWDED_YIELD_S = 100e-6, 2e-3, 100e-6
 LOOK_EVERY_S = 10e-3
 """How often who waits looks whether the others are alive."""
 
@@ -249,7 +249,7 @@ class Meeting:
             while time.perf_counter() < until:
                 if words[at] >= number:
                     return
-        until = time.perf_counter() + YIELD_S
+        until = time.perf_counter() + (CROWDED_YIELD_S if self._crowded else YIELD_S)
         while time.perf_counter() < until:
             if words[at] >= number:
                 return

@@ -30,6 +30,15 @@ def test_the_example_runs_on_two_workers() -> None:
     assert "digest" in done.stdout and done.stdout.count("prediction for zeros") == 1
 
 
+def test_the_example_of_the_backend_runs() -> None:
+    script = str(ROOT / "examples" / "ddp_on_arena.py")
+    words = [sys.executable, "-m", "unisono.cli", "run", "-n", "2", script]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    losses = [float(line.split()[3]) for line in done.stdout.splitlines()]
+    assert len(losses) == 5 and losses[-1] < losses[0] and "arena" in done.stdout
+
+
 def test_the_example_with_validation_resumes(tmp_path: Path) -> None:
     example = [sys.executable, str(ROOT / "examples" / "train_digits.py"), "--run-dir", str(tmp_path / "run")]
     for steps, more in (("60", []), ("70", ["--resume"])):

@@ -38,6 +38,7 @@ from unisono.parallel.buffers import Buffers
 from unisono.parallel.replicated import Loss, Replica
 from unisono.plan.assignment import Run, UpdateClass, micro_batches, owners, runs
 from unisono.plan.blocks import flat_layout
+from unisono.plan.hosts import Hosts
 from unisono.run.rng import Isolation, ModuleRandom, derive
 from unisono.run.sampling import Sampler
 from unisono.state.layout import StateLayout, state_layout
@@ -192,25 +193,26 @@ def assemble(
 
     Returns the worker and the step from which training starts.
     """
-    several = len(world.hosts.sizes) > 1
-    prepared = prepare(objects, config, world.local_size, device, several_hosts=several)
+    place = place_of(world, device)
+    several = len(place.hosts.sizes) > 1
+    prepared = prepare(objects, config, place.hosts.sizes[place.host], device, several_hosts=several)
     host = prepared.host
-    arena = _map(world.arena(host.size_bytes), host.size_bytes)
+    arena = _map(world.arena(host.size_bytes, alone=host.slots == 1), host.size_bytes)
     memory = DeviceMemory(device) if device.type != "cpu" else lambda region: arena.tensor(region, torch.uint8)
     local = HostGroup(
         arena,
         host,
         prepared.partials,
-        world.local_rank,
-        range(world.local_size),
+        place.local_rank,
+        range(host.slots),
         1,
         config.deadline_s,
         memory=memory,
-        names=Place(world.hosts, world.rank).local_name,
+        names=place.local_name,
     )
     feed = Feed(objects.data, config.seed, "training", objects.collate, device)
     local.assemble(_fingerprint(prepared, config, feed.size))
-    group = _across_hosts(prepared, config, local, world, device, feed.size) if several else local
+    group = _across_hosts(prepared, config, local, place, world, device, feed.size) if several else local
     try:
         return _worker(objects, config, prepared, group, local, memory, feed, schedule, listeners, restore)
     except BaseException:
@@ -218,8 +220,25 @@ def assemble(
         raise
 
 
+def place_of(world: World, device: torch.device) -> Place:
+    """Who shares memory: the workers of a host; on devices, which have memory of their own, nobody."""
+    return Place(world.hosts if device.type == "cpu" else Hosts((1,) * world.size), world.rank)
+
+
+def device_of(config: TrainingConfig, world: World) -> torch.device:
+    """Where this worker computes: "cuda" is the device of its local rank."""
+    device = torch.device(config.device)
+    return torch.device("cuda", world.local_rank) if device.type == "cuda" and device.index is None else device
+
+
 def _across_hosts(
-    prepared: Prepared, config: TrainingConfig, local: HostGroup, world: World, device: torch.device, samples: int
+    prepared: Prepared,
+    config: TrainingConfig,
+    local: HostGroup,
+    place: Place,
+    world: World,
+    device: torch.device,
+    samples: int,
 ) -> HierarchicalGroup:
     """The group of several hosts, all of which were given the same run."""
     link = Link(
@@ -229,7 +248,6 @@ def _across_hosts(
         deadline_s=config.deadline_s,
         device=device,
     )
-    place = Place(world.hosts, world.rank)
     flat = prepared.layout.flat
     name = f"training {world.trainings}"
     travel = replace(way(config), table=_shared_table(link.store, world) if config.wire.algorithm == "auto" else ())
@@ -254,7 +272,9 @@ def way(config: TrainingConfig) -> Way:
     wire = config.wire
     compression = None
     if wire.compression != "none":
-        compression = Compression(wire.compression, wire.rank, wire.density, wire.momentum, config.seed)
+        compression = Compression(
+            wire.compression, wire.rank, wire.density, wire.momentum, config.seed, wire.warmup_steps
+        )
     return Way(wire.bucket_bytes, wire.algorithm, compression)
 
 

@@ -45,6 +45,9 @@ class WireConfig(Section):
     )
     rank: int = Field(4, ge=1, description="powersgd: of the factors.")
     density: float = Field(0.01, gt=0, le=1, description="top_k: the part of each tensor that is sent.")
+    warmup_steps: int = Field(
+        100, ge=0, description="top_k: steps over which the part that is sent falls from all to density."
+    )
     momentum: float = Field(
         0.0, ge=0, lt=1, description="top_k: momentum of what is accumulated, in place of the optimizer's own."
     )
@@ -133,7 +136,7 @@ class TrainingConfig(Section):
     seed: int = Field(0, ge=0, lt=2**63, description="Decides initial values, order of samples and dropout.")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 runs the forward under autocast.")
     threads: int = Field(1, ge=1, description="Intra-op threads of a worker; part of the run, since it changes bits.")
-    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, or cuda for a single worker.")
+    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, or cuda: one device a worker.")
     clip: float | None = Field(None, gt=0, description="Limit of the gradient's global norm.")
     schedule: ScheduleConfig = Field(default_factory=lambda: ScheduleConfig())
     scaling: ScalingConfig = Field(default_factory=lambda: ScalingConfig())

@@ -165,10 +165,17 @@ class Trainer:
                 f"layout.data is {config.layout.data} but {world.size} worker{'s' * (world.size > 1)} "
                 f"were started by {world.launcher}; start as many, for example unisono run -n {config.layout.data}"
             )
-        if config.device.startswith("cuda") and world.size > 1:
-            raise ConfigurationError(f"device {config.device} with {world.size} workers; use one worker, or device cpu")
         if config.device.startswith("cuda") and not torch.cuda.is_available():
             raise ConfigurationError(f"device {config.device} is not there; use device cpu")
+        if config.device.startswith("cuda:") and world.local_size > 1:
+            raise ConfigurationError(
+                f"device {config.device} with {world.local_size} workers on this host; use device cuda, one a worker"
+            )
+        if config.device == "cuda" and world.local_size > torch.cuda.device_count():
+            raise ConfigurationError(
+                f"{world.local_size} workers on this host, which has {torch.cuda.device_count()} CUDA devices; "
+                "one worker a device is possible"
+            )
         if config.run_dir is None and (resume or config.checkpoint.every is not None):
             raise ConfigurationError("checkpoints and resume need a place: give run_dir")
         return config

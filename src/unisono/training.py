@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unisono.assembly import Objects, Prepared, Restored, Worker, assemble, describe
+from unisono.assembly import Objects, Prepared, Restored, Worker, assemble, describe, device_of
 from unisono.comm.compression import PREFIX
 from unisono.comm.group import SNAPSHOT, STOP
 from unisono.config import TrainingConfig, to_yaml
@@ -109,7 +109,7 @@ class Training:
         self._notices: list[Event] = []
         self._compression: tuple[int, Mapping[str, Tensor]] = (-1, {})
         self._recorded: dict[str, Any] | None = None
-        self._device = torch.device(config.device)
+        self._device = device_of(config, world)
         self._fingerprint = asdict(fingerprint(config.threads, self._device))
         self._worker: Worker | None = None
         self._open = ExitStack()  # what is to be let go of, the last first
@@ -255,7 +255,7 @@ class Training:
 
     def _keep_compression(self, step: int) -> None:
         """The memory of compression as of this step, on rank 0: the state's own copy is made in the next."""
-        if self._world.local_rank == 0:
+        if self._assembled.group.owners.rank == 0:
             self._compression = (step, self._assembled.group.gather_compression())
 
     def _flags(self, step: int) -> int:
@@ -366,7 +366,7 @@ class Training:
         """The digest of the state, from rank 0; replicas must agree."""
         worker = self._assembled
         replicated = worker.prepared.host.replicas > 1
-        mine = worker.state.digest(step) if replicated or self._world.local_rank == 0 else ""
+        mine = worker.state.digest(step) if replicated or worker.group.owners.rank == 0 else ""
         digests = [payload.decode() for payload in worker.group.all_gather(mine.encode(), "digest") if payload]
         if len(set(digests)) > 1:
             raise CheckpointError(f"replicas differ after step {step}: {digests}; this is a defect of Unisono")
@@ -375,4 +375,5 @@ class Training:
     @property
     def _inexact(self) -> str | None:
         """Why the result depends on the number of hosts; None where it does not."""
-        return self._config.wire.inexact if len(self._world.hosts.sizes) > 1 else None
+        group = self._assembled.group
+        return self._config.wire.inexact if group.size > group.owners.size else None

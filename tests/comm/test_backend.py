@@ -1,7 +1,9 @@
 """The arena as a backend of torch.distributed: everything c10d offers, against one process, and against gloo."""
 
+import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +97,29 @@ def test_importing_unisono_does_not_import_torch() -> None:
     program = "import sys, unisono; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.stdout == "False\n"
+
+
+TORCHS_TESTS = """
+DistributedDataParallelCPU DistributedDataParallelCPU_grad_is_view DistributedDataParallel_requires_grad
+accumulate_gradients_no_sync accumulate_gradients_no_sync_allreduce_with_then_hook all_gather
+all_gather_coalesced_simple
+all_gather_coalesced_with_empty all_gather_complex all_gather_full_group all_gather_object_default_pg
+all_reduce_coalesced_full_group_sum all_reduce_coalesced_max all_reduce_full_group_min all_reduce_product all_reduce_sum
+all_reduce_sum_async all_reduce_sum_complex barrier_timeout_full_group batch_isend_irecv_gloo
+batch_isend_irecv_gloo_tags
+broadcast ddp_logging_data_cpu destroy_full_group gather gather_checks get_future grads_same_across_ranks_with_no_sync
+irecv isend reduce_full_group_sum reduce_sum_twice scatter scatter_checks scatter_complex scatter_object_list send_recv
+send_recv_any_source send_recv_with_tag sparse_all_reduce_sum static_graph_api_cpu
+"""
+
+
+def test_torchs_own_tests() -> None:
+    """A part of the suite that ships in torch's wheel; tests/torch_suite.py runs all of it."""
+    names = [f"test_{name}" for name in TORCHS_TESTS.split()]
+    with tempfile.NamedTemporaryFile() as file:
+        words = ["--ranks", "2", "--backend", "arena", "--output", file.name, *names]
+        command = [sys.executable, "-m", "tests.torch_suite", *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        outcomes = json.loads(file.read())
+    assert {name: outcome for name, outcome in outcomes.items() if outcome != "passed"} == {}

@@ -48,7 +48,7 @@ class Member:
 
     def _collective(self, values: list[Tensor], settings: Compression) -> Collective:
         if self.method == "top_k":
-            return top_k(self.wire, values, self.errors, self.velocities, settings, 0)
+            return top_k(self.wire, values, self.errors, self.velocities, settings.density, settings.momentum, 0)
         if self.method == "powersgd":
             return power_sgd(self.wire, values, self.errors, self.bases, 0)
         return sharded(CODECS[self.method], self.wire, values, self.errors, 0, self.generator)

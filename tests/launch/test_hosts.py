@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.proxy import proxy
 from unisono.bench.namespaces import Namespaces, unavailable
 
 SECRET = "a secret of twenty-four c"
@@ -196,3 +197,13 @@ def test_torchrun_on_two_hosts(tmp_path: Path) -> None:
     assert [code for code, _, _ in results] == [0, 0, 0], results
     digests = {line for _, output, _ in results for line in output.split() if len(line) == 64}
     assert len(digests) == 1
+
+
+def test_launchers_meet_over_a_link_with_delay_and_loss(tmp_path: Path, expected: str) -> None:
+    with proxy(("127.0.0.1", PORT), delay_s=0.05, loss=0.2) as (address, port):
+        near = start([*command(0, 2, "127.0.0.1"), "-n", "1"], tmp_path)
+        words = [*command(1, 2, address), "-n", "1"]
+        words[words.index("--rendezvous") + 1] = f"{address}:{port}"
+        (code, output, errors), (other, _, _) = finish([near, start(words, tmp_path)])
+    assert (code, other) == (0, 0), errors
+    assert json.loads(output)["digest"] == expected

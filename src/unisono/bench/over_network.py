@@ -32,7 +32,7 @@ UNISONO = {
     "fp16": {"compression": "fp16"},
     "int8": {"compression": "int8"},
     "sign": {"compression": "sign"},
-    "top_k": {"compression": "top_k", "density": DENSITY},
+    "top_k": {"compression": "top_k", "density": DENSITY, "warmup_steps": 0},
     "powersgd": {"compression": "powersgd", "rank": RANK},
 }
 METHODS = ("ddp", *UNISONO, "torch_powersgd")

@@ -144,6 +144,7 @@ class Compression:
         name: "bf16", "fp16", "int8", "sign", "top_k" or "powersgd".
         rank: of PowerSGD's factors.
         density: the part of a tensor that top-k sends.
+        warmup_steps: over which it falls to that from all, by equal ratios.
         momentum: of top-k's velocity; 0 for none.
         seed: of the run.
     """
@@ -153,6 +154,11 @@ class Compression:
     density: float
     momentum: float
     seed: int
+    warmup_steps: int = 0
+
+    def density_at(self, step: int) -> float:
+        """The part of a tensor that top-k sends in a step (from 1)."""
+        return float(self.density ** min(1.0, step / self.warmup_steps)) if self.warmup_steps else self.density
 
 
 def large_uses(flat: FlatLayout) -> list[int]:

@@ -121,7 +121,8 @@ class Compressed:
         errors = [state.error[use] for use in uses]
         if compression.name == "top_k":
             velocities = [state.velocity[use] for use in uses] if state.velocity else None
-            return top_k(wire, values, errors, velocities, compression, tag)
+            density, momentum = compression.density_at(key[0]), compression.momentum
+            return top_k(wire, values, errors, velocities, density, momentum, tag)
         if compression.name == "powersgd":
             bases = [state.basis[use] for use in uses]
             return power_sgd(wire, values, errors, bases, tag)
@@ -172,24 +173,26 @@ def top_k(
     values: list[Tensor],
     errors: list[Tensor],
     velocities: list[Tensor] | None,
-    compression: Compression,
+    density: float,
+    momentum: float,
     tag: int,
 ) -> Collective:
     """The largest values of every tensor to all, with their places: 8 (n - 1) bytes for each value that is sent.
 
     With momentum, what is accumulated is the velocity, and a value that was sent loses both its error and its velocity.
 
-    Source: Lin et al., Deep gradient compression, ICLR 2018 (momentum correction, momentum factor masking).
+    Source: Lin et al., Deep gradient compression, ICLR 2018 (momentum correction, momentum factor masking;
+    the density falls during a warm-up, see `Compression.density_at`).
     """
     others = [h for h in range(wire.size) if h != wire.rank]
     if velocities is not None:
         for value, velocity in zip(values, velocities, strict=True):
-            velocity.mul_(compression.momentum).add_(value)
+            velocity.mul_(momentum).add_(value)
             value.copy_(velocity)
     indices, offset = [], 0
     for value, error in zip(values, errors, strict=True):
         value += error
-        kept = torch.topk(value.abs(), _kept(value.numel(), compression.density), sorted=False).indices
+        kept = torch.topk(value.abs(), _kept(value.numel(), density), sorted=False).indices
         indices.append(kept + offset)
         offset += value.numel()
     joined = _joined(values, errors[0])

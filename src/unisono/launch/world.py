@@ -59,14 +59,17 @@ class World:
         """Workers on this host."""
         return self.hosts.sizes[self.host]
 
-    def arena(self, size_bytes: int) -> int | None:
-        """The descriptor of the next arena, the same for all workers; None where memory need not be shared.
+    def arena(self, size_bytes: int, *, alone: bool = False) -> int | None:
+        """The descriptor of the next arena, the same for all workers of a host; None where memory is not shared.
+
+        Arguments:
+            alone: this worker shares its memory with nobody.
 
         Raises:
             LaunchError: where it cannot be had.
         """
         self._arenas += 1
-        if self.local_size == 1:
+        if alone or self.local_size == 1:
             return None
         request = {"op": "arena", "name": self._arena_name(), "size_bytes": size_bytes}
         _, descriptors = self._ask(request, descriptors=1)

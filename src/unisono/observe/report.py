@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unisono.errors import ConfigurationError, RecordError
-from unisono.events import PHASES, Event, RunFinished
+from unisono.events import PHASES, Event, RunFinished, readable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,6 +62,7 @@ def write_report(run_dir: Path) -> Path:
         summary=(_last(events, "Summary") or {}).get("items", {}),
         phases=PHASES,
         workers=_workers(steps),
+        wire=_wire(steps),
         config=config.read_text(encoding="utf-8") if config.exists() else "",
         versions=_versions(),
     )
@@ -108,6 +109,24 @@ def _workers(steps: Sequence[Record]) -> list[Mapping[str, Any]]:
         own = [phases[rank] for phases in measured if rank < len(phases)]
         rows.append({"rank": rank, **{p: 1e3 * sum(o[p] for o in own) / len(own) for p in PHASES}})
     return rows
+
+
+def _wire(steps: Sequence[Record]) -> Record | None:
+    """What the exchange between hosts took, the mean over steps but the first; None for one host."""
+    used = [s["wire"] for s in steps[1:] or steps if s.get("wire")]
+    if not used:
+        return None
+
+    def mean(key: str) -> float:
+        return sum(float(row[key]) for row in used) / len(used)
+
+    return {
+        "sent": readable(round(mean("sent_bytes"))),
+        "saved": readable(round(mean("saved_bytes"))),
+        "exchange_ms": 1e3 * mean("seconds"),
+        "exposed_ms": 1e3 * mean("exposed_s"),
+        "error_norm": used[-1]["error_norm"],
+    }
 
 
 def _plot(steps: Sequence[Record], events: Sequence[Record], what: str) -> str:

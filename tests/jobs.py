@@ -18,16 +18,19 @@ from tests import toys
 from unisono import Trainer
 from unisono.comm.algorithms import drive, ring
 from unisono.comm.arena import Arena
-from unisono.comm.hierarchical import HierarchicalGroup, Place, Way, wire_buckets
-from unisono.comm.host import HostGroup, host_layout
+from unisono.comm.hierarchical import HierarchicalGroup
+from unisono.comm.host import HostGroup
+from unisono.comm.host_layout import host_layout
 from unisono.comm.network import Link, NetworkWire
 from unisono.comm.partial import add_entry, partial_layout
 from unisono.comm.reductions import power_sgd
+from unisono.comm.way import Way, wire_buckets
 from unisono.errors import GroupError
 from unisono.events import Event, PhaseEntered, StepFinished, ValidationFinished
 from unisono.launch.world import this_process
 from unisono.plan.assignment import micro_batches
 from unisono.plan.blocks import ParameterSpec, TensorSpec, flat_layout
+from unisono.plan.hosts import Place
 from unisono.run.summation import accumulation
 
 

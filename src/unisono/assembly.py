@@ -4,29 +4,27 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._distributed_c10d import Store
 from torch.optim import Optimizer
 
 from unisono.comm.arena import Arena, DeviceMemory, Region
-from unisono.comm.compression import Compression
 from unisono.comm.group import Group
-from unisono.comm.hierarchical import HierarchicalGroup, Place, Way, wire_buckets
-from unisono.comm.host import HostGroup, HostLayout, host_layout
+from unisono.comm.host import HostGroup
+from unisono.comm.host_layout import HostLayout, host_layout
 from unisono.comm.journal import Journal
-from unisono.comm.network import Link
 from unisono.comm.partial import PartialLayout, partial_layout
-from unisono.comm.tuning import Measured, decode_table, encode_table, read_table, table_path
+from unisono.comm.way import wire_buckets
 from unisono.config import TrainingConfig
 from unisono.data.feed import Collate, Dataset, Feed, TrainingFeed
 from unisono.engine import Engine, work_share
-from unisono.errors import CheckpointError, ConfigurationError, LaunchError, UnisonoError
+from unisono.errors import CheckpointError, ConfigurationError, UnisonoError
 from unisono.evaluation import Evaluator, Metrics
 from unisono.events import Emitter
+from unisono.launch.membership import join_hosts, place_of, way
 from unisono.launch.world import World
 from unisono.optim.blockwise import BlockOptimizer
 from unisono.optim.classes import pin_variant, update_class
@@ -38,7 +36,6 @@ from unisono.parallel.buffers import Buffers
 from unisono.parallel.replicated import Loss, Replica
 from unisono.plan.assignment import Run, UpdateClass, micro_batches, owners, runs
 from unisono.plan.blocks import flat_layout
-from unisono.plan.hosts import Hosts
 from unisono.run.rng import Isolation, ModuleRandom, derive
 from unisono.run.sampling import Sampler
 from unisono.state.layout import StateLayout, state_layout
@@ -212,85 +209,12 @@ def assemble(
     )
     feed = Feed(objects.data, config.seed, "training", objects.collate, device)
     local.assemble(_fingerprint(prepared, config, feed.size))
-    group = _across_hosts(prepared, config, local, place, world, device, feed.size) if several else local
+    group = join_hosts(prepared.layout, config, local, place, world, device, feed.size) if several else local
     try:
         return _worker(objects, config, prepared, group, local, memory, feed, schedule, listeners, restore)
     except BaseException:
         group.close()
         raise
-
-
-def place_of(world: World, device: torch.device) -> Place:
-    """Who shares memory: the workers of a host; on devices, which have memory of their own, nobody."""
-    return Place(world.hosts if device.type == "cpu" else Hosts((1,) * world.size), world.rank)
-
-
-def device_of(config: TrainingConfig, world: World) -> torch.device:
-    """Where this worker computes: "cuda" is the device of its local rank."""
-    device = torch.device(config.device)
-    return torch.device("cuda", world.local_rank) if device.type == "cuda" and device.index is None else device
-
-
-def _across_hosts(
-    prepared: Prepared,
-    config: TrainingConfig,
-    local: HostGroup,
-    place: Place,
-    world: World,
-    device: torch.device,
-    samples: int,
-) -> HierarchicalGroup:
-    """The group of several hosts, all of which were given the same run."""
-    link = Link(
-        backend=_backend(config, device),
-        store=world.store(config.deadline_s),
-        address=world.address,
-        deadline_s=config.deadline_s,
-        device=device,
-    )
-    flat = prepared.layout.flat
-    name = f"training {world.trainings}"
-    travel = replace(way(config), table=_shared_table(link.store, world) if config.wire.algorithm == "auto" else ())
-    group = HierarchicalGroup(local, place, link, flat, travel, config.micro_batches, name)
-    try:
-        agreed = (prepared.layout, samples, config.model_dump(exclude={"run_dir", "observe"}))
-        mine = hashlib.sha256(repr(agreed).encode()).digest()
-        for rank, theirs in enumerate(group.all_gather(mine, "agreement on the run")):
-            if theirs != mine:
-                raise LaunchError(
-                    f"{world.hosts.name(rank)} was given another run than {world.hosts.name(world.rank)} (model, "
-                    "configuration or number of samples differ); start all hosts with the same of each"
-                )
-    except BaseException:
-        group.close()
-        raise
-    return group
-
-
-def way(config: TrainingConfig) -> Way:
-    """How gradients travel between hosts."""
-    wire = config.wire
-    compression = None
-    if wire.compression != "none":
-        compression = Compression(
-            wire.compression, wire.rank, wire.density, wire.momentum, config.seed, wire.warmup_steps
-        )
-    return Way(wire.bucket_bytes, wire.algorithm, compression)
-
-
-def _shared_table(store: Store, world: World) -> list[Measured]:
-    """Rank 0's measurements, so that all choose alike."""
-    key = f"training {world.trainings}/table"
-    if world.rank == 0:
-        store.set(key, encode_table(read_table(table_path())))
-    return decode_table(store.get(key).decode())
-
-
-def _backend(config: TrainingConfig, device: torch.device) -> str:
-    """The transport between hosts."""
-    if config.wire.backend != "auto":
-        return config.wire.backend
-    return "gloo" if device.type == "cpu" else "nccl"
 
 
 def _worker(

@@ -1,12 +1,11 @@
 """The command line. Nothing heavy is imported before a command needs it: ``--help`` takes a fraction of a second."""
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,7 +14,6 @@ from unisono.errors import ConfigurationError, UnisonoError
 if TYPE_CHECKING:
     from unisono.config import Config
     from unisono.launch.launcher import Launcher
-    from unisono.launch.nodes import Nodes
 
 INTERRUPTED = 130
 ELSEWHERE = Path("(on host 0)")
@@ -93,7 +91,9 @@ def train(
     On two hosts, the same command on each but for its number:
     unisono train configs/lm.yaml --nnodes 2 --node-rank 0 --rendezvous 10.0.0.1:29400 --secret-file job.secret
     """
-    with _launchers(hosts, nnodes, node_rank, rendezvous, secret_file) as here:
+    from unisono.launch.spanning import launchers
+
+    with launchers(hosts, nnodes, node_rank, rendezvous, secret_file) as here:
         from unisono.config import load, to_yaml
         from unisono.launch.local import STANDARD_ERROR, STANDARD_OUTPUT
         from unisono.launch.runs import choose_workers, next_run_dir, workers_here
@@ -160,8 +160,9 @@ def run(
     if not script.is_file():
         raise ConfigurationError(f"no script at {script}; give an existing Python file")
     from unisono.launch.runs import default_workers
+    from unisono.launch.spanning import launchers
 
-    with _launchers(hosts, nnodes, node_rank, rendezvous, secret_file, str(script)) as here:
+    with launchers(hosts, nnodes, node_rank, rendezvous, secret_file, str(script)) as here:
         target = {"script": str(script), "argv": list(context.args), "backend": backend}
         ending = here.launcher.run(target, workers or here.slots or default_workers(), show_all=all_output)
         if ending.interrupted:
@@ -313,15 +314,6 @@ def bench_train(
             typer.echo(json.dumps({"rows": rows}))
 
 
-class _Here(NamedTuple):
-    """This host: its launcher, how many hosts there are, which one it is, and how many workers a host file gives it."""
-
-    launcher: "Launcher"
-    nodes: int
-    number: int
-    slots: int | None
-
-
 @bench_app.command("comm")
 def bench_comm(
     ranks: Annotated[str, typer.Option(help="Numbers of ranks on this host, for example 2,4.")] = "2,4",
@@ -345,7 +337,9 @@ def bench_comm(
 
     if not tune and (hosts is not None or nnodes > 1):
         raise ConfigurationError("--hosts and --nnodes are for --tune; without it, all ranks are on this host")
-    with _launchers(hosts, nnodes, node_rank, rendezvous, secret_file) as here:
+    from unisono.launch.spanning import launchers
+
+    with launchers(hosts, nnodes, node_rank, rendezvous, secret_file) as here:
         numbers = _numbers(ranks, "--ranks")
         if tune:
             workers = 1 if here.nodes > 1 else max(2, numbers[0])
@@ -379,76 +373,11 @@ def bench_network(
 
 
 @contextmanager
-def _launchers(
-    hosts: Path | None,
-    nnodes: int,
-    node_rank: int,
-    rendezvous: str | None,
-    secret_file: Path | None,
-    last_word: str = "",
-) -> Iterator[_Here]:
-    """This host's launcher; with a host file, those of the others are started.
+def _launcher() -> "Iterator[Launcher]":
+    """This host's launcher alone."""
+    from unisono.launch.spanning import one_host
 
-    Arguments:
-        last_word: of the command line that is this program's own; what follows belongs to a script.
-    """
-    if hosts is None and nnodes == 1:
-        if rendezvous is not None or node_rank or secret_file is not None:
-            raise ConfigurationError("--rendezvous, --node-rank and --secret-file are for several hosts; give --nnodes")
-        with _launcher() as launcher:
-            yield _Here(launcher, 1, 0, None)
-        return
-    from unisono import __version__
-    from unisono.launch.nodes import Nodes, Rendezvous, parse_rendezvous
-    from unisono.launch.remote import RemoteLaunchers, new_secret, read_hosts, rendezvous_address
-    from unisono.launch.secret import find_secret
-
-    remote: AbstractContextManager[object] = nullcontext()
-    slots = None
-    if hosts is not None:
-        if nnodes != 1 or node_rank or rendezvous is not None:
-            raise ConfigurationError("--hosts lists the hosts; leave --nnodes, --node-rank and --rendezvous out")
-        listed = read_hosts(hosts)
-        address, port = rendezvous_address(listed)
-        secret, nnodes, slots = new_secret(), len(listed), listed[0].slots
-        remote = RemoteLaunchers(listed, _without_hosts(sys.argv[1:], last_word), f"{address}:{port}", secret)
-    else:
-        if not 0 <= node_rank < nnodes:
-            raise ConfigurationError(f"--node-rank is {node_rank}; with --nnodes {nnodes} give 0 to {nnodes - 1}")
-        address, port = parse_rendezvous(rendezvous or "127.0.0.1:29400")
-        secret = find_secret(secret_file, os.environ)
-    nodes = Nodes(Rendezvous(address, port, nnodes, node_rank, secret), __version__)
-    with remote, _launcher(nodes) as launcher:
-        yield _Here(launcher, nnodes, node_rank, slots)
-
-
-def _without_hosts(words: list[str], last_word: str) -> list[str]:
-    """The command for another host: without the host file, the number of workers, and what only the first prints."""
-    end = words.index(last_word) if last_word in words else len(words)
-    result: list[str] = []
-    skip = False
-    for word in words[:end]:
-        attached = word.startswith(("--hosts=", "--workers=")) or (word[:2] == "-n" and word[2:].isdigit())
-        if skip:
-            skip = False
-        elif word in ("--hosts", "-n", "--workers"):
-            skip = True
-        elif not attached and word != "--json":
-            result.append(word)
-    return result + words[end:]
-
-
-@contextmanager
-def _launcher(nodes: "Nodes | None" = None) -> "Iterator[Launcher]":
-    """The fork server starts to import torch first of all; everything else overlaps with it."""
-    from unisono.launch.launcher import launcher
-
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigurationError(
-            "unisono starts its own workers (-n N); under torchrun or another launcher, run a script that uses "
-            "unisono.Trainer"
-        )
-    with launcher(nodes) as started:
+    with one_host() as started:
         yield started
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unisono.assembly import Objects, Prepared, Restored, Worker, assemble, describe, device_of
+from unisono.assembly import Objects, Prepared, Restored, Worker, assemble, describe
 from unisono.comm.compression import PREFIX
 from unisono.comm.group import SNAPSHOT, STOP
 from unisono.config import TrainingConfig, to_yaml
@@ -30,6 +30,7 @@ from unisono.events import (
     Summary,
     ValidationFinished,
 )
+from unisono.launch.membership import device_of
 from unisono.launch.runs import lock, write_config
 from unisono.launch.world import World, in_notebook
 from unisono.observe.choose import observers

@@ -12,7 +12,8 @@ from unisono.comm.arena import Arena, Region, Regions
 from unisono.comm.descriptor import create_descriptor
 from unisono.comm.group import STOP, Group
 from unisono.comm.header import Header, header_bytes
-from unisono.comm.host import MAILBOX_BYTES, HostGroup, host_layout
+from unisono.comm.host import HostGroup
+from unisono.comm.host_layout import MAILBOX_BYTES, host_layout
 from unisono.comm.partial import partial_layout
 from unisono.errors import LaunchError, Revoked, WaitTimeout
 from unisono.plan.blocks import ParameterSpec, TensorSpec, flat_layout

@@ -138,6 +138,11 @@ def broadcast(wire: Wire, tensor: Tensor, tag: int) -> Collective:
             yield wire.post([], [(tensor, rank - distance)], tag)
 
 
+def as_tensor(payload: bytes) -> Tensor:
+    """Bytes as a tensor of their own."""
+    return torch.from_numpy(np.frombuffer(payload, dtype=np.uint8).copy())
+
+
 def gather_bytes(wire: Wire, payload: bytes, tag: int, operation: str) -> list[bytes]:
     """Everyone's payload, in order of number: lengths first, then contents."""
     others = [peer for peer in range(wire.size) if peer != wire.rank]
@@ -146,6 +151,6 @@ def gather_bytes(wire: Wire, payload: bytes, tag: int, operation: str) -> list[b
     own = lengths[wire.rank : wire.rank + 1].clone()
     wire.post([(own, p) for p in others], [(lengths[p : p + 1], p) for p in others], tag).wait(operation)
     contents = {p: torch.empty(int(lengths[p]), dtype=torch.uint8) for p in others}
-    data = torch.from_numpy(np.frombuffer(payload, dtype=np.uint8).copy())
+    data = as_tensor(payload)
     wire.post([(data, p) for p in others], [(contents[p], p) for p in others], tag + 1).wait(operation)
     return [payload if p == wire.rank else contents[p].numpy().tobytes() for p in range(wire.size)]

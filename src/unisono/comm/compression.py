@@ -221,7 +221,7 @@ class WireState:
 
     def norm(self, uses: Sequence[int]) -> float:
         """The norm of the error of some uses."""
-        return math.sqrt(sum(float(self.error[use].square().sum()) for use in uses if use in self.error))
+        return math.sqrt(sum(float(torch.dot(self.error[use], self.error[use])) for use in uses if use in self.error))
 
 
 def wire_state(flat: FlatLayout, compression: Compression, regions: Regions, memory: Tensor) -> WireState:

@@ -4,6 +4,7 @@ A reduction is a generator: it posts messages, yields what must arrive, goes on,
 total. So several buckets are under way at once in one thread, and the link is not idle while there is anything to send.
 """
 
+import functools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -228,7 +229,10 @@ class Lane:
         ready: whether all workers of this host have finished their gradients of a bucket.
         await_ready: waits until they have.
         reduce: sums one bucket over all hosts.
+        done: told of each bucket whose sum is complete.
         ordered: every member must post in the same order, whatever is ready first.
+        last: what the lane sums besides, once the backward is over; None for most lanes.
+        finished: told when that is complete.
     """
 
     buckets: Sequence[Bucket]
@@ -237,6 +241,8 @@ class Lane:
     reduce: Callable[[Bucket, int], Reduction]
     done: Callable[[Bucket], None]
     ordered: bool
+    last: Callable[[int], Reduction] | None
+    finished: Callable[[], None]
     exchanging_s: float = 0.0
 
     def run(self, step: int) -> None:
@@ -245,37 +251,39 @@ class Lane:
         began = None
         for bucket in self.buckets:
             while under_way and not self.ordered and not self.ready(bucket):
-                self._advance(under_way, under_way[0], step)
+                self._advance(under_way, under_way[0])
             self.await_ready(bucket)
             began = began or time.perf_counter()
-            under_way.append(_UnderWay(bucket, self.reduce(bucket, step)))
-            under_way[-1].start()
+            name = f"exchange of bucket {bucket.index} of step {step}"
+            under_way.append(_UnderWay(name, self.reduce(bucket, step), functools.partial(self.done, bucket)))
             for item in list(under_way)[:-1]:
-                self._advance(under_way, item, step)
+                self._advance(under_way, item)
+        if self.last is not None:
+            under_way.append(_UnderWay(f"sums of step {step}", self.last(step), self.finished))
         while under_way:
             for item in list(under_way):
-                self._advance(under_way, item, step)
+                self._advance(under_way, item)
         self.exchanging_s = time.perf_counter() - began if began else 0.0
 
-    def _advance(self, under_way: "deque[_UnderWay]", item: "_UnderWay", step: int) -> None:
+    def _advance(self, under_way: "deque[_UnderWay]", item: "_UnderWay") -> None:
         """One stage further."""
-        if item.advance(f"exchange of bucket {item.bucket.index} of step {step}"):
+        if item.advance():
             under_way.remove(item)
-            self.done(item.bucket)
+            item.done()
 
 
 class _UnderWay:
-    def __init__(self, bucket: Bucket, reduction: Reduction) -> None:
-        self.bucket = bucket
+    """A reduction that has begun."""
+
+    def __init__(self, name: str, reduction: Reduction, done: Callable[[], None]) -> None:
+        self._name = name
         self._reduction = reduction
-        self._pending: Pending | None = None
+        self.done = done
+        self._pending = next(reduction, None)
 
-    def start(self) -> None:
-        self._pending = next(self._reduction, None)
-
-    def advance(self, operation: str) -> bool:
+    def advance(self) -> bool:
         """Wait for the stage that is under way and start the next; True after the last."""
         if self._pending is not None:
-            self._pending.wait(operation)
+            self._pending.wait(self._name)
             self._pending = next(self._reduction, None)
         return self._pending is None

@@ -9,95 +9,34 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeVar
 
-import numpy as np
 import torch
 
-from unisono.comm.algorithms import ALGORITHMS, AllReduce, broadcast, drive, gather_bytes, ring
+from unisono.comm.algorithms import AllReduce, broadcast, drive, gather_bytes, ring
 from unisono.comm.arena import store_fence
 from unisono.comm.blame import PATIENCE_S, Bulletin
-from unisono.comm.canonical import sum_heads
-from unisono.comm.compression import Compression, WireState, begin, wire_regions, wire_state
+from unisono.comm.compression import WireState, begin, wire_regions, wire_state
 from unisono.comm.exchange import TAGS_A_BUCKET, Canonical, ExchangePlan, HostSums, Lane, Words
+from unisono.comm.heads import Heads, join, split
 from unisono.comm.host import HostGroup
 from unisono.comm.network import Link, NetworkWire
-from unisono.comm.partial import Partial, head_layout, item_size, pack_head, unpack_head
+from unisono.comm.partial import Partial, item_size
 from unisono.comm.reductions import Algorithm, Compressed, Ends
-from unisono.comm.tuning import Measured, quickest
 from unisono.comm.waiting import Waiter, revoked
+from unisono.comm.way import Way, wire_buckets
 from unisono.errors import GroupError, Revoked
 from unisono.events import PHASES, WireUse
 from unisono.plan.blocks import FlatLayout
-from unisono.plan.exchange import Bucket, buckets, host_shares
-from unisono.plan.hosts import Hosts
+from unisono.plan.exchange import Bucket, host_shares
+from unisono.plan.hosts import Hosts, Place
 from unisono.run.summation import Node, root
 
 T = TypeVar("T")
 
 GRACE_S = PATIENCE_S + 0.6
 """How much longer than the deadline workers wait for a mate that waits for another host: its error names the cause."""
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where this worker stands.
-
-    Attributes:
-        hosts: all of them.
-        rank: this worker's world rank.
-    """
-
-    hosts: Hosts
-    rank: int
-
-    @property
-    def host(self) -> int:
-        """This worker's host."""
-        return self.hosts.place(self.rank)[0]
-
-    @property
-    def local_rank(self) -> int:
-        """This worker's number on its host."""
-        return self.hosts.place(self.rank)[1]
-
-    def local_name(self, local_rank: int) -> str:
-        """A worker of this host, for a reader."""
-        return self.hosts.name(self.hosts.rank(self.host, local_rank))
-
-
-def wire_buckets(flat: FlatLayout, bucket_bytes: int, lanes: int = 1) -> tuple[Bucket, ...]:
-    """The buckets of a model; their number does not depend on the lanes."""
-    return buckets(flat, [item_size(dtype) for dtype in flat.segment_dtypes], bucket_bytes, lanes)
-
-
-@dataclass(frozen=True, slots=True)
-class Way:
-    """How gradients travel.
-
-    Attributes:
-        bucket_bytes: the least size of a bucket.
-        algorithm: "canonical", "native", or one of `ALGORITHMS`; a table's rows for "auto".
-        compression: None for none.
-        table: measured, for "auto".
-    """
-
-    bucket_bytes: int
-    algorithm: str = "canonical"
-    compression: Compression | None = None
-    table: Sequence[Measured] = ()
-
-    def wire_bytes(self, flat: FlatLayout) -> int:
-        """Bytes of a host's memory of compression."""
-        return wire_regions(flat, self.compression).size_bytes if self.compression is not None else 0
-
-    def choose(self, wire: NetworkWire, size_bytes: int) -> AllReduce:
-        """The algorithm for a bucket."""
-        name = self.algorithm
-        if name == "auto":
-            name = quickest(self.table, wire.size, size_bytes)
-        return wire.native if name == "native" else ALGORITHMS[name]
 
 
 class HierarchicalGroup:
@@ -134,6 +73,7 @@ class HierarchicalGroup:
         self._name = name
         self._plan = ExchangePlan(self._buckets, host_shares(place.hosts.sizes, count), count)
         self._words = Words(local)
+        self._heads = Heads(local, place, self._plan, local.total())
         self._total = local.total()
         self._patient: Waiter = replace(local.waiter, deadline_s=local.waiter.deadline_s + GRACE_S)
         self._thread: ThreadPoolExecutor | None = None
@@ -166,7 +106,7 @@ class HierarchicalGroup:
 
         on_cpu = replace(self._link, backend="gloo", device=torch.device("cpu"))
         self._data = wire(self._link, "data")
-        self._control = self._data if self._link == on_cpu else wire(on_cpu, "control")
+        self._control = control = self._data if self._link == on_cpu else wire(on_cpu, "control")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="unisono-exchange", initializer=_one_thread)
         self._reduce = self._reduction(self._data, self._control)
         self._lane = Lane(
@@ -176,6 +116,8 @@ class HierarchicalGroup:
             reduce=self._reduce,
             done=self._is_summed,
             ordered=self._data.ordered,
+            last=(lambda step: self._heads(step, control, self._tag(0))) if lane == 0 else None,
+            finished=self._heads_are_summed,
         )
 
     def _reduction(self, data: NetworkWire, control: NetworkWire) -> Canonical | Algorithm | Compressed:
@@ -319,11 +261,9 @@ class HierarchicalGroup:
         self.revoke(str(error))
 
     def _exchange(self, step: int) -> None:
-        """On the exchange thread: a lane's buckets; then, in the first lane, all that is no gradient."""
+        """On the exchange thread: a lane's buckets and, in the first lane, all that is no gradient."""
         try:
             self._lane.run(step)
-            if self.local.rank == 0:
-                self._exchange_heads(step)
         except GroupError as error:
             self._ended(error)
             raise
@@ -350,46 +290,15 @@ class HierarchicalGroup:
         store_fence()
         self._words.set_summed(bucket.index, self._step)
 
-    def _exchange_heads(self, step: int) -> None:
-        share = self._plan.shares[self.place.host]
-        self.local.await_published(step, [part.node for part in share.parts])
-        layout = head_layout(self.local.partials.buffers)
-        heads: dict[Node, Partial] = {}
-
-        def new_head() -> Partial:
-            return Partial(layout, torch.zeros(layout.size_bytes, dtype=torch.uint8))
-
-        for node in share.nodes:
-            cover = [
-                (part.node, self.local.view(self.local.members[part.local_rank], part.entry))
-                for part in share.parts
-                if node.start <= part.node.start < node.stop
-            ]
-            heads[node] = new_head()
-            sum_heads(cover, self._count, heads[node], node)
-        reports = [value for row in self.local.reports(step - 1) for value in row]
-        about = np.array([self.local.all_flags(), *reports], dtype=np.float64).tobytes()
-        packed = b"".join([about, *(pack_head(heads[node]) for node in share.nodes)])
-        assert self._control is not None
-        tag = len(self._buckets) * TAGS_A_BUCKET
-        flags = 0
-        for host, data in enumerate(gather_bytes(self._control, packed, tag, f"sums of step {step}")):
-            words = 1 + self.place.hosts.sizes[host] * len(PHASES)
-            row = np.frombuffer(data[: 8 * words])
-            flags |= int(row[0])
-            for i, seconds in enumerate(row[1:].reshape(-1, len(PHASES)).tolist()):
-                self._remote[self.place.hosts.rank(host, i)] = seconds
-            nodes = self._plan.shares[host].nodes
-            size_bytes = (len(data) - 8 * words) // len(nodes)
-            for i, node in enumerate(nodes):
-                if host != self.place.host:
-                    heads[node] = new_head()
-                    start = 8 * words + i * size_bytes
-                    unpack_head(data[start : start + size_bytes], heads[node])
-        sum_heads(list(heads.items()), self._count, self._total)
-        self._words.flags = flags
+    def _heads_are_summed(self) -> None:
+        self._remote.update(self._heads.reports)
+        self._words.flags = self._heads.flags
         store_fence()
-        self._words.set_summed(len(self._buckets), step)
+        self._words.set_summed(len(self._buckets), self._step)
+
+    def _tag(self, number: int) -> int:
+        """Tags of what is no bucket."""
+        return (len(self._buckets) + number) * TAGS_A_BUCKET
 
     def finish(self, step: int) -> None:
         """This worker is done with the step."""
@@ -414,11 +323,10 @@ class HierarchicalGroup:
         if self.local.rank == 0:
             wire = self._control
             assert wire is not None
-            tag = len(self._buckets) * TAGS_A_BUCKET + 4
-            hosts = self._call(lambda: gather_bytes(wire, _join(own), tag, operation), operation)
-            joined = _join(hosts)
-        hosts = _split(self.local.all_gather(joined, operation, GRACE_S)[0])
-        return [part for host in hosts for part in _split(host)]
+            hosts = self._call(lambda: gather_bytes(wire, join(own), self._tag(1), operation), operation)
+            joined = join(hosts)
+        hosts = split(self.local.all_gather(joined, operation, GRACE_S)[0])
+        return [part for host in hosts for part in split(host)]
 
     def barrier(self, operation: str) -> None:
         """An exchange of nothing."""
@@ -469,10 +377,9 @@ class HierarchicalGroup:
     def _collective(self, collective: AllReduce, tensor: torch.Tensor, operation: str) -> None:
         wire = self._control
         assert wire is not None
-        tag = len(self._buckets) * TAGS_A_BUCKET + 8
 
         def work() -> bool:
-            drive(collective(wire, tensor, tag), operation)
+            drive(collective(wire, tensor, self._tag(2)), operation)
             return True
 
         self._call(work, operation)
@@ -509,18 +416,3 @@ class HierarchicalGroup:
 
 def _one_thread() -> None:
     torch.set_num_threads(1)
-
-
-def _join(parts: Sequence[bytes]) -> bytes:
-    lengths = np.array([len(parts), *map(len, parts)], dtype=np.int64).tobytes()
-    return b"".join([lengths, *parts])
-
-
-def _split(data: bytes) -> list[bytes]:
-    count = int(np.frombuffer(data[:8], dtype=np.int64)[0])
-    lengths = np.frombuffer(data[8 : 8 * (count + 1)], dtype=np.int64).tolist()
-    result, at = [], 8 * (count + 1)
-    for length in lengths:
-        result.append(data[at : at + length])
-        at += length
-    return result

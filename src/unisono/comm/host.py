@@ -1,108 +1,19 @@
 """The workers of one host as a group: partials, messages and commits through the arena. One worker is a normal case."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from unisono.comm.arena import PAGE, Arena, Region, Regions, store_fence
-from unisono.comm.header import ENTRIES, Header, Publication, header_bytes
+from unisono.comm.arena import Arena, Region, store_fence
+from unisono.comm.header import Header, Publication
+from unisono.comm.host_layout import CAUSE_BYTES, MAILBOX_BYTES, HostLayout
 from unisono.comm.partial import Partial, PartialLayout
 from unisono.comm.waiting import Waiter
 from unisono.errors import LaunchError
 from unisono.events import PHASES
 from unisono.run.summation import Node, covering, missing
-
-MAILBOX_BYTES = 1 << 16
-CAUSE_BYTES = 1 << 10
-
-
-@dataclass(frozen=True, slots=True)
-class HostLayout:
-    """How the arena of a host is divided. Pages that nobody touches cost nothing."""
-
-    slots: int
-    blocks: int
-    entries: int
-    partial_bytes: int
-    state_bytes: int
-    replicas: int
-    undo_bytes: int
-    buckets: int
-    regions: Regions
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of address space."""
-        return self.regions.size_bytes
-
-    def versions(self, replica: int) -> Region:
-        """The versions of a replica's blocks, one word each."""
-        return self.regions.named["versions"].part(replica * 8 * self.blocks, 8 * self.blocks)
-
-    def mailbox(self, slot: int, number: int) -> Region:
-        """Where a slot's message goes; two halves in turn, since a slower reader may still read the last."""
-        return self.regions.named["mailboxes"].part((slot * 2 + number % 2) * MAILBOX_BYTES, MAILBOX_BYTES)
-
-    def partial(self, slot: int, entry: int) -> Region:
-        """A slot's buffer for a partial."""
-        size = _paged(self.partial_bytes)
-        return self.regions.named["partials"].part((slot * self.entries + entry) * size, self.partial_bytes)
-
-    def state(self, replica: int) -> Region:
-        """A replica's training state."""
-        return self.regions.named["state"].part(replica * _paged(self.state_bytes), self.state_bytes)
-
-    def snapshot(self) -> Region:
-        """The consistent copy that a checkpoint is written from."""
-        return self.regions.named["snapshot"]
-
-    def undo(self, slot: int) -> Region:
-        """A slot's undo area."""
-        return self.regions.named["undo"].part(slot * _paged(self.undo_bytes), self.undo_bytes)
-
-
-def _paged(size_bytes: int) -> int:
-    return -(-size_bytes // PAGE) * PAGE
-
-
-def host_layout(
-    slots: int,
-    blocks: int,
-    entries: int,
-    partial_bytes: int,
-    state_bytes: int,
-    replicas: int,
-    undo_bytes: int,
-    buckets: int = 0,
-    wire_bytes: int = 0,
-) -> HostLayout:
-    """Divide an arena.
-
-    Arguments:
-        entries: partials that a slot may hold at once.
-        buckets: in which the gradient travels between hosts, 0 where there is one host.
-        wire_bytes: the memory of compression.
-    """
-    if entries > ENTRIES:
-        raise ValueError(f"{entries} partials a slot exceed the {ENTRIES} that can be published")
-    regions = Regions()
-    regions.add("header", header_bytes(slots))
-    regions.add("versions", 8 * blocks * replicas)
-    regions.add("reports", 8 * slots * 2 * len(PHASES))
-    regions.add("mailboxes", slots * 2 * MAILBOX_BYTES, PAGE)
-    regions.add("state", replicas * _paged(state_bytes), PAGE)
-    regions.add("undo", slots * _paged(undo_bytes), PAGE)
-    regions.add("snapshot", state_bytes, PAGE)
-    regions.add("partials", slots * entries * _paged(partial_bytes), PAGE)
-    regions.add("cause", CAUSE_BYTES)
-    if buckets:
-        regions.add("ready", 8 * slots * buckets)
-        regions.add("summed", 8 * (buckets + 2))
-        regions.add("total", partial_bytes, PAGE)
-        regions.add("wire", wire_bytes, PAGE)
-    return HostLayout(slots, blocks, entries, partial_bytes, state_bytes, replicas, undo_bytes, buckets, regions)
 
 
 class HostGroup:

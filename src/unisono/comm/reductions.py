@@ -239,12 +239,12 @@ def power_sgd(wire: Wire, values: list[Tensor], errors: list[Tensor], bases: lis
     left = [torch.linalg.qr(p).Q for p in left]
     right = [matrix.T @ p for matrix, p in zip(matrices, left, strict=True)]
     for matrix, p, q, error in zip(matrices, left, right, errors, strict=True):
-        error.copy_((matrix - p @ q.T).view(-1))
+        torch.addmm(matrix, p, q.T, alpha=-1, out=error.view(matrix.shape))
     joined = _joined([q.reshape(-1) for q in right], errors[0])
     yield from _all_sum(wire, joined, tag + 1)
     _share(joined, bases)
-    for value, p, basis in zip(values, left, bases, strict=True):
-        value.copy_((p @ basis.T).view(-1))
+    for matrix, p, basis in zip(matrices, left, bases, strict=True):
+        torch.mm(p, basis.T, out=matrix)  # in place of the gradient
 
 
 def _all_sum(wire: Wire, tensor: Tensor, tag: int) -> Collective:

@@ -74,6 +74,11 @@ class Channel:
     def __post_init__(self) -> None:
         self.outgoing += MAGIC + self._nonce
 
+    @property
+    def greeted(self) -> bool:
+        """Whether the other end has said that it is a launcher."""
+        return bool(self._theirs)
+
     def take(self) -> bytes:
         """All bytes that are to be sent."""
         data = bytes(self.outgoing)

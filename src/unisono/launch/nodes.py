@@ -233,7 +233,7 @@ class Nodes:
         said = self.clock() + SAY_AFTER_S
         while True:
             try:
-                connection = socket.create_connection(where, timeout=SEND_DEADLINE_S)
+                line = self._greeted(where)
                 break
             except OSError as error:
                 if self.clock() > until:
@@ -245,8 +245,6 @@ class Nodes:
                     said = float("inf")
                     print(f"unisono: no launcher 0 at {where[0]}:{where[1]} yet; waiting", file=sys.stderr, flush=True)
                 time.sleep(0.1)
-        self.address = connection.getsockname()[0]
-        line = self._add(connection, Role.CLIENT)
         try:
             while not line.channel.established:
                 if not self._selector.select(HANDSHAKE_DEADLINE_S) or line.read() is None:
@@ -255,8 +253,25 @@ class Nodes:
             raise ConfigurationError(
                 f"launcher 0 at {where[0]}:{where[1]} did not accept this host: {error}; do both have the same secret?"
             ) from error
+        self.address = line.socket.getsockname()[0]
         line.number = 0
         line.send({"op": "join", "number": self.number, "workers": self._workers, "version": self.version})
+
+    def _greeted(self, where: tuple[str, int]) -> _Line:
+        """A line on which the other end has shown that it is there; a forwarder may accept in its place.
+
+        Raises:
+            OSError: where it is not, or not yet.
+        """
+        line = self._add(socket.create_connection(where, timeout=SEND_DEADLINE_S), Role.CLIENT)
+        try:
+            while not line.channel.greeted:
+                if not self._selector.select(HANDSHAKE_DEADLINE_S) or line.read() is None:
+                    raise ConnectionError("the connection was closed")
+        except BaseException:
+            self._drop(line)
+            raise
+        return line
 
     def _add(self, connection: socket.socket, role: Role) -> _Line:
         connection.setblocking(False)

@@ -56,3 +56,30 @@ def evenly(workers: int, hosts: int) -> tuple[int, ...]:
     """
     each, more = divmod(workers, hosts)
     return tuple(each + (i < more) for i in range(hosts))
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where this worker stands.
+
+    Attributes:
+        hosts: all of them.
+        rank: this worker's world rank.
+    """
+
+    hosts: Hosts
+    rank: int
+
+    @property
+    def host(self) -> int:
+        """This worker's host."""
+        return self.hosts.place(self.rank)[0]
+
+    @property
+    def local_rank(self) -> int:
+        """This worker's number on its host."""
+        return self.hosts.place(self.rank)[1]
+
+    def local_name(self, local_rank: int) -> str:
+        """A worker of this host, for a reader."""
+        return self.hosts.name(self.hosts.rank(self.host, local_rank))

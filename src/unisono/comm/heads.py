@@ -1,0 +1,106 @@
+"""What a step's partials hold besides gradients, summed over hosts: losses and weights, buffers, requests, reports."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from unisono.comm.algorithms import as_tensor
+from unisono.comm.canonical import Cover, sum_heads
+from unisono.comm.exchange import ExchangePlan, Reduction
+from unisono.comm.host import HostGroup
+from unisono.comm.partial import Partial, head_layout, pack_head, unpack_head
+from unisono.comm.wire import Wire
+from unisono.events import PHASES
+from unisono.plan.hosts import Place
+from unisono.run.summation import Node
+
+
+class Heads:
+    """One host's part: every host sends its subtrees' heads to all, and each finishes the tree by itself.
+
+    Attributes:
+        flags: everyone's requests joined, of the step that was summed last.
+        reports: seconds in each phase of the step before it, by rank.
+    """
+
+    def __init__(self, local: HostGroup, place: Place, plan: ExchangePlan, total: Partial) -> None:
+        self._local = local
+        self._place = place
+        self._plan = plan
+        self._total = total
+        self._layout = head_layout(local.partials.buffers)
+        self._head_bytes = len(pack_head(self._new()))
+        self.flags = 0
+        self.reports: dict[int, list[float]] = {}
+
+    def __call__(self, step: int, wire: Wire, tag: int) -> Reduction:
+        """Sum a step's heads into the total."""
+        own = self._place.host
+        share = self._plan.shares[own]
+        self._local.await_published(step, [part.node for part in share.parts])
+        heads = {node: self._summed(self._parts(node), node) for node in share.nodes}
+        reports = [value for row in self._local.reports(step - 1) for value in row]
+        about = np.array([self._local.all_flags(), *reports], dtype=np.float64).tobytes()
+        packed = as_tensor(b"".join([about, *(pack_head(heads[node]) for node in share.nodes)]))
+        others = [host for host in range(wire.size) if host != own]
+        received = {host: torch.empty(self._bytes_of(host), dtype=torch.uint8) for host in others}
+        yield wire.post([(packed, host) for host in others], [(received[host], host) for host in others], tag)
+
+        self.flags = 0
+        for host, tensor in {own: packed, **received}.items():
+            data, words = tensor.numpy().tobytes(), self._words_of(host)
+            values = np.frombuffer(data[: 8 * words]).tolist()
+            self.flags |= int(values[0])
+            for i in range(self._place.hosts.sizes[host]):
+                start = 1 + i * len(PHASES)
+                self.reports[self._place.hosts.rank(host, i)] = values[start : start + len(PHASES)]
+            for i, node in enumerate(self._plan.shares[host].nodes if host != own else ()):
+                heads[node] = self._new()
+                unpack_head(data[8 * words + i * self._head_bytes :], heads[node])
+        sum_heads(list(heads.items()), self._plan.count, self._total)
+
+    def _words_of(self, host: int) -> int:
+        """Numbers that a host sends: its requests, and its workers' reports."""
+        return 1 + self._place.hosts.sizes[host] * len(PHASES)
+
+    def _bytes_of(self, host: int) -> int:
+        return 8 * self._words_of(host) + len(self._plan.shares[host].nodes) * self._head_bytes
+
+    def _parts(self, node: Node) -> Cover:
+        """What the workers of this host have published of a subtree."""
+        members = self._local.members
+        return [
+            (part.node, self._local.view(members[part.local_rank], part.entry))
+            for part in self._plan.shares[self._place.host].parts
+            if node.start <= part.node.start < node.stop
+        ]
+
+    def _summed(self, cover: Cover, node: Node) -> Partial:
+        head = self._new()
+        sum_heads(cover, self._plan.count, head, node)
+        return head
+
+    def _new(self) -> Partial:
+        return Partial(self._layout, torch.zeros(self._layout.size_bytes, dtype=torch.uint8))
+
+
+def join(parts: Sequence[bytes]) -> bytes:
+    """Several payloads as one.
+
+    >>> split(join([b"a", b"", b"bc"]))
+    [b'a', b'', b'bc']
+    """
+    lengths = np.array([len(parts), *map(len, parts)], dtype=np.int64).tobytes()
+    return b"".join([lengths, *parts])
+
+
+def split(data: bytes) -> list[bytes]:
+    """What `join` made."""
+    count = int(np.frombuffer(data[:8], dtype=np.int64)[0])
+    lengths = np.frombuffer(data[8 : 8 * (count + 1)], dtype=np.int64).tolist()
+    result, at = [], 8 * (count + 1)
+    for length in lengths:
+        result.append(data[at : at + length])
+        at += length
+    return result

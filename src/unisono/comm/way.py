@@ -1,0 +1,45 @@
+"""How gradients travel between hosts, as data: buckets, the algorithm, compression."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from unisono.comm.algorithms import ALGORITHMS, AllReduce
+from unisono.comm.compression import Compression, wire_regions
+from unisono.comm.network import NetworkWire
+from unisono.comm.partial import item_size
+from unisono.comm.tuning import Measured, quickest
+from unisono.plan.blocks import FlatLayout
+from unisono.plan.exchange import Bucket, buckets
+
+
+def wire_buckets(flat: FlatLayout, bucket_bytes: int, lanes: int = 1) -> tuple[Bucket, ...]:
+    """The buckets of a model; their number does not depend on the lanes."""
+    return buckets(flat, [item_size(dtype) for dtype in flat.segment_dtypes], bucket_bytes, lanes)
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How gradients travel.
+
+    Attributes:
+        bucket_bytes: the least size of a bucket.
+        algorithm: "canonical", "native", or one of `ALGORITHMS`; a table's rows for "auto".
+        compression: None for none.
+        table: measured, for "auto".
+    """
+
+    bucket_bytes: int
+    algorithm: str = "canonical"
+    compression: Compression | None = None
+    table: Sequence[Measured] = ()
+
+    def wire_bytes(self, flat: FlatLayout) -> int:
+        """Bytes of a host's memory of compression."""
+        return wire_regions(flat, self.compression).size_bytes if self.compression is not None else 0
+
+    def choose(self, wire: NetworkWire, size_bytes: int) -> AllReduce:
+        """The algorithm for a bucket."""
+        name = self.algorithm
+        if name == "auto":
+            name = quickest(self.table, wire.size, size_bytes)
+        return wire.native if name == "native" else ALGORITHMS[name]

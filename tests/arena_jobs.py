@@ -209,16 +209,15 @@ def subgroups() -> None:
 
 def mismatch() -> str:
     """Ranks that call different operations: what they are told."""
-    error = ""
-    with group() as (rank, _):
-        try:
-            if rank == 0:
-                dist.all_reduce(torch.ones(3))
-            else:
-                dist.broadcast(torch.ones(4), 0)
-        except RuntimeError as caught:
-            error = str(caught)
-    return error
+    dist.init_process_group("arena", timeout=timedelta(seconds=5))
+    try:
+        if dist.get_rank() == 0:
+            dist.all_reduce(torch.ones(3))
+        else:
+            dist.broadcast(torch.ones(4), 0)
+    except RuntimeError as caught:
+        return str(caught)
+    return ""
 
 
 def fault(how: str, operation: str, timeout_s: float) -> dict[str, Any]:
@@ -338,3 +337,18 @@ def pipeline(backend: str) -> list[float]:
             losses += own
             del stage, schedule
     return [float(loss.detach()) for loss in losses]
+
+
+def unmatched_lengths() -> list[str]:
+    """Rank 0 sends less than rank 1 expects: what both are told, then and afterwards."""
+    errors = ["", ""]
+    dist.init_process_group("arena", timeout=timedelta(seconds=2))
+    rank = dist.get_rank()
+    inputs = [torch.ones(2), torch.ones(2)]
+    outputs = [torch.empty(2), torch.empty(2)] if rank == 0 else [torch.empty(6), torch.empty(2)]
+    for i in range(2):
+        try:
+            dist.all_to_all(outputs, inputs)
+        except RuntimeError as error:
+            errors[i] = str(error)
+    return errors

@@ -13,6 +13,7 @@ from tests import jobs, toys
 from tests.jobs import small_trainer as trainer
 from unisono.errors import ConfigurationError
 from unisono.events import CheckpointSaved, Event, StepFinished, ValidationFinished
+from unisono.launch.local import LocalLauncher
 from unisono.optim.classes import pin_variant, update_class
 from unisono.state.checkpoint import DIRECTORY, load, path_of, steps_in
 
@@ -296,3 +297,50 @@ def test_a_changed_setting_of_a_coupled_optimizer_takes_effect_on_resume(tmp_pat
         subject = trainer(run_dir=run_dir, optimizer=lambda p: Mine(p, lr=0.1, momentum=momentum))  # noqa: B023
         digests.append(subject.fit(4, resume=True).digest)
     assert digests[0] != digests[1]
+
+
+def test_a_worker_that_fails_in_the_middle_of_a_step_tells_other_hosts_why(
+    pool: LocalLauncher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its exchange thread waited for gradients that could not come, without a deadline; others lost a connection."""
+    monkeypatch.setattr(pool, "_failures", lambda: (False, False))
+    monkeypatch.setattr(pool, "_raise_failure", lambda: None)
+    target = {"call": "tests.jobs:survive", "arguments": {"rank": 1, "how": "raise", "step": 3, "deadline_s": 5.0}}
+    results = pool.run(target, 2, hosts=2).results
+    assert "rank 1 (host 1) ended: RuntimeError: struck on purpose" in results[0]["error"]
+    assert results[1] is None
+
+
+def test_all_to_all_with_lengths_that_do_not_match_is_refused(pool: LocalLauncher) -> None:
+    """Old bytes of the shared buffer were handed out. Later operations of the group are refused too."""
+    results = pool.run({"call": "tests.arena_jobs:unmatched_lengths", "arguments": {}}, 2).results
+    assert "rank 0 sends 8 bytes, expected are 24" in results[1][0]
+    assert all("failed before" in later for _, later in results[1:])
+
+
+def test_bytes_that_come_after_a_receive_was_given_up_are_dropped() -> None:
+    """They were written into the tensor, which its owner may have used again."""
+    from unisono.comm.arena import Arena, Regions
+    from unisono.comm.channels import CHANNEL_BYTES, RING_BYTES, Channels, Request
+    from unisono.comm.meeting import MeetingError
+
+    regions = Regions()
+    region = regions.add("channels", 4 * CHANNEL_BYTES)
+    arena = Arena(None, regions.size_bytes)
+    sender, receiver = (Channels(arena, region, rank, 2) for rank in range(2))
+    memory = bytearray(2 * RING_BYTES)
+    request = Request(0, 1, memoryview(memory))
+    receiver.receive(request)
+    sender.send(Request(1, 1, memoryview(b"\1" * len(memory))))
+    receiver.move()
+    receiver.cancel(request, MeetingError("too late"))
+    before = bytes(memory)
+    again = Request(0, 2, memoryview(bytearray(3)))
+    receiver.receive(again)
+    sender.send(Request(1, 2, memoryview(b"abc")))
+    for _ in range(20):
+        sender.move()
+        receiver.move()
+    assert bytes(memory) == before and bytes(again.data) == b"abc"
+    sender.close()
+    receiver.close()

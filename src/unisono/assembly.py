@@ -106,15 +106,15 @@ class Worker:
     evaluator: Evaluator | None
     released: bool = False
 
-    def release(self) -> None:
-        """Give the model memory of its own; once."""
+    def release(self, cause: BaseException | None = None) -> None:
+        """Give the model memory of its own, and leave the group; once."""
         if not self.released:
             self.released = True
+            self.group.close(cause)
             self.replica.buffers.invalidate()
             self.replica.buffers.reset()
             self.replica.close()
             unbind(self.prepared.model, self.prepared.layout.flat)
-            self.group.close()
 
 
 def prepare(
@@ -212,8 +212,8 @@ def assemble(
     group = join_hosts(prepared.layout, config, local, place, world, device, feed.size) if several else local
     try:
         return _worker(objects, config, prepared, group, local, memory, feed, schedule, listeners, restore)
-    except BaseException:
-        group.close()
+    except BaseException as error:
+        group.close(error)
         raise
 
 

@@ -162,7 +162,7 @@ def run(
     from unisono.launch.runs import default_workers
     from unisono.launch.spanning import launchers
 
-    with launchers(hosts, nnodes, node_rank, rendezvous, secret_file, str(script)) as here:
+    with launchers(hosts, nnodes, node_rank, rendezvous, secret_file, len(context.args)) as here:
         target = {"script": str(script), "argv": list(context.args), "backend": backend}
         ending = here.launcher.run(target, workers or here.slots or default_workers(), show_all=all_output)
         if ending.interrupted:

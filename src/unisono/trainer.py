@@ -167,6 +167,10 @@ class Trainer:
             )
         if config.device.startswith("cuda") and not torch.cuda.is_available():
             raise ConfigurationError(f"device {config.device} is not there; use device cpu")
+        if config.device.startswith("cuda") and config.wire.compression != "none":
+            raise ConfigurationError(
+                f"wire.compression {config.wire.compression} works on the CPU; leave it out with device {config.device}"
+            )
         if config.device.startswith("cuda:") and world.local_size > 1:
             raise ConfigurationError(
                 f"device {config.device} with {world.local_size} workers on this host; use device cuda, one a worker"

@@ -1,6 +1,7 @@
 """The course of a run in one worker: steps, evaluation, checkpoints, and what is told of them."""
 
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -108,6 +109,7 @@ class Training:
         self._evaluated = -1
         self._loss: float | None = None
         self._notices: list[Event] = []
+        self._saves = False  # whether rank 0 writes checkpoints
         self._compression: tuple[int, Mapping[str, Tensor]] = (-1, {})
         self._recorded: dict[str, Any] | None = None
         self._device = device_of(config, world)
@@ -138,7 +140,6 @@ class Training:
         self._worker, self._start = assemble(
             job.objects, self._config, self._world, device, plan, probes, self._restore
         )
-        self._open.callback(self._worker.release)
         if self._writer is not None:
             self._open.callback(self._writer.finish)
 
@@ -180,7 +181,9 @@ class Training:
         return self._finish(step, reason, time.perf_counter() - started)
 
     def close(self) -> None:
-        """Let go of everything, in whatever state."""
+        """Let go of everything, in whatever state; an exception that passes is told to the others."""
+        if self._worker is not None:
+            self._worker.release(sys.exception())
         self._open.close()
 
     def _prepare_run_dir(self, resume: bool) -> None:
@@ -228,10 +231,11 @@ class Training:
 
     def _announce(self) -> None:
         prepared = self._assembled.prepared
-        state = torch.tensor([self._best if self._best is not None else float("nan"), self._worse], dtype=torch.float64)
+        best = self._best if self._best is not None else float("nan")
+        state = torch.tensor([best, self._worse, self._run_dir is not None], dtype=torch.float64)
         shared = self._assembled.group.all_gather(state.numpy().tobytes(), "start")[0]
-        best, worse = torch.frombuffer(bytearray(shared), dtype=torch.float64).tolist()
-        self._best, self._worse = (None if best != best else best), int(worse)
+        best, worse, saves = torch.frombuffer(bytearray(shared), dtype=torch.float64).tolist()
+        self._best, self._worse, self._saves = (None if best != best else best), int(worse), bool(saves)
         parameters = sum(spec.tensor.numel for spec in prepared.layout.flat.parameters)
         run_dir = str(self._run_dir) if self._run_dir else None
         self._emit(RunStarted(self._start, self._steps, self._world.size, parameters, run_dir))
@@ -252,7 +256,7 @@ class Training:
     def _may_be_saved(self, step: int) -> bool:
         """Whether a checkpoint of this step can be wanted; the same on all hosts."""
         every = (self._config.checkpoint.every, self._config.validation.every)
-        return self._config.run_dir is not None and every[0] is not None and any(n and step % n == 0 for n in every)
+        return self._saves and every[0] is not None and any(n and step % n == 0 for n in every)
 
     def _keep_compression(self, step: int) -> None:
         """The memory of compression as of this step, on rank 0: the state's own copy is made in the next."""
@@ -347,7 +351,7 @@ class Training:
     def _finish(self, step: int, reason: str, seconds: float) -> Result:
         worker = self._assembled
         digest = self._digest(step)
-        if self._config.run_dir is not None and self._compression[0] != step:
+        if self._saves and self._compression[0] != step:
             self._keep_compression(step)
         if self._writer is not None:
             self._writer.finish()
@@ -377,4 +381,5 @@ class Training:
     def _inexact(self) -> str | None:
         """Why the result depends on the number of hosts; None where it does not."""
         group = self._assembled.group
-        return self._config.wire.inexact if group.size > group.owners.size else None
+        wire = self._config.wire.inexact if group.size > group.owners.size else None
+        return "; ".join(filter(None, (wire, group.unlike))) or None

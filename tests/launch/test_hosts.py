@@ -14,6 +14,7 @@ import pytest
 
 from tests.proxy import proxy
 from unisono.bench.namespaces import Namespaces, unavailable
+from unisono.launch.spanning import _without_hosts
 
 SECRET = "a secret of twenty-four c"
 SETTINGS = ["steps=6", "global_batch_size=24", "micro_batch_size=4", "validation.samples=16", "deadline_s=3"]
@@ -48,8 +49,11 @@ def finish(processes: list[subprocess.Popen[str]], deadline_s: float = 60.0) -> 
     for process in processes:
         try:
             output, errors = process.communicate(timeout=deadline_s)
-        finally:
-            process.kill()
+        except BaseException:
+            for other in processes:
+                other.kill()
+                other.wait()
+            raise
         results.append((process.returncode, output, errors))
     return results
 
@@ -207,3 +211,8 @@ def test_launchers_meet_over_a_link_with_delay_and_loss(tmp_path: Path, expected
         (code, output, errors), (other, _, _) = finish([near, start(words, tmp_path)])
     assert (code, other) == (0, 0), errors
     assert json.loads(output)["digest"] == expected
+
+
+def test_the_command_for_other_hosts_leaves_a_scripts_words_alone() -> None:
+    words = ["run", "--hosts", "file", "-n", "3", "-n4", "--workers=2", "./script.py", "-n", "5", "--json"]
+    assert _without_hosts(words, 3) == ["run", "./script.py", "-n", "5", "--json"]

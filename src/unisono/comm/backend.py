@@ -5,6 +5,7 @@ Collectives that block run in the calling thread. Those that return a handle run
 Point-to-point messages move on by themselves (see `comm.channels`).
 """
 
+import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -48,6 +49,7 @@ class ArenaGroup(dist.ProcessGroup):
         self._meeting.begin(self._timeout_s)
         self._executor: ThreadPoolExecutor | None = None
         self._queued = 0
+        self._counting = threading.Lock()
         self._done = ArenaWork([])
         self._done.finish()
         self._closed = False
@@ -223,6 +225,7 @@ class ArenaGroup(dist.ProcessGroup):
         """Combine the tensors for each rank, and give each its own."""
         output = _listed(output_tensors)[0]
         inputs = input_tensors if isinstance(input_tensors[0], Tensor) else input_tensors[0]
+        check_same(output, inputs, self._size)
         return self._reduce_scatter(output, [flattened(tensor) for tensor in inputs], opts, timeout)
 
     def reduce_scatter_single(self, output: Tensor, given: Tensor, opts: Any = None) -> Work:
@@ -338,7 +341,7 @@ class ArenaGroup(dist.ProcessGroup):
                 try:
                     meeting.check_alive(request.peer, operation)
                 except MeetingError as error:
-                    channels.move()  # what it sent before it ended still counts
+                    channels.move(waits=True)  # what it sent before it ended still counts
                     channels.cancel(request, error)
 
         def late() -> MeetingError:
@@ -358,28 +361,32 @@ class ArenaGroup(dist.ProcessGroup):
         seconds = given.total_seconds() if given is not None else -1.0
         deadline = time.monotonic() + (seconds if seconds > 0 else self._timeout_s)
         if not getattr(opts, "asyncOp", True) and self._queued == 0:
-            run(deadline)
+            with self._meeting.whole():
+                run(deadline)
             return self._done
         if self._executor is None:
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="unisono-arena", initializer=_like_its_maker())
         work = ArenaWork(result)
-        self._queued += 1
+        with self._counting:
+            self._queued += 1
 
         def perform() -> None:
             error: BaseException | None = None
             try:
-                with torch.no_grad():
+                with torch.no_grad(), self._meeting.whole():
                     run(deadline)
             except BaseException as caught:
                 error = caught
-            self._queued -= 1
+            with self._counting:
+                self._queued -= 1
             work.finish(error)
 
         self._executor.submit(perform)
         return work
 
     def abort(self) -> None:
-        """Let go of everything."""
+        """End what is under way, with an error, and let go of everything."""
+        self._meeting.break_up("the group was aborted")
         self.shutdown()
 
     def shutdown(self) -> None:

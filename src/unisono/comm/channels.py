@@ -130,11 +130,14 @@ class Channels:
             for queue in (self._anyone, *(source.posted for source in self._in)):
                 if request in queue:
                     queue.remove(request)
+            for source in self._in:  # what arrives yet must not land in memory that its owner uses again
+                if source.current is not None and source.current.request is request:
+                    source.current.data = memoryview(bytearray(source.current.size_bytes))
             self._finish(request, error)
 
-    def move(self) -> None:
-        """Move on what can be moved."""
-        if self._under_way and self._lock.acquire(blocking=False):
+    def move(self, *, waits: bool = False) -> None:
+        """Move on what can be moved; where another thread does so already, at once return, or wait for it."""
+        if self._under_way and self._lock.acquire(blocking=waits):
             try:
                 for out in self._out:
                     if out.queue:
@@ -181,6 +184,7 @@ class Channels:
                 if RING_BYTES - (written - words[_READ]) < FRAME.size:
                     return
                 written = _put(out.ring, written, memoryview(FRAME.pack(request.tag, size)))
+                store_fence()
                 words[_WRITTEN] = written
                 request.moved = FRAME.size
             while (left := size + FRAME.size - request.moved) > 0:

@@ -11,7 +11,9 @@ from unisono.comm.meeting import MeetingError
 def flattened(tensor: Tensor) -> Tensor:
     """A tensor's values as one contiguous dimension; complex ones as pairs are left to their type."""
     values = tensor.detach() if tensor.requires_grad else tensor
-    return values if values.dim() == 1 and values.is_contiguous() else values.contiguous().view(-1)
+    if values.dim() == 1 and values.is_contiguous() and not values.is_complex():
+        return values
+    return values.resolve_conj().resolve_neg().contiguous().view(-1)
 
 
 def as_bytes(flat: Tensor) -> Tensor:
@@ -29,7 +31,7 @@ class Flat:
 
     def __init__(self, tensor: Tensor, *, out: bool) -> None:
         self._tensor = tensor.detach()
-        self._copied = not tensor.is_contiguous()
+        self._copied = not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg()
         self._out = out
         self.flat = flattened(tensor)
 

@@ -37,6 +37,9 @@ class Group(Protocol):
     def generation(self) -> int:
         """The group's number; grows at each change of membership."""
 
+    unlike: str
+    """Why equal work gives unequal bits on different members; empty where it does not."""
+
     @property
     def owners(self) -> "Group":
         """Those among them who share one state, each block of it with one owner: the workers of this host."""
@@ -100,8 +103,12 @@ class Group(Protocol):
     def restore_compression(self, tensors: Mapping[str, Tensor]) -> None:
         """On the first worker of every host: take up what the first host was given; what is missing begins anew."""
 
-    def close(self) -> None:
-        """Let go of connections; no call follows."""
+    def close(self, cause: BaseException | None = None) -> None:
+        """Let go of connections; no call follows.
+
+        Arguments:
+            cause: why this worker ends, where it does so before the others do.
+        """
 
     def revoke(self, cause: str = "") -> None:
         """End this generation: everyone who waits, or will, raises `Revoked`, with the cause."""

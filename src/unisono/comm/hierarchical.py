@@ -62,6 +62,7 @@ class HierarchicalGroup:
         count: int,
         name: str = "group",
     ) -> None:
+        self.unlike = ""
         self.local = local
         self.local.names = place.local_name
         self.place = place
@@ -73,8 +74,8 @@ class HierarchicalGroup:
         self._name = name
         self._plan = ExchangePlan(self._buckets, host_shares(place.hosts.sizes, count), count)
         self._words = Words(local)
-        self._heads = Heads(local, place, self._plan, local.total())
         self._total = local.total()
+        self._heads = Heads(local, place, self._plan, self._total)
         self._patient: Waiter = replace(local.waiter, deadline_s=local.waiter.deadline_s + GRACE_S)
         self._thread: ThreadPoolExecutor | None = None
         self._running: Future[None] | None = None
@@ -391,8 +392,12 @@ class HierarchicalGroup:
             if wire is not None:
                 wire.revoke()
 
-    def close(self) -> None:
-        """Let go of the wires and their thread; others that still wait on them fail."""
+    def close(self, cause: BaseException | None = None) -> None:
+        """Let go of the wires and their thread; others that still wait on them fail, and are told the cause."""
+        if cause is not None and not isinstance(cause, GroupError):
+            self._bulletin.post(None, f"{type(cause).__name__}: {cause}")
+        if cause is not None or (self._running is not None and not self._running.done()):
+            self.local.revoke(str(cause) if cause is not None else "this worker left in the middle of a step")
         for wire in {self._data, self._control} - {None}:
             assert wire is not None
             wire.revoke()

@@ -43,6 +43,7 @@ class HostGroup:
         waiter: Waiter | None = None,
         names: Callable[[int], str] = "rank {}".format,
     ) -> None:
+        self.unlike = ""
         self.arena = arena
         self.layout = layout
         self.header = Header(arena, layout.regions.named["header"], layout.slots)
@@ -253,7 +254,7 @@ class HostGroup:
     def restore_compression(self, tensors: Mapping[str, Tensor]) -> None:
         """Nothing is compressed."""
 
-    def close(self) -> None:
+    def close(self, cause: BaseException | None = None) -> None:
         """The memory is let go of with its last view."""
 
     def revoke(self, cause: str = "") -> None:

@@ -9,6 +9,7 @@ import os
 import select
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +52,7 @@ def meeting_layout(size: int, channel_bytes: int) -> MeetingLayout:
     """Divide an arena for ``size`` members, with a channel from each to each. Untouched pages cost nothing."""
     regions = Regions()
     regions.add("words", 8 * _WORDS * size, LINE)
+    regions.add("lengths", 8 * size * size, LINE)
     regions.add("buffers", 2 * size * BUFFER_BYTES, PAGE)
     regions.add("channels", size * size * channel_bytes, PAGE)
     return MeetingLayout(size, regions)
@@ -69,6 +71,8 @@ class Meeting:
         self.size = layout.size
         self._words = arena.words(layout.regions.named["words"])
         self._buffers = [[arena.tensor(layout.buffer(r, t), torch.uint8) for t in (0, 1)] for r in range(self.size)]
+        self._lengths = arena.words(layout.regions.named["lengths"])
+        self._broken = ""
         self._typed: dict[torch.dtype, list[list[Tensor]]] = {}
         self._others = [r for r in range(self.size) if r != rank]
         self._progress = progress
@@ -89,8 +93,30 @@ class Meeting:
             self._peers[handle] = rank
             self._poll.register(handle, select.POLLIN)
 
+    def break_up(self, reason: str) -> None:
+        """No collective can follow: ends the one that is under way, from any thread."""
+        self._broken = self._broken or reason
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """A collective that fails half-way leaves members in different rounds: none may follow it.
+
+        Raises:
+            MeetingError: where one has failed before.
+        """
+        if self._broken:
+            raise MeetingError(f"an operation of this group failed before: {self._broken}; make a new group")
+        before = self._round, self._words[self.rank * _WORDS]
+        try:
+            yield
+        except BaseException as error:
+            if before != (self._round, self._words[self.rank * _WORDS]):  # else nothing has begun
+                self.break_up(str(error))
+            raise
+
     def close(self) -> None:
         """Let go of the others' processes."""
+        self._poll = select.poll()
         for handle in self._peers:
             os.close(handle)
         self._peers.clear()
@@ -188,6 +214,8 @@ class Meeting:
         """``inputs[r]`` to member r, as bytes; lengths may differ from pair to pair."""
         room = BUFFER_BYTES // self.size // LINE * LINE
         start, more = 0, True
+        for r, given in enumerate(inputs):
+            self._lengths[self.rank * self.size + r] = given.numel()
         while more:
             turn = self._next_turn()
             for r, given in enumerate(inputs):
@@ -197,6 +225,12 @@ class Meeting:
             self._words[self.rank * _WORDS + _MORE] = left
             self._arrive("all_to_all", 0, deadline)
             more = any(self._words[r * _WORDS + _MORE] for r in range(self.size))
+            for r, output in enumerate(outputs):
+                sent = self._lengths[r * self.size + self.rank]
+                if sent != output.numel():
+                    raise MeetingError(
+                        f"all_to_all on rank {self.rank}: rank {r} sends {sent} bytes, expected are {output.numel()}"
+                    )
             for r, output in enumerate(outputs):
                 part = output[start : start + room]
                 at = self.rank * room
@@ -256,6 +290,8 @@ class Meeting:
             os.sched_yield()
         pause, looked = FIRST_SLEEP_S, 0.0
         while words[at] < number:
+            if self._broken:
+                raise MeetingError(f"{operation} on rank {self.rank}: {self._broken}")
             now = time.monotonic()
             self._progress()
             if now - looked > LOOK_EVERY_S:

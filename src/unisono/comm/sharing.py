@@ -35,27 +35,33 @@ def share(store: Store, rank: int, size: int, size_bytes: int, deadline_s: float
 def _host() -> str:
     """This host, and the part of it whose processes can meet."""
     with open("/proc/sys/kernel/random/boot_id") as boot:
-        return f"{boot.read().strip()} {os.stat('/proc/self/ns/net').st_ino}"
+        spaces = [os.stat(f"/proc/self/ns/{kind}").st_ino for kind in ("net", "pid")]
+        return f"{boot.read().strip()} {spaces}"
 
 
 def _offer(store: Store, size: int, size_bytes: int, until: float) -> int:
     """Make the memory and give it to all others."""
     descriptor = create_descriptor(size_bytes)
-    name = f"\0unisono-arena-{secrets.token_hex(16)}"
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-        listener.bind(name)
-        listener.listen(size)
-        store.set(KEY, json.dumps({"name": name, "host": _host()}))
-        for arrived in range(1, size):
-            listener.settimeout(max(0.01, until - time.monotonic()))
-            try:
-                connection, _ = listener.accept()
-            except TimeoutError as error:
-                os.close(descriptor)
-                raise MeetingError(f"{size - arrived} of {size} ranks did not join the group in time") from error
-            with connection:
-                if _user(connection) == os.getuid():
-                    socket.send_fds(connection, [b"arena"], [descriptor])
+    try:
+        name = f"\0unisono-arena-{secrets.token_hex(16)}"
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            listener.bind(name)
+            listener.listen(size)
+            store.set(KEY, json.dumps({"name": name, "host": _host()}))
+            given = 1
+            while given < size:
+                listener.settimeout(max(0.01, until - time.monotonic()))
+                try:
+                    connection, _ = listener.accept()
+                except TimeoutError as error:
+                    raise MeetingError(f"{size - given} of {size} ranks did not join the group in time") from error
+                with connection:
+                    if _user(connection) == os.getuid():  # others are not counted either
+                        socket.send_fds(connection, [b"arena"], [descriptor])
+                        given += 1
+    except BaseException:
+        os.close(descriptor)
+        raise
     return descriptor
 
 

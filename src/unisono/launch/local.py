@@ -16,7 +16,7 @@ from typing import Any, Self
 from unisono.errors import ConfigurationError, LaunchError, UnisonoError, WorkerFailed
 from unisono.launch.board import Board
 from unisono.launch.control import ADDRESS, HOSTS, ArenaKeeper, Message, pair, receive, send
-from unisono.launch.nodes import Failure, Nodes
+from unisono.launch.nodes import Failure, Nodes, free_port
 from unisono.launch.process import kill_group
 from unisono.plan.hosts import Hosts, evenly
 
@@ -63,14 +63,6 @@ def _error_of(failure: Failure) -> UnisonoError:
     return error
 
 
-def _free_port() -> int:
-    """A port for programs that start torch.distributed by themselves."""
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        port: int = probe.getsockname()[1]
-    return port
-
-
 class LocalLauncher:
     """Starts sets of workers on this host, one after another, from one fork server; a context manager.
 
@@ -95,7 +87,7 @@ class LocalLauncher:
             env={**environment, "OPENBLAS_NUM_THREADS": "1"},
         )
         theirs.close()
-        self._port = _free_port()
+        self._port = free_port(LOOPBACK)
         self._ready = False
         self._board = Board()
         self._placed = Hosts((1,))
@@ -227,8 +219,8 @@ class LocalLauncher:
             "GROUP_RANK": str(host),
             "WORLD_SIZE": str(hosts.size),
             "LOCAL_WORLD_SIZE": str(hosts.sizes[host]),
-            "MASTER_ADDR": LOOPBACK,
-            "MASTER_PORT": str(self._port),
+            "MASTER_ADDR": LOOPBACK if self._nodes is None else self._nodes.rendezvous.address,
+            "MASTER_PORT": str(self._port if self._nodes is None else self._nodes.master_port),
             HOSTS: ",".join(map(str, hosts.sizes)),
             ADDRESS: LOOPBACK if self._nodes is None else self._nodes.address,
         }

@@ -1,7 +1,8 @@
 """Which group a worker joins: from its place in the world and the configuration to hosts, a device, and a network."""
 
 import hashlib
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 
 import torch
 from torch._C._distributed_c10d import Store
@@ -16,6 +17,7 @@ from unisono.config import TrainingConfig
 from unisono.errors import LaunchError
 from unisono.launch.world import World
 from unisono.plan.hosts import Hosts, Place
+from unisono.run.fingerprint import fingerprint
 from unisono.state.layout import StateLayout
 
 
@@ -60,10 +62,20 @@ def join_hosts(
                     f"{world.hosts.name(rank)} was given another run than {world.hosts.name(world.rank)} (model, "
                     "configuration or number of samples differ); start all hosts with the same of each"
                 )
-    except BaseException:
-        group.close()
+        group.unlike = _unlike(group, config, device)
+    except BaseException as error:
+        group.close(error)
         raise
     return group
+
+
+def _unlike(group: HierarchicalGroup, config: TrainingConfig, device: torch.device) -> str:
+    """In what hosts differ, where that changes the last bits of what they compute."""
+    mine = asdict(fingerprint(config.threads, device))
+    everyone = [json.loads(p) for p in group.all_gather(json.dumps(mine).encode(), "what hosts are made of")]
+    differing = [key for key in mine if any(other[key] != everyone[0][key] for other in everyone)]
+    found = (f"{key} ({', '.join(sorted({str(other[key]) for other in everyone}))})" for key in differing)
+    return f"hosts differ in {', '.join(found)}" if differing else ""
 
 
 def way(config: TrainingConfig) -> Way:

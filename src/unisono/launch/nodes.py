@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from unisono.errors import ConfigurationError, LaunchError
@@ -20,6 +21,8 @@ HANDSHAKE_DEADLINE_S = 10.0
 MOST_STRANGERS = 64
 SAY_AFTER_S = 5.0
 READ_BYTES = 1 << 16
+KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 20_000}
+"""A host that does not answer for 20 s is lost: seconds idle, seconds between tries, tries, and milliseconds in all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,13 @@ def parse_rendezvous(text: str) -> tuple[str, int]:
     return address.strip("[]"), int(port)
 
 
+def free_port(address: str) -> int:
+    """A port that is free on one of this host's addresses."""
+    with socket.create_server((address, 0)) as probe:
+        port: int = probe.getsockname()[1]
+    return port
+
+
 @dataclass(slots=True)
 class _Line:
     """A connection to another launcher."""
@@ -73,9 +83,14 @@ class _Line:
     def flush(self) -> None:
         data = self.channel.take()
         if data:
-            self.socket.settimeout(SEND_DEADLINE_S)
-            self.socket.sendall(data)
-            self.socket.setblocking(False)
+            try:
+                self.socket.settimeout(SEND_DEADLINE_S)
+                self.socket.sendall(data)
+            except OSError:  # half a frame may be on its way: nothing can follow, and reading finds the end
+                self.socket.shutdown(socket.SHUT_RDWR)
+                raise
+            finally:
+                self.socket.setblocking(False)
 
     def send(self, message: Message) -> None:
         self.channel.send(message)
@@ -113,6 +128,7 @@ class Nodes:
     Attributes:
         hosts: once `join` has returned.
         address: of this host, as the others reach it.
+        master_port: free on host 0, for programs that start torch.distributed by themselves.
         failure: why another host has failed.
         over: all hosts have ended in good order.
         on_set: called with what a worker of another host has left for all.
@@ -124,6 +140,7 @@ class Nodes:
     on_set: Callable[[str, str], None] = lambda key, value: None
     hosts: Hosts | None = None
     address: str = ""
+    master_port: int = 0
     failure: Failure | None = None
     over: bool = False
     _listener: socket.socket | None = None
@@ -276,6 +293,10 @@ class Nodes:
     def _add(self, connection: socket.socket, role: Role) -> _Line:
         connection.setblocking(False)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a host that vanishes sends nothing
+        for option, value in KEEPALIVE.items():
+            if hasattr(socket, option):
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
         peer = str(connection.getpeername()[0])
         line = _Line(connection, Channel(self.rendezvous.secret, role), peer, self.clock())
         self._lines.append(line)
@@ -322,6 +343,7 @@ class Nodes:
                 self._welcome(line, message)
             case "start":
                 self.hosts = Hosts(tuple(message["sizes"]))
+                self.master_port = message["master_port"]
             case "set":
                 self.on_set(message["key"], message["value"])
                 self._tell(message, but=line)
@@ -344,7 +366,8 @@ class Nodes:
             problem = f"--node-rank {number} is taken, or not below --nnodes {self.rendezvous.nodes}"
         if problem:
             text = f"the host at {line.peer} was refused: {problem}"
-            line.send({"op": "failed", "number": 0, "text": text, "exit_code": 2})
+            with suppress(OSError):
+                line.send({"op": "failed", "number": 0, "text": text, "exit_code": 2})
             return
         line.number, line.workers = number, message["workers"]
         self._start_if_all_joined()
@@ -353,7 +376,8 @@ class Nodes:
         joined = sorted((line for line in self._lines if line.number is not None), key=lambda line: line.number or 0)
         if len(joined) == self.rendezvous.nodes - 1:
             self.hosts = Hosts((self._workers, *(line.workers for line in joined)))
-            self._tell({"op": "start", "sizes": list(self.hosts.sizes)})
+            self.master_port = free_port(self.rendezvous.address)
+            self._tell({"op": "start", "sizes": list(self.hosts.sizes), "master_port": self.master_port})
 
     def _end_if_all_done(self) -> None:
         if self._done and all(line.done for line in self._lines if line.number is not None):

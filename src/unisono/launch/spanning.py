@@ -30,12 +30,12 @@ def launchers(
     node_rank: int,
     rendezvous: str | None,
     secret_file: Path | None,
-    last_word: str = "",
+    script_words: int = 0,
 ) -> Iterator[Here]:
     """This host's launcher; with a host file, those of the others are started.
 
     Arguments:
-        last_word: of the command line that is this program's own; what follows belongs to a script.
+        script_words: so many at the end of the command line belong to a script.
     """
     if hosts is None and nnodes == 1:
         if rendezvous is not None or node_rank or secret_file is not None:
@@ -48,12 +48,15 @@ def launchers(
     remote: AbstractContextManager[object] = nullcontext()
     slots = None
     if hosts is not None:
-        if nnodes != 1 or node_rank or rendezvous is not None:
-            raise ConfigurationError("--hosts lists the hosts; leave --nnodes, --node-rank and --rendezvous out")
+        if nnodes != 1 or node_rank or rendezvous is not None or secret_file is not None:
+            raise ConfigurationError(
+                "--hosts lists the hosts, and makes a secret of its own; leave --nnodes, --node-rank, --rendezvous and "
+                "--secret-file out"
+            )
         listed = read_hosts(hosts)
         address, port = rendezvous_address(listed)
         secret, nnodes, slots = new_secret(), len(listed), listed[0].slots
-        remote = RemoteLaunchers(listed, _without_hosts(sys.argv[1:], last_word), f"{address}:{port}", secret)
+        remote = RemoteLaunchers(listed, _without_hosts(sys.argv[1:], script_words), f"{address}:{port}", secret)
     else:
         if not 0 <= node_rank < nnodes:
             raise ConfigurationError(f"--node-rank is {node_rank}; with --nnodes {nnodes} give 0 to {nnodes - 1}")
@@ -64,9 +67,9 @@ def launchers(
         yield Here(launcher, nnodes, node_rank, slots)
 
 
-def _without_hosts(words: list[str], last_word: str) -> list[str]:
+def _without_hosts(words: list[str], script_words: int) -> list[str]:
     """The command for another host: without the host file, the number of workers, and what only the first prints."""
-    end = words.index(last_word) if last_word in words else len(words)
+    end = len(words) - script_words
     result: list[str] = []
     skip = False
     for word in words[:end]:

@@ -96,8 +96,8 @@ class NetworkWire:
                     if tensor.numel():
                         works.append((peer, self._group.send([tensor], peer, number("out", peer))))
                         self.sent_bytes += tensor.numel() * tensor.element_size()
-        except RuntimeError as error:
-            raise self._failure(peer, "posting a message", 0.0, error) from error
+        except RuntimeError as error:  # raised where it is waited for, which knows the operation
+            return _Posted(self, [(peer, _Failed(error)), *works])
         return _Posted(self, [(peer, together.work)] if together.work is not None else works)
 
     @contextlib.contextmanager
@@ -122,14 +122,14 @@ class NetworkWire:
                     if time.monotonic() > until or self._revoked:
                         raise RuntimeError("not complete")
                     time.sleep(50e-6)
-                work.wait()
+                work.wait(timedelta(seconds=remaining))
         except RuntimeError as error:
             raise self._failure(peer, operation, until, error) from error
 
     def _failure(self, peer: int, operation: str, until: float, error: RuntimeError) -> GroupError:
         if self._revoked:
             return Revoked(f"the group was revoked while this worker waited in {operation}")
-        if until and time.monotonic() >= until - 1e-3:
+        if time.monotonic() >= until - 1e-3:
             return self._explain(peer, operation, f"deadline {self._link.deadline_s:g} s")
         return self._explain(peer, operation, "")
 
@@ -163,6 +163,19 @@ class NetworkWire:
             self.revoke()
             self._group = None
             gc.collect()
+
+
+@dataclass(frozen=True, slots=True)
+class _Failed:
+    """A message that could not even be posted."""
+
+    error: RuntimeError
+
+    def wait(self, timeout: timedelta) -> None:
+        raise self.error
+
+    def is_completed(self) -> bool:
+        return True
 
 
 @dataclass(slots=True)

@@ -58,6 +58,10 @@ def place(tmp_path: Path) -> Path:
     (tmp_path / "list.yaml").write_text("- a\n- b\n")
     (tmp_path / "broken.yaml").write_text("task: [\n")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "elsewhere").write_text("203.0.113.7 slots=1\n127.0.0.1\n")
+    for name, mode in (("open.secret", 0o644), ("job.secret", 0o600)):
+        (tmp_path / name).write_text("a secret of twenty-four c")
+        (tmp_path / name).chmod(mode)
     (tmp_path / "old" / "checkpoints" / "step-00000003").mkdir(parents=True)
     return tmp_path
 
@@ -92,6 +96,36 @@ WRONG = {
     "resume of nothing": (["small.yaml", "--resume", "run_dir=empty"], "no checkpoint in empty to resume from"),
     "unwritable run directory": (["small.yaml", "run_dir=/proc/nowhere"], "cannot write into run_dir /proc/nowhere"),
     "validation metric that is not there": (["small.yaml", "validation.metric=acc"], "the task has accuracy, loss"),
+    "no secret": (["small.yaml", "--nnodes", "2"], "several hosts need a secret that all of them know"),
+    "a secret that others can read": (
+        ["small.yaml", "--nnodes", "2", "--secret-file", "open.secret"],
+        "can be read by others (mode 0644); make it yours alone: chmod 600 open.secret",
+    ),
+    "a rendezvous without a port": (
+        ["small.yaml", "--nnodes", "2", "--rendezvous", "here", "--secret-file", "job.secret"],
+        "--rendezvous is 'here'; give HOST:PORT",
+    ),
+    "a host number that is too large": (
+        ["small.yaml", "--nnodes", "2", "--node-rank", "2", "--secret-file", "job.secret"],
+        "--node-rank is 2; with --nnodes 2 give 0 to 1",
+    ),
+    "options of several hosts for one": (["small.yaml", "--node-rank", "1"], "are for several hosts; give --nnodes"),
+    "hosts from a file that is not there": (["small.yaml", "--hosts", "no"], "cannot read the hosts in no"),
+    "a line that is no host": (["small.yaml", "--hosts", "small.yaml"], "small.yaml, line 2: 'task: images'"),
+    "a first host that is not this machine": (
+        ["small.yaml", "--hosts", "elsewhere"],
+        "the first host, 203.0.113.7, is not this machine",
+    ),
+    "an address that is not this machine's": (
+        ["small.yaml", "--nnodes", "2", "--rendezvous", "203.0.113.7:4000", "--secret-file", "job.secret"],
+        "launcher 0 cannot listen on 203.0.113.7:4000",
+    ),
+    "an unknown algorithm": (["small.yaml", "wire.algorithm=rings"], "wire.algorithm = 'rings'"),
+    "an algorithm and compression": (
+        ["small.yaml", "wire={algorithm: ring, compression: int8}"],
+        "compression int8 has its own way of summing",
+    ),
+    "momentum of nothing": (["small.yaml", "wire.momentum=0.9"], "momentum is for compression top_k, not none"),
 }
 
 
@@ -146,6 +180,8 @@ def test_help_is_quick_and_has_examples() -> None:
         ["report"],
         ["checkpoint", "export"],
         ["bench", "train"],
+        ["bench", "comm"],
+        ["bench", "network"],
     ):
         assert "Example: unisono" in unisono(*command, "--help").stdout, command
     check = "import sys, unisono.cli, unisono.config; sys.exit('torch' in sys.modules)"

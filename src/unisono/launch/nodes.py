@@ -230,10 +230,8 @@ class Nodes:
         where = (self.rendezvous.address, self.rendezvous.port)
         try:
             family = socket.getaddrinfo(*where, type=socket.SOCK_STREAM)[0][0]
-            self._listener = socket.socket(family, socket.SOCK_STREAM)
-            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            self._listener.bind(where)
-            self._listener.listen(self.rendezvous.nodes + MOST_STRANGERS)
+            backlog = self.rendezvous.nodes + MOST_STRANGERS
+            self._listener = socket.create_server(where, family=family, backlog=backlog)
         except OSError as error:
             raise ConfigurationError(
                 f"launcher 0 cannot listen on {where[0]}:{where[1]}: {error.strerror or error}; --rendezvous names an "

@@ -25,9 +25,9 @@ DEADLINE_S = 1800.0
 
 
 def bench(
-    rate: str | None, steps: int, methods: Sequence[str], say: Callable[[str], None] | None
+    rate: str | None, steps: int, methods: Sequence[str], rounds: int, say: Callable[[str], None] | None
 ) -> list[dict[str, Any]]:
-    """Measure; one row for each method, DDP first.
+    """Measure, all methods in each round, DDP first; one row for each method, of medians over the rounds.
 
     Raises:
         ConfigurationError: where this machine cannot have several hosts, or for a method that is not known.
@@ -40,23 +40,21 @@ def bench(
     reason = unavailable()
     if reason is not None:
         raise ConfigurationError(f"this machine cannot be several hosts: {reason}")
-    rows: list[dict[str, Any]] = []
-    goal = None
-    for method in ("ddp", *(m for m in methods if m != "ddp")):
-        with Namespaces(HOSTS, rate) as hosts:
-            count = steps if method in LOSSLESS else steps * LONGER
-            results = _run(hosts, method, count)
-        row = summary(method, results, steps, goal)
-        if method == "ddp":
-            goal = row["final_loss"]
-            row["time_to_ddp_loss_s"] = _time_to(results, goal)
-        rows.append(row)
-        if say is not None:
-            say(as_text(row, rows[0]))
-    return rows
+    order = ("ddp", *(m for m in methods if m != "ddp"))
+    measured: dict[str, list[dict[str, Any]]] = {method: [] for method in order}
+    goal = 0.0
+    for number in range(rounds):
+        for method in order:
+            with Namespaces(HOSTS, rate) as hosts:
+                results = _run(hosts, method, steps if method in LOSSLESS else steps * LONGER)
+            goal = _smoothed(results, steps) if method == "ddp" else goal
+            measured[method].append(summary(method, results, steps, goal))
+            if say is not None:
+                say(f"{number + 1}/{rounds}  {as_text(measured[method][-1], measured['ddp'][-1])}")
+    return [joined(rows) for rows in measured.values()]
 
 
-def summary(method: str, results: Sequence[dict[str, Any]], steps: int, goal: float | None) -> dict[str, Any]:
+def summary(method: str, results: Sequence[dict[str, Any]], steps: int, goal: float) -> dict[str, Any]:
     """A method's row from what its workers noted."""
     first = results[0]
     seconds = [b - a for a, b in zip(first["times"][WARMUP:], first["times"][WARMUP + 1 :], strict=False)]
@@ -66,7 +64,19 @@ def summary(method: str, results: Sequence[dict[str, Any]], steps: int, goal: fl
         "step_s": median(seconds),
         "bytes_per_step": round(mean(sent)),
         "final_loss": _smoothed(results, steps),
-        "time_to_ddp_loss_s": None if goal is None else _time_to(results, goal),
+        "time_to_ddp_loss_s": _time_to(results, goal),
+    }
+
+
+def joined(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A method's rows of several rounds as one: medians; DDP's loss is reached if it was in every round."""
+    reached = [row["time_to_ddp_loss_s"] for row in rows]
+    return {
+        "method": rows[0]["method"],
+        "step_s": median(row["step_s"] for row in rows),
+        "bytes_per_step": round(median(row["bytes_per_step"] for row in rows)),
+        "final_loss": median(row["final_loss"] for row in rows),
+        "time_to_ddp_loss_s": None if None in reached else median(reached),
     }
 
 

@@ -251,25 +251,18 @@ class Lane:
         began = None
         for bucket in self.buckets:
             while under_way and not self.ordered and not self.ready(bucket):
-                self._advance(under_way, under_way[0])
+                _advance(under_way)
             self.await_ready(bucket)
             began = began or time.perf_counter()
             name = f"exchange of bucket {bucket.index} of step {step}"
             under_way.append(_UnderWay(name, self.reduce(bucket, step), functools.partial(self.done, bucket)))
-            for item in list(under_way)[:-1]:
-                self._advance(under_way, item)
+            for _ in range(len(under_way) - 1):
+                _advance(under_way)
         if self.last is not None:
             under_way.append(_UnderWay(f"sums of step {step}", self.last(step), self.finished))
         while under_way:
-            for item in list(under_way):
-                self._advance(under_way, item)
+            _advance(under_way)
         self.exchanging_s = time.perf_counter() - began if began else 0.0
-
-    def _advance(self, under_way: "deque[_UnderWay]", item: "_UnderWay") -> None:
-        """One stage further."""
-        if item.advance():
-            under_way.remove(item)
-            item.done()
 
 
 class _UnderWay:
@@ -287,3 +280,12 @@ class _UnderWay:
             self._pending.wait(self._name)
             self._pending = next(self._reduction, None)
         return self._pending is None
+
+
+def _advance(under_way: deque[_UnderWay]) -> None:
+    """Bring what was posted first one stage further: a link delivers it first, and what it leads to must not wait."""
+    item = under_way.popleft()
+    if item.advance():
+        item.done()
+    else:
+        under_way.append(item)

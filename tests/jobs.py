@@ -168,13 +168,16 @@ def reform_often(times: int) -> dict[str, Any]:
             revoked.append(time.monotonic())
             wire.revoke()
 
+        timer = threading.Timer(0.01, revoke)
         if world.rank == 0:
-            threading.Timer(0.01, revoke).start()
+            timer.start()
         try:
             wire.post([], [(total, (world.rank + 1) % world.size)], 1).wait("a message that nobody sends")
         except GroupError as error:
             errors.add(type(error).__name__)
             freed.append(time.monotonic() - revoked[0] if revoked else 0.0)
+        if world.rank == 0:
+            timer.join()
         wire.close()
         descriptors.append(len(os.listdir("/proc/self/fd")))
     return {"made_s": made, "freed_s": freed, "errors": sorted(errors), "descriptors": descriptors}

@@ -233,18 +233,31 @@ def _connected() -> set[tuple[int, int]]:
     """This process's connected TCP sockets: (descriptor, inode)."""
     found = set()
     for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []:
-        with contextlib.suppress(OSError):
-            status = os.fstat(int(name))
-            if stat.S_ISSOCK(status.st_mode):
-                with socket.socket(fileno=os.dup(int(name))) as copy:
-                    if copy.family in (socket.AF_INET, socket.AF_INET6):
-                        copy.getpeername()  # fails where it only listens
-                        found.add((int(name), status.st_ino))
+        with contextlib.suppress(OSError), _socket(int(name)) as (copy, inode):
+            if copy.family in (socket.AF_INET, socket.AF_INET6):
+                copy.getpeername()  # fails where it only listens
+                found.add((int(name), inode))
     return found
 
 
 def _shut(descriptor: int, inode: int) -> None:
     """Shut a socket down, if the descriptor still is that socket."""
-    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as copy:
-        if os.fstat(copy.fileno()).st_ino == inode:
+    with contextlib.suppress(OSError), _socket(descriptor) as (copy, found):
+        if found == inode:
             copy.shutdown(socket.SHUT_RDWR)
+
+
+@contextlib.contextmanager
+def _socket(descriptor: int) -> Iterator[tuple[socket.socket, int]]:
+    """A copy of a descriptor and its inode; whatever another thread closes or opens meanwhile, it stays what it is.
+
+    Raises:
+        OSError: where the descriptor is none of a socket.
+    """
+    copy = os.dup(descriptor)
+    status = os.fstat(copy)
+    if not stat.S_ISSOCK(status.st_mode):
+        os.close(copy)
+        raise OSError(f"descriptor {descriptor} is not a socket")
+    with socket.socket(fileno=copy) as duplicate:
+        yield duplicate, status.st_ino

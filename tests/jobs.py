@@ -30,6 +30,7 @@ from unisono.events import Event, PhaseEntered, StepFinished, ValidationFinished
 from unisono.launch.world import this_process
 from unisono.plan.assignment import micro_batches
 from unisono.plan.blocks import ParameterSpec, TensorSpec, flat_layout
+from unisono.plan.exchange import Bucket
 from unisono.plan.hosts import Place
 from unisono.run.summation import accumulation
 
@@ -89,6 +90,12 @@ def train(steps: int = 6, resume: bool = False, **options: Any) -> dict[str, Any
     return {**asdict(result), "losses": losses, "validations": validations}
 
 
+def stop() -> None:
+    """This process stands still, until it is killed."""
+    subprocess.Popen(["sh", "-c", f"sleep 5; kill -KILL {os.getpid()}"])
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
 def fail(rank: int, how: str, step: int = 2, phase: str = "compute", **options: Any) -> dict[str, Any]:
     """Train toys; the worker of a rank meets with a fault at (step, phase)."""
 
@@ -106,8 +113,7 @@ def fail(rank: int, how: str, step: int = 2, phase: str = "compute", **options: 
             elif how == "sleep":
                 time.sleep(60)
             elif how == "stop":
-                subprocess.Popen(["sh", "-c", f"sleep 5; kill -KILL {os.getpid()}"])
-                os.kill(os.getpid(), signal.SIGSTOP)
+                stop()
             elif how == "interrupt":
                 os.kill(os.getpid(), signal.SIGINT)
 
@@ -122,6 +128,20 @@ def survive(**options: Any) -> dict[str, Any]:
         return fail(**options)
     except GroupError as error:
         return {"error": str(error), "kind": type(error).__name__, "at": time.monotonic()}
+
+
+def survive_silence(rank: int, step: int, **options: Any) -> dict[str, Any]:
+    """Train toys; the worker of a rank stops when the other hosts have a bucket's sum from it, and its mates do not."""
+    mark = HierarchicalGroup._is_summed
+
+    def mark_or_stop(group: HierarchicalGroup, bucket: Bucket) -> None:
+        last = max(other.index for other in group._buckets if other.lane == bucket.lane)
+        if (group.rank, group._step, bucket.index) == (rank, step, last):
+            stop()
+        mark(group, bucket)
+
+    HierarchicalGroup._is_summed = mark_or_stop  # type: ignore[method-assign]
+    return survive(rank=-1, how="", **options)
 
 
 def rank_and_world() -> list[str]:

@@ -19,14 +19,21 @@ def tolerant(pool: LocalLauncher, monkeypatch: pytest.MonkeyPatch) -> LocalLaunc
     return pool
 
 
-def survivors(pool: LocalLauncher, workers: int, hosts: int, **arguments: Any) -> list[dict[str, Any]]:
+def survivors(
+    pool: LocalLauncher, workers: int, hosts: int, call: str = "survive", **arguments: Any
+) -> list[dict[str, Any]]:
     settings = {"deadline_s": DEADLINE_S, "wire": {"bucket_bytes": 300}, **arguments}
-    ending = pool.run({"call": "tests.jobs:survive", "arguments": settings}, workers, hosts=hosts)
+    ending = pool.run({"call": f"tests.jobs:{call}", "arguments": settings}, workers, hosts=hosts)
     return [result for rank, result in enumerate(ending.results) if rank != arguments["rank"]]
 
 
-@pytest.mark.parametrize("phase", ["compute", "wait"])
-@pytest.mark.parametrize(("workers", "hosts"), [(2, 2), (3, 3), (4, 2)])
+@pytest.mark.parametrize(
+    ("workers", "hosts", "phase"),
+    [
+        *[(2, 2, "compute"), (2, 2, "wait"), (3, 3, "compute"), (3, 3, "wait")],
+        *[(4, 2, "compute"), (4, 2, "wait"), (4, 2, "update")],
+    ],
+)
 def test_a_stopped_worker_is_named_by_all_others(tolerant: LocalLauncher, workers: int, hosts: int, phase: str) -> None:
     """(last rank, step 3, compute or wait): SIGSTOP."""
     started = time.monotonic()
@@ -37,6 +44,13 @@ def test_a_stopped_worker_is_named_by_all_others(tolerant: LocalLauncher, worker
         assert f"rank {workers - 1} (host {hosts - 1})" in result["error"], result["error"]
         assert re.search(r"of step [34]", result["error"])
         assert result["at"] - started < DEADLINE_S + 2 + 1.5  # 1.5: to start, and to train two steps
+
+
+def test_a_worker_that_only_its_mates_miss_is_named_by_other_hosts(tolerant: LocalLauncher) -> None:
+    """(last rank, step 3, its sums are sent but not marked): other hosts are a step ahead, and wait for its mate."""
+    for result in survivors(tolerant, 4, 2, call="survive_silence", rank=3, step=3):
+        assert "rank 3 (host 1)" in result["error"], result["error"]
+        assert re.search(r"of step [34]", result["error"])
 
 
 @pytest.mark.parametrize(("workers", "hosts"), [(2, 2), (3, 3), (4, 2)])

@@ -5,9 +5,10 @@ step's gradient: each local rank, in its lane, sums its buckets with its like on
 still runs. With one worker on every host this is a plain network group: one code path for both.
 """
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import TypeVar
@@ -223,6 +224,7 @@ class HierarchicalGroup:
 
     def _await(self, ready: Callable[[], T | None], running: "Future[T] | Future[None] | None", operation: str) -> T:
         """Wait for the exchange thread's work, or for what a mate's leads to; its error is this worker's error."""
+        deadline = time.monotonic() + self.local.waiter.deadline_s
 
         def ready_or_failed() -> T | None:
             error = running.exception() if running is not None and running.done() else None
@@ -230,19 +232,30 @@ class HierarchicalGroup:
                 raise Revoked(revoked(operation, self.local.cause()))
             if error is not None:
                 raise error
+            if time.monotonic() > deadline:
+                self._suspect_mates(operation)
             return ready()
 
-        try:
+        with self._telling():
             return self._patient(ready_or_failed, operation, self._unfinished)
-        except GroupError as error:
-            self._ended(error)
-            raise
 
-    def _unfinished(self) -> str:
-        """Which mates have not finished their part of an exchange."""
+    def _suspect_mates(self, operation: str) -> None:
+        """Other hosts that wait for this worker must learn that it waits itself, before its patience ends."""
+        late = self._late()
+        if late and self.place.local_rank not in late:
+            suspect = self.place.hosts.rank(self.place.host, min(late))
+            self._bulletin.post(suspect, f"waited for {self.place.hosts.name(suspect)} in {operation}")
+
+    def _late(self) -> set[int]:
+        """Local ranks that have not finished their part of an exchange."""
         late = {b.lane for b in self._buckets if not self._words.summed(b.index, self._step)}
         if not late and not self._words.summed(len(self._buckets), self._step):
             late = {0}
+        return late
+
+    def _unfinished(self) -> str:
+        """Which mates have not finished their part of an exchange."""
+        late = self._late()
         if self.place.local_rank in late or not late:
             return "the exchange with other hosts is not complete"
         return "; ".join(
@@ -255,19 +268,21 @@ class HierarchicalGroup:
         running = self._thread.submit(work)
         return self._await(lambda: running.result() if running.done() else None, running, operation)
 
-    def _ended(self, error: GroupError) -> None:
-        """This worker met with an error of the group: tell the others, and free them."""
-        if not isinstance(error, Revoked):
-            self._bulletin.post(None, str(error))
-        self.revoke(str(error))
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        """An error of the group that this worker meets with is told to the others, and frees them."""
+        try:
+            yield
+        except GroupError as error:
+            if not isinstance(error, Revoked):
+                self._bulletin.post(None, str(error))
+            self.revoke(str(error))
+            raise
 
     def _exchange(self, step: int) -> None:
         """On the exchange thread: a lane's buckets and, in the first lane, all that is no gradient."""
-        try:
+        with self._telling():
             self._lane.run(step)
-        except GroupError as error:
-            self._ended(error)
-            raise
 
     def _is_ready(self, bucket: Bucket) -> bool:
         return all(self._words.ready(slot, bucket.index, self._step) for slot in self.local.members)
@@ -307,7 +322,8 @@ class HierarchicalGroup:
 
     def settle(self, step: int) -> None:
         """Wait for the workers of this host: its state is whole."""
-        self.local.settle(step)
+        with self._telling():
+            self.local.settle(step)
 
     def set_flags(self, flags: int) -> None:
         """Requests to go with the next step."""
@@ -319,14 +335,16 @@ class HierarchicalGroup:
 
     def all_gather(self, payload: bytes, operation: str) -> list[bytes]:
         """Everyone's payload: inside the hosts, between them, and inside again."""
-        own = self.local.all_gather(payload, operation)
+        with self._telling():
+            own = self.local.all_gather(payload, operation)
         joined = b""
         if self.local.rank == 0:
             wire = self._control
             assert wire is not None
             hosts = self._call(lambda: gather_bytes(wire, join(own), self._tag(1), operation), operation)
             joined = join(hosts)
-        hosts = split(self.local.all_gather(joined, operation, GRACE_S)[0])
+        with self._telling():
+            hosts = split(self.local.all_gather(joined, operation, GRACE_S)[0])
         return [part for host in hosts for part in split(host)]
 
     def barrier(self, operation: str) -> None:

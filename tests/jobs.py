@@ -140,7 +140,7 @@ def survive_silence(rank: int, step: int, **options: Any) -> dict[str, Any]:
             stop()
         mark(group, bucket)
 
-    HierarchicalGroup._is_summed = mark_or_stop  # type: ignore[method-assign]
+    HierarchicalGroup._is_summed = mark_or_stop  # type: ignore[method-assign, assignment]
     return survive(rank=-1, how="", **options)
 
 

@@ -44,7 +44,7 @@ class Task:
 def unisono(*arguments: str, cwd: Path = ROOT, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "COLUMNS": "200"}
     return subprocess.run(
-        [sys.executable, "-m", "unisono.cli", *arguments],
+        [sys.executable, "-m", "unisono", *arguments],
         capture_output=True, text=True, cwd=cwd, timeout=timeout, env=environment,
     )  # fmt: skip
 
@@ -155,7 +155,7 @@ def test_a_full_disk_is_one_sentence(place: Path, size_kib: int) -> None:
     """A file system of a few KiB in a mount namespace of its own: full at the records, or at a checkpoint."""
     full = place / "full"
     full.mkdir()
-    train = f"{sys.executable} -m unisono.cli train small.yaml run_dir=full/run options.width=32 steps=200"
+    train = f"{sys.executable} -m unisono train small.yaml run_dir=full/run options.width=32 steps=200"
     script = (
         f"mount -t tmpfs -o size={size_kib}k none full && {train} observe.tensorboard=false; echo code $?; find full"
     )

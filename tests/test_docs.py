@@ -17,7 +17,7 @@ def test_the_example_runs_on_two_workers() -> None:
     command = [
         sys.executable,
         "-m",
-        "unisono.cli",
+        "unisono",
         "run",
         "-n",
         "2",
@@ -32,7 +32,7 @@ def test_the_example_runs_on_two_workers() -> None:
 
 def test_the_example_of_the_backend_runs() -> None:
     script = str(ROOT / "examples" / "ddp_on_arena.py")
-    words = [sys.executable, "-m", "unisono.cli", "run", "-n", "2", script]
+    words = [sys.executable, "-m", "unisono", "run", "-n", "2", script]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     losses = [float(line.split()[3]) for line in done.stdout.splitlines()]

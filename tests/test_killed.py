@@ -41,7 +41,7 @@ def test_twenty_runs_killed_at_random_moments(tmp_path: Path) -> None:
     saved = 0
     for number in range(RUNS):
         resume = bool(steps_in(work / "run" / DIRECTORY))
-        command = [sys.executable, "-m", "unisono.cli", "train", "config.yaml", "-n", "2", *["--resume"] * resume]
+        command = [sys.executable, "-m", "unisono", "train", "config.yaml", "-n", "2", *["--resume"] * resume]
         process = subprocess.Popen(
             command, cwd=work, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from unisono.assembly import Objects, Prepared, Restored, Worker, assemble, describe
-from unisono.comm.compression import PREFIX
 from unisono.comm.group import SNAPSHOT, STOP
+from unisono.comm.wire_state import PREFIX
 from unisono.config import TrainingConfig, to_yaml
 from unisono.definition import definition, differences
 from unisono.errors import CheckpointError, ConfigurationError

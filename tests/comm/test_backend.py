@@ -77,7 +77,7 @@ dist.destroy_process_group()
 def test_an_unmodified_gloo_script_gets_the_arena(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    words = [sys.executable, "-m", "unisono.cli", "run", "-n", "2", "--backend", "arena", str(script)]
+    words = [sys.executable, "-m", "unisono", "run", "-n", "2", "--backend", "arena", str(script)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60)
     assert done.stdout == "backend arena [2.0, 2.0, 2.0]\n", done.stderr
 

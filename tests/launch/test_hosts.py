@@ -34,7 +34,7 @@ def hosts() -> Iterator[Callable[..., Namespaces]]:
 
 def command(number: int, nodes: int, address: str, *more: str) -> list[str]:
     own = ["--nnodes", str(nodes), "--node-rank", str(number), "--rendezvous", f"{address}:{PORT}", "--json"]
-    return [sys.executable, "-m", "unisono.cli", "train", str(CONFIG), *SETTINGS, *more, *own]
+    return [sys.executable, "-m", "unisono", "train", str(CONFIG), *SETTINGS, *more, *own]
 
 
 def start(words: list[str], tmp_path: Path, secret: str = SECRET) -> subprocess.Popen[str]:
@@ -61,7 +61,7 @@ def finish(processes: list[subprocess.Popen[str]], deadline_s: float = 60.0) -> 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The digest of one worker on one host."""
-    words = [sys.executable, "-m", "unisono.cli", "train", str(CONFIG), *SETTINGS, "--json", "-n", "1"]
+    words = [sys.executable, "-m", "unisono", "train", str(CONFIG), *SETTINGS, "--json", "-n", "1"]
     done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path_factory.mktemp("alone"), check=True)
     digest: str = json.loads(done.stdout)["digest"]
     return digest
@@ -158,7 +158,7 @@ def test_a_run_that_differs_between_hosts_is_refused(tmp_path: Path) -> None:
 
 def test_a_host_file_starts_the_others(tmp_path: Path, expected: str) -> None:
     (tmp_path / "hosts").write_text("localhost slots=1  # this one\n\n127.0.0.1 slots=2\n")
-    words = [sys.executable, "-m", "unisono.cli", "train", str(CONFIG), *SETTINGS, "--json", "--hosts", "hosts"]
+    words = [sys.executable, "-m", "unisono", "train", str(CONFIG), *SETTINGS, "--json", "--hosts", "hosts"]
     ((code, output, errors),) = finish([start(words, tmp_path)])
     assert code == 0, errors
     assert json.loads(output)["digest"] == expected
@@ -170,7 +170,7 @@ def test_other_hosts_are_reached_by_ssh_and_the_secret_is_no_argument(tmp_path: 
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\nfor last; do :; done\nexec sh -c "$last"\n')
     program.chmod(0o755)
-    words = [sys.executable, "-m", "unisono.cli", "train", str(CONFIG), *SETTINGS, "--json", "--hosts", "hosts"]
+    words = [sys.executable, "-m", "unisono", "train", str(CONFIG), *SETTINGS, "--json", "--hosts", "hosts"]
     (tmp_path / "hosts").write_text(f"{own_address()} slots=1\nother.example slots=1\n")
     environment = {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}"}
     done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60)

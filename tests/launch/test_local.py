@@ -116,7 +116,7 @@ def test_one_script_under_python_unisono_run_and_torchrun(tmp_path: Path) -> Non
     script.write_text(SCRIPT.format(root=str(ROOT)))
     commands = [
         [sys.executable, str(script)],
-        [sys.executable, "-m", "unisono.cli", "run", "-n", "2", str(script)],
+        [sys.executable, "-m", "unisono", "run", "-n", "2", str(script)],
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", str(script)],
     ]
     found = [subprocess.run(c, capture_output=True, text=True, timeout=120) for c in commands]
@@ -130,7 +130,7 @@ def test_two_interrupts_end_at_once(tmp_path: Path) -> None:
     script.write_text(
         "import time\nprint('up', flush=True)\nwhile True:\n    try: time.sleep(60)\n    except BaseException: pass\n"
     )
-    command = [sys.executable, "-m", "unisono.cli", "run", "-n", "2", str(script)]
+    command = [sys.executable, "-m", "unisono", "run", "-n", "2", str(script)]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -148,7 +148,7 @@ def test_two_interrupts_end_at_once(tmp_path: Path) -> None:
 def test_nothing_is_left_when_a_process_is_killed(tmp_path: Path, victim: str) -> None:
     script = tmp_path / "script.py"
     script.write_text("import time\nprint('up', flush=True)\ntime.sleep(60)\n")
-    command = [sys.executable, "-m", "unisono.cli", "run", "-n", "2", str(script)]
+    command = [sys.executable, "-m", "unisono", "run", "-n", "2", str(script)]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )

@@ -20,13 +20,12 @@ from torch._C._distributed_c10d import Store, Work
 
 from unisono.comm.channels import CHANNEL_BYTES, Channels, Request
 from unisono.comm.flat import Flat, as_bytes, as_memory, check_same, cut, flattened
-from unisono.comm.meeting import LOOK_EVERY_S, Combine, Meeting, MeetingError, meeting_layout
+from unisono.comm.meeting import LOOK_EVERY_S, Meeting, MeetingError, meeting_layout
+from unisono.comm.reduce_operations import combining, finish_average, is_sum
 from unisono.comm.registration import NAME
 from unisono.comm.sharing import share
 from unisono.comm.waiting import wake_on_time
 from unisono.comm.work import ArenaWork
-
-ReduceOp = dist.ReduceOp
 
 
 class ArenaGroup(dist.ProcessGroup):
@@ -81,7 +80,7 @@ class ArenaGroup(dist.ProcessGroup):
 
     def allreduce(self, tensors: Any, opts: Any = None, timeout: timedelta | None = None) -> Work:
         """Combine a tensor over all ranks."""
-        tensors, combine = _listed(tensors), _combine(opts)
+        tensors, combine = _listed(tensors), combining(opts)
 
         def run(deadline: float) -> None:
             for tensor in tensors:
@@ -90,13 +89,13 @@ class ArenaGroup(dist.ProcessGroup):
                     continue
                 with Flat(tensor, out=True) as flat:
                     self._meeting.all_reduce(flat, combine, deadline)
-                    _finish_average(flat, opts, self._size)
+                    finish_average(flat, opts, self._size)
 
         return self._run(run, tensors, opts, timeout)
 
     def _sum_sparse(self, tensor: Tensor, opts: Any, deadline: float) -> None:
         """Everyone's indices and values to all, and their sum."""
-        if _operation(opts) != ReduceOp.SUM:
+        if not is_sum(opts):
             raise MeetingError("sparse tensors can be summed only")
         own = tensor.detach().coalesce()
         counts = [torch.zeros(1, dtype=torch.int64) for _ in range(self._size)]
@@ -123,13 +122,13 @@ class ArenaGroup(dist.ProcessGroup):
         tensors = _listed(tensors)
         root = opts if isinstance(opts, int) else opts.rootRank
         how = op if isinstance(opts, int) else opts
-        combine = _combine(how)
+        combine = combining(how)
 
         def run(deadline: float) -> None:
             with Flat(tensors[0], out=self._rank == root) as flat:
                 self._meeting.reduce(flat, root, combine, deadline)
                 if self._rank == root:
-                    _finish_average(flat, how, self._size)
+                    finish_average(flat, how, self._size)
 
         return self._run(run, tensors, opts, timeout)
 
@@ -239,12 +238,12 @@ class ArenaGroup(dist.ProcessGroup):
         return self._reduce_scatter(output, list(flat.view(self._size, -1)), opts, None)
 
     def _reduce_scatter(self, output: Tensor, inputs: Sequence[Tensor], opts: Any, timeout: timedelta | None) -> Work:
-        combine = _combine(opts)
+        combine = combining(opts)
 
         def run(deadline: float) -> None:
             with Flat(output, out=True) as flat:
                 self._meeting.reduce_scatter(flat, inputs, combine, deadline)
-                _finish_average(flat, opts, self._size)
+                finish_average(flat, opts, self._size)
 
         return self._run(run, [output], opts, timeout)
 
@@ -419,43 +418,3 @@ def _last(works: Any) -> Work:
     for work in others:
         work.wait()
     return last  # type: ignore[no-any-return]
-
-
-def _operation(opts: Any) -> Any:
-    return opts.reduceOp if hasattr(opts, "reduceOp") else opts if opts is not None else ReduceOp.SUM
-
-
-def _into(function: Callable[..., Tensor]) -> Combine:
-    def combine(a: Tensor, b: Tensor, out: Tensor) -> None:
-        function(a, b, out=out)
-
-    return combine
-
-
-_FUNCTIONS: tuple[tuple[Any, Combine], ...] = (
-    (ReduceOp.SUM, _into(torch.add)),
-    (ReduceOp.AVG, _into(torch.add)),
-    (ReduceOp.PRODUCT, _into(torch.mul)),
-    (ReduceOp.MIN, _into(torch.minimum)),
-    (ReduceOp.MAX, _into(torch.maximum)),
-    (ReduceOp.BAND, _into(torch.bitwise_and)),
-    (ReduceOp.BOR, _into(torch.bitwise_or)),
-    (ReduceOp.BXOR, _into(torch.bitwise_xor)),
-)
-
-
-def _combine(opts: Any) -> Combine:
-    """How two tensors are combined."""
-    operation = _operation(opts)
-    for known, function in _FUNCTIONS:
-        if operation == known:
-            return function
-    raise MeetingError(f"the arena does not know the reduce operation {operation}")
-
-
-def _finish_average(flat: Tensor, opts: Any, size: int) -> None:
-    if _operation(opts) == ReduceOp.AVG:
-        if flat.is_floating_point() or flat.is_complex():
-            flat.div_(size)
-        else:
-            flat.copy_(torch.div(flat, size, rounding_mode="trunc"))

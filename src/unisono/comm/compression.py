@@ -1,27 +1,20 @@
 """Lossy forms of a gradient, smaller on the wire; what is lost in a step is kept and added in the next.
 
-Codecs turn a flat float32 tensor into bytes and back. The memory of compression (`WireState`) is one host's: what it
-has not sent yet, in the units of its sums, so that the errors of all hosts may be added up and shared out anew.
+Codecs turn a flat float32 tensor into bytes and back.
 """
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from unisono.comm.arena import Regions
 from unisono.plan.blocks import FlatLayout
-from unisono.run.rng import derive
 
 SMALLEST = 1024
 """Elements below which a tensor is sent as it is; so are those of one dimension, biases and norms."""
-
-PREFIX = "wire/"
-"""Begins the names of a checkpoint's tensors that are the memory of compression, no part of the training state."""
 
 
 class Codec(Protocol):
@@ -184,61 +177,3 @@ def compressed_uses(flat: FlatLayout, compression: Compression) -> list[int]:
         return uses
     shapes = {use: matrix_shape(flat, use) for use in uses}
     return [use for use, (rows, columns) in shapes.items() if 2 * compression.rank * (rows + columns) < rows * columns]
-
-
-def wire_regions(flat: FlatLayout, compression: Compression) -> Regions:
-    """Where the memory of compression lies, by name."""
-    regions = Regions()
-    for use in compressed_uses(flat, compression):
-        rows, columns = matrix_shape(flat, use)
-        regions.add(f"error {use}", 4 * rows * columns)
-        if compression.name == "top_k" and compression.momentum:
-            regions.add(f"velocity {use}", 4 * rows * columns)
-        if compression.name == "powersgd":
-            regions.add(f"basis {use}", 4 * columns * compression.rank)
-    return regions
-
-
-@dataclass(frozen=True, slots=True)
-class WireState:
-    """The memory of compression on one host, by use; all float32.
-
-    Attributes:
-        error: what has not been sent yet, flat.
-        velocity: for top-k with momentum, flat.
-        basis: for PowerSGD, (columns, rank): the last step's right factor, the same on all hosts.
-    """
-
-    error: Mapping[int, Tensor]
-    velocity: Mapping[int, Tensor] = field(default_factory=dict)
-    basis: Mapping[int, Tensor] = field(default_factory=dict)
-
-    def named(self, flat: FlatLayout) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor by its name in a checkpoint."""
-        for kind, tensors in (("error", self.error), ("velocity", self.velocity), ("basis", self.basis)):
-            for use, tensor in tensors.items():
-                yield f"{PREFIX}{kind}/{flat.uses[use][0]}", tensor
-
-    def norm(self, uses: Sequence[int]) -> float:
-        """The norm of the error of some uses."""
-        return math.sqrt(sum(float(torch.dot(self.error[use], self.error[use])) for use in uses if use in self.error))
-
-
-def wire_state(flat: FlatLayout, compression: Compression, regions: Regions, memory: Tensor) -> WireState:
-    """Views of a host's memory (bytes)."""
-    found: dict[str, dict[int, Tensor]] = {"error": {}, "velocity": {}, "basis": {}}
-    for name, region in regions.named.items():
-        kind, use = name.split()
-        values = memory[region.offset : region.offset + region.size_bytes].view(torch.float32)
-        found[kind][int(use)] = values.view(-1, compression.rank) if kind == "basis" else values
-    return WireState(found["error"], found["velocity"], found["basis"])
-
-
-def begin(state: WireState, compression: Compression) -> None:
-    """The memory of a run that starts: no error, and a random basis, the same on all hosts."""
-    for tensors in (state.error, state.velocity):
-        for tensor in tensors.values():
-            tensor.zero_()
-    for use, basis in state.basis.items():
-        generator = torch.Generator().manual_seed(derive(compression.seed, "wire basis", use))
-        basis.copy_(torch.randn(basis.shape, generator=generator))

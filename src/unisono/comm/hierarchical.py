@@ -6,6 +6,7 @@ still runs. With one worker on every host this is a plain network group: one cod
 """
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,6 @@ import torch
 from unisono.comm.algorithms import AllReduce, broadcast, drive, gather_bytes, ring
 from unisono.comm.arena import store_fence
 from unisono.comm.blame import PATIENCE_S, Bulletin
-from unisono.comm.compression import WireState, begin, wire_regions, wire_state
 from unisono.comm.exchange import TAGS_A_BUCKET, Canonical, ExchangePlan, HostSums, Lane, Words
 from unisono.comm.heads import Heads, join, split
 from unisono.comm.host import HostGroup
@@ -27,6 +27,7 @@ from unisono.comm.partial import Partial, item_size
 from unisono.comm.reductions import Algorithm, Compressed, Ends
 from unisono.comm.waiting import Waiter, revoked
 from unisono.comm.way import Way, wire_buckets
+from unisono.comm.wire_state import WireState, gathered, restore, wire_regions, wire_state
 from unisono.errors import GroupError, Revoked
 from unisono.events import PHASES, WireUse
 from unisono.plan.blocks import FlatLayout
@@ -369,29 +370,19 @@ class HierarchicalGroup:
             tensor.copy_(whole)
 
     def gather_compression(self) -> dict[str, torch.Tensor]:
-        """The errors of all hosts, added up; what is the same on all of them, as it is."""
+        """On the first worker of every host: the errors of all hosts, added up; kept by the first."""
         if self._wire_state is None:
             return {}
-        result = {}
-        for name, tensor in self._wire_state.named(self._flat):
-            total = tensor.detach().cpu().clone().view(-1)
-            if "/basis/" not in name:
-                self._collective(ring, total, f"gathering {name}")
-            result[name] = total.view(tensor.shape)
+        result = gathered(self._wire_state, self._flat, functools.partial(self._collective, ring))
         return result if self.rank == 0 else {}
 
     def restore_compression(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Every host has an equal part of the errors that were added up."""
+        """On the first worker of every host: take an equal part of the errors that were added up."""
         if self._wire_state is None or self._way.compression is None:
             return
-        begin(self._wire_state, self._way.compression)
         hosts = len(self.place.hosts.sizes)
-        for name, tensor in self._wire_state.named(self._flat):
-            if name in tensors and tensors[name].shape == tensor.shape:
-                tensor.copy_(tensors[name] if "/basis/" in name else tensors[name] / hosts)
-            whole = tensor.detach().cpu().contiguous()
-            self._collective(broadcast, whole.view(-1), f"restoring {name}")
-            tensor.copy_(whole)
+        share = functools.partial(self._collective, broadcast)
+        restore(self._wire_state, self._flat, self._way.compression, tensors, hosts, share)
 
     def _collective(self, collective: AllReduce, tensor: torch.Tensor, operation: str) -> None:
         wire = self._control

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from unisono.comm.algorithms import AllReduce, Collective, direct, ring
-from unisono.comm.compression import CODECS, Codec, Compression, WireState
+from unisono.comm.compression import CODECS, Codec, Compression
 from unisono.comm.exchange import TAGS_A_BUCKET, HostSums, Reduction, together
 from unisono.comm.partial import Partial
 from unisono.comm.wire import Wire
+from unisono.comm.wire_state import WireState
 from unisono.plan.blocks import FlatLayout
 from unisono.plan.exchange import Bucket, slices
 from unisono.run.rng import derive

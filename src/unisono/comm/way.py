@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from unisono.comm.algorithms import ALGORITHMS, AllReduce
-from unisono.comm.compression import Compression, wire_regions
+from unisono.comm.compression import Compression
 from unisono.comm.network import NetworkWire
 from unisono.comm.partial import item_size
 from unisono.comm.tuning import Measured, quickest
+from unisono.comm.wire_state import wire_regions
 from unisono.plan.blocks import FlatLayout
 from unisono.plan.exchange import Bucket, buckets
 

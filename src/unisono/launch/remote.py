@@ -114,7 +114,7 @@ class RemoteLaunchers:
         """What runs on a host, as words."""
         own = ["--nnodes", str(len(self.hosts)), "--node-rank", str(number), "--rendezvous", self.rendezvous]
         workers = ["-n", str(host.slots)] if host.slots else []
-        return [sys.executable, "-m", "unisono.cli", *self.command, *own, *workers]
+        return [sys.executable, "-m", "unisono", *self.command, *own, *workers]
 
     def _start(self, number: int, host: Host) -> None:
         inner = f"cd {shlex.quote(os.getcwd())} && IFS= read -r {VARIABLE} && export {VARIABLE} && exec "

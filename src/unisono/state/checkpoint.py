@@ -14,7 +14,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from unisono.comm.compression import PREFIX
+from unisono.comm.wire_state import PREFIX
 from unisono.errors import CheckpointError
 from unisono.run.digest import digest
 from unisono.state.manifest import NAME, Manifest, SavedFile, SavedTensor, checksums, encode, read

@@ -1,0 +1,99 @@
+"""``unisono bench``: measurements beside what one would use instead."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from unisono.cli.options import (
+    HostsOption,
+    JsonOption,
+    NodeRankOption,
+    NodesOption,
+    RendezvousOption,
+    SecretOption,
+    launcher_here,
+    whole_numbers,
+)
+from unisono.errors import ConfigurationError
+
+
+def train(
+    models: Annotated[str, typer.Option(help="small, large, or both.")] = "small,large",
+    against: Annotated[
+        str | None,
+        typer.Option(help="independent, ddp, accelerate, fabric, deepspeed; default: all that are installed."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 7,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare a training step with DDP, with replicas that never communicate, and with what else is installed.
+
+    Example: unisono bench train --models small --rounds 5
+    """
+    with launcher_here() as launcher:
+        from unisono.bench.train import bench
+
+        others = against.split(",") if against else None
+        rows = bench(launcher, models.split(","), others, rounds, None if as_json else typer.echo)
+        if as_json:
+            typer.echo(json.dumps({"rows": rows}))
+
+
+def comm(
+    ranks: Annotated[str, typer.Option(help="Numbers of ranks on this host, for example 2,4.")] = "2,4",
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 9,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Measure algorithms between hosts, for wire.algorithm=auto to choose from.")
+    ] = False,
+    hosts: HostsOption = None,
+    nnodes: NodesOption = 1,
+    node_rank: NodeRankOption = 0,
+    rendezvous: RendezvousOption = None,
+    secret_file: SecretOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare collectives: the arena, gloo, our algorithms over gloo, MPI where it is installed.
+
+    Example: unisono bench comm --ranks 2
+    """
+    from unisono.bench.comm import as_text, bench
+    from unisono.bench.comm import tune as measure
+
+    if not tune and (hosts is not None or nnodes > 1):
+        raise ConfigurationError("--hosts and --nnodes are for --tune; without it, all ranks are on this host")
+    from unisono.launch.spanning import launchers
+
+    with launchers(hosts, nnodes, node_rank, rendezvous, secret_file) as here:
+        numbers = whole_numbers(ranks, "--ranks")
+        if tune:
+            workers = 1 if here.nodes > 1 else max(2, numbers[0])
+            rows = measure(here.launcher, workers, rounds, writes=here.number == 0)
+            if not as_json and rows:
+                typer.echo(as_text(rows))
+        else:
+            rows = bench(here.launcher, numbers, rounds, None if as_json else typer.echo)
+        if as_json and here.number == 0:
+            typer.echo(json.dumps({"rows": rows}))
+
+
+def network(
+    rate: Annotated[str, typer.Option(help="Of the link between two hosts, as tc writes it.")] = "100mbit",
+    steps: Annotated[int, typer.Option(min=20, help="Steps of DDP, and of what loses nothing.")] = 60,
+    methods: Annotated[
+        str, typer.Option(help="Ways of moving gradients, besides ddp.")
+    ] = "exact,bf16,int8,powersgd,top_k,sign,torch_powersgd",
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds, about 6 minutes each at 100 Mbit/s.")] = 1,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare ways of training over a slow link between two hosts (network namespaces; needs root).
+
+    Example: unisono bench network --rate 100mbit --methods exact,powersgd
+    """
+    from unisono.bench.network import as_text, bench
+
+    rows = bench(rate, steps, methods.split(","), rounds, None if as_json else typer.echo)
+    if as_json:
+        typer.echo(json.dumps({"rows": rows}))
+    elif rounds > 1:
+        typer.echo("\n".join(["medians:", *(as_text(row, rows[0]) for row in rows)]))

@@ -1,0 +1,168 @@
+"""Commands that train: ``train``, ``run`` and ``verify``."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from unisono.cli.options import (
+    INTERRUPTED,
+    ConfigFile,
+    HostsOption,
+    JsonOption,
+    NodeRankOption,
+    NodesOption,
+    Overrides,
+    RendezvousOption,
+    SecretOption,
+    WorkersOption,
+    launcher_here,
+    whole_numbers,
+)
+from unisono.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from unisono.config import Config
+
+ELSEWHERE = Path("(on host 0)")
+"""The run's directory, as hosts know it that keep no records."""
+
+
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    workers: WorkersOption = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on from the newest intact checkpoint of run_dir, or of the task's last run."),
+    ] = False,
+    hosts: HostsOption = None,
+    nnodes: NodesOption = 1,
+    node_rank: NodeRankOption = 0,
+    rendezvous: RendezvousOption = None,
+    secret_file: SecretOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train what a configuration describes.
+
+    Example: unisono train configs/lm.yaml steps=200 layout.zero=0 -n 2
+
+    On two hosts, the same command on each but for its number:
+    unisono train configs/lm.yaml --nnodes 2 --node-rank 0 --rendezvous 10.0.0.1:29400 --secret-file job.secret
+    """
+    from unisono.launch.spanning import launchers
+
+    with launchers(hosts, nnodes, node_rank, rendezvous, secret_file) as here:
+        from unisono.config import load, to_yaml
+        from unisono.launch.local import STANDARD_ERROR, STANDARD_OUTPUT
+        from unisono.launch.runs import choose_workers, next_run_dir, workers_here
+
+        settings = load(config, overrides or [])
+        launcher = here.launcher
+        if here.nodes > 1:
+            count = workers_here(settings, workers or here.slots, here.nodes)
+        else:
+            settings = settings if workers is None else _with_workers(settings, workers)
+            count = choose_workers(settings)
+        as_json = as_json or here.number > 0
+        run_dir = next_run_dir(settings.run_dir, settings.task, resume=resume) if here.number == 0 else ELSEWHERE
+        settings = settings.model_copy(update={"run_dir": str(run_dir)})
+        if as_json:
+            settings = settings.model_copy(update={"observe": settings.observe.model_copy(update={"progress": False})})
+        else:
+            typer.echo(to_yaml(settings, defaults=False) + f"# all keys: {run_dir / 'config.yaml'}\n")
+        if settings.preload:
+            launcher.preload(settings.preload)
+        arguments = {"config": settings.model_dump(mode="json"), "resume": resume}
+        output = STANDARD_ERROR if as_json else STANDARD_OUTPUT
+        ending = launcher.run({"call": "unisono.tasks.job:train", "arguments": arguments}, count, output=output)
+        if as_json and here.number == 0:
+            typer.echo(json.dumps({**ending.results[0], "workers": count}))
+        elif not as_json and (run_dir / "report.html").exists():
+            typer.echo(f"report: {run_dir / 'report.html'}")
+        if ending.interrupted:
+            if not as_json:
+                words = " ".join(sys.argv[1:] if "--resume" in sys.argv else [*sys.argv[1:], "--resume"])
+                typer.echo(f"to go on: unisono {words}" + (f" run_dir={run_dir}" if "run_dir=" not in words else ""))
+            raise typer.Exit(INTERRUPTED)
+
+
+def run(
+    context: typer.Context,
+    script: Annotated[Path, typer.Argument(help="A Python script that uses unisono.Trainer.", show_default=False)],
+    workers: WorkersOption = None,
+    all_output: Annotated[
+        bool, typer.Option("--all-output", help="Show every worker's output, not only rank 0's.")
+    ] = False,
+    backend: Annotated[
+        str | None,
+        typer.Option(help="arena: programs that use torch.distributed with gloo get the arena in its place."),
+    ] = None,
+    hosts: HostsOption = None,
+    nnodes: NodesOption = 1,
+    node_rank: NodeRankOption = 0,
+    rendezvous: RendezvousOption = None,
+    secret_file: SecretOption = None,
+) -> None:
+    """Run a script in several workers; what follows the script is its own arguments.
+
+    Example: unisono run -n 4 examples/train_mlp.py --steps 100
+
+    A program of torch.distributed, with this host's shared memory in place of gloo:
+    unisono run -n 2 --backend arena train_ddp.py
+    """
+    if backend not in (None, "arena"):
+        raise ConfigurationError(f"--backend is {backend!r}; give arena, or leave it out for what the script asks for")
+    if backend is not None and (nnodes > 1 or hosts is not None):
+        raise ConfigurationError("--backend arena is for the workers of one host; leave --nnodes and --hosts out")
+    if not script.is_file():
+        raise ConfigurationError(f"no script at {script}; give an existing Python file")
+    from unisono.launch.runs import default_workers
+    from unisono.launch.spanning import launchers
+
+    with launchers(hosts, nnodes, node_rank, rendezvous, secret_file, len(context.args)) as here:
+        target = {"script": str(script), "argv": list(context.args), "backend": backend}
+        ending = here.launcher.run(target, workers or here.slots or default_workers(), show_all=all_output)
+        if ending.interrupted:
+            raise typer.Exit(INTERRUPTED)
+
+
+def verify(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    workers: Annotated[str, typer.Option(help="Numbers of workers to compare, for example 1,2,3,4.")] = "1,2,3,4",
+    hosts: Annotated[
+        int, typer.Option(min=1, help="Spread them over this many hosts (sets that share no memory, on this machine).")
+    ] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to train with each.")] = 8,
+    resume_at: Annotated[
+        int | None, typer.Option(min=1, help="Stop after this step, and resume with another number of workers.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Prove that a run's result does not depend on the number of workers: exit code 0 only if all digests are equal.
+
+    Example: unisono verify configs/images.yaml --workers 1,2,3 --steps 20 --resume-at 7
+    """
+    with launcher_here() as launcher:
+        from unisono.check.verify import verify as check
+        from unisono.config import load
+
+        settings = load(config, overrides or [])
+        numbers = whole_numbers(workers, "--workers")
+        if settings.preload:
+            launcher.preload(settings.preload)
+        report = check(launcher, settings, numbers, steps, resume_at, None if as_json else typer.echo, hosts)
+        typer.echo(json.dumps(report.as_dict()) if as_json else report.as_text())
+        if not report.equal:
+            raise typer.Exit(1)
+
+
+def _with_workers(settings: "Config", workers: int) -> "Config":
+    from unisono.config import Config, validate
+
+    data: dict[str, Any] = settings.model_dump(mode="json")
+    data["layout"]["data"] = workers
+    return validate(Config, data, "-n")

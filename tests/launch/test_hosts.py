@@ -6,13 +6,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.proxy import proxy
+from tests.wire_bytes import WIDTH
 from unisono.bench.namespaces import Namespaces, unavailable
 from unisono.launch.spanning import _without_hosts
 
@@ -37,8 +39,10 @@ def command(number: int, nodes: int, address: str, *more: str) -> list[str]:
     return [sys.executable, "-m", "unisono", "train", str(CONFIG), *SETTINGS, *more, *own]
 
 
-def start(words: list[str], tmp_path: Path, secret: str = SECRET) -> subprocess.Popen[str]:
-    environment = {**os.environ, "UNISONO_SECRET": secret}
+def start(
+    words: list[str], tmp_path: Path, secret: str = SECRET, environment: Mapping[str, str] = os.environ
+) -> subprocess.Popen[str]:
+    environment = {**environment, "UNISONO_SECRET": secret, "PYTHONPATH": str(CONFIG.parents[1])}
     return subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment
     )
@@ -211,6 +215,42 @@ def test_launchers_meet_over_a_link_with_delay_and_loss(tmp_path: Path, expected
         (code, output, errors), (other, _, _) = finish([near, start(words, tmp_path)])
     assert (code, other) == (0, 0), errors
     assert json.loads(output)["digest"] == expected
+
+
+def test_bytes_at_the_interface_are_as_stated(hosts: Callable[..., Namespaces], tmp_path: Path) -> None:
+    """Three hosts; a gradient of W values in a matrix, and B in a bias, which travels as it is."""
+    n, weights, biases = 3, WIDTH**2, WIDTH
+    both_ways = 2 * (n - 1) / n
+    cases: dict[str, tuple[int, dict[str, Any], float]] = {
+        "ring": (3, {"algorithm": "ring"}, both_ways * 4 * (weights + biases)),
+        "canonical, aligned": (6, {}, both_ways * 4 * (weights + biases)),
+        "canonical, two partials": (9, {}, (n - 1) / n * (1 + 2) * 4 * (weights + biases)),
+        "bf16": (3, {"compression": "bf16"}, both_ways * (2 * weights + 4 * biases)),
+        "int8": (3, {"compression": "int8"}, both_ways * ((1 + 4 / 512) * weights + 4 * biases)),
+        "sign": (3, {"compression": "sign"}, both_ways * ((1 / 8 + 4 / 1024) * weights + 4 * biases)),
+        "top_k": (
+            3,
+            {"compression": "top_k", "density": 0.01, "warmup_steps": 0},
+            (n - 1) * 8 * 0.01 * weights + both_ways * 4 * biases,
+        ),
+        "powersgd": (
+            3,
+            {"compression": "powersgd", "rank": 32},
+            both_ways * 4 * (32 * 2 * WIDTH + biases),
+        ),
+    }
+    wanted = [{"name": name, "micro_batches": count, "wire": wire} for name, (count, wire, _) in cases.items()]
+    network = hosts(n)
+    processes = []
+    for number in range(n):
+        words = network.words(number, [sys.executable, "-m", "tests.wire_bytes", json.dumps(wanted)])
+        processes.append(start(words, tmp_path, environment=network.environment(number, PORT)))
+    ended = finish(processes)
+    for code, _, errors in ended:
+        assert code == 0, errors
+    measured = json.loads(ended[0][1])
+    for name, (_, _, stated) in cases.items():
+        assert measured[name] == pytest.approx(stated, rel=0.05), name
 
 
 def test_the_command_for_other_hosts_leaves_a_scripts_words_alone() -> None:

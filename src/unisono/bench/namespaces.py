@@ -63,6 +63,21 @@ class Namespaces:
         """A command that runs on a host."""
         return ["ip", "netns", "exec", self.names[host], *words]
 
+    def environment(self, host: int, port: int) -> dict[str, str]:
+        """What torchrun would set for the one worker of a host; the first host's listens at ``port``."""
+        return {
+            **os.environ,
+            "RANK": str(host),
+            "WORLD_SIZE": str(len(self.names)),
+            "LOCAL_RANK": "0",
+            "LOCAL_WORLD_SIZE": "1",
+            "GROUP_RANK": str(host),
+            "MASTER_ADDR": self.addresses[0],
+            "MASTER_PORT": str(port),
+            "GLOO_SOCKET_IFNAME": DEVICE,
+            "OMP_NUM_THREADS": "1",
+        }
+
     def cut(self, host: int) -> None:
         """Take a host's link down; connections stay, but nothing arrives."""
         _ip("-n", self._switch, "link", "set", f"port{host}", "down")

@@ -1,14 +1,13 @@
 """``unisono bench network``: training over a slow link between two hosts, with each way of moving gradients."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from statistics import mean, median
 from typing import Any
 
-from unisono.bench.namespaces import DEVICE, Namespaces, unavailable
+from unisono.bench.namespaces import Namespaces, unavailable
 from unisono.errors import ConfigurationError, WorkerFailed
 
 HOSTS = 2
@@ -104,18 +103,7 @@ def _run(hosts: Namespaces, method: str, steps: int) -> list[dict[str, Any]]:
     """Train on all hosts; what each worker printed."""
     processes = []
     for number in range(HOSTS):
-        environment = {
-            **os.environ,
-            "RANK": str(number),
-            "WORLD_SIZE": str(HOSTS),
-            "LOCAL_RANK": "0",
-            "LOCAL_WORLD_SIZE": "1",
-            "GROUP_RANK": str(number),
-            "MASTER_ADDR": hosts.addresses[0],
-            "MASTER_PORT": str(PORT),
-            "GLOO_SOCKET_IFNAME": DEVICE,
-            "OMP_NUM_THREADS": "1",
-        }
+        environment = hosts.environment(number, PORT)
         argument = json.dumps({"method": method, "steps": steps})
         words = hosts.words(number, [sys.executable, "-m", "unisono.bench.over_network", argument])
         pipe = subprocess.PIPE

@@ -8,11 +8,12 @@ still runs. With one worker on every host this is a plain network group: one cod
 import contextlib
 import functools
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -81,6 +82,7 @@ class HierarchicalGroup:
         self._patient: Waiter = replace(local.waiter, deadline_s=local.waiter.deadline_s + GRACE_S)
         self._thread: ThreadPoolExecutor | None = None
         self._running: Future[None] | None = None
+        self._stirred = threading.Event()  # one of this worker's buckets is ready
         self._use = WireUse(0, 0.0, 0.0)
         self._remote: dict[int, list[float]] = {}
         self._waiting: dict[int, int] = {}
@@ -189,6 +191,7 @@ class HierarchicalGroup:
             for bucket in self._waiting:
                 self._words.set_ready(self.local.slot, bucket, step)
             self._waiting = {}
+            self._stirred.set()
 
     def _gradient_is_final(self, use: int) -> None:
         bucket = self._bucket_of[use].index
@@ -198,6 +201,7 @@ class HierarchicalGroup:
             del self._waiting[bucket]
             store_fence()
             self._words.set_ready(self.local.slot, bucket, self._step)
+            self._stirred.set()
 
     def collect(self, step: int, count: int) -> list[tuple[Node, Partial]]:
         """Wait until the exchange is over: one subtree, the whole, in this host's total."""
@@ -237,8 +241,16 @@ class HierarchicalGroup:
                 self._suspect_mates(operation)
             return ready()
 
+        pending: list[Future[Any]] = [running] if running is not None else []
+
+        def doze(seconds: float) -> None:
+            if all(future.done() for future in pending):
+                time.sleep(seconds)
+            else:
+                wait(pending, seconds)
+
         with self._telling():
-            return self._patient(ready_or_failed, operation, self._unfinished)
+            return replace(self._patient, sleep=doze)(ready_or_failed, operation, self._unfinished)
 
     def _suspect_mates(self, operation: str) -> None:
         """Other hosts that wait for this worker must learn that it waits itself, before its patience ends."""
@@ -295,7 +307,11 @@ class HierarchicalGroup:
         def arrived(slot: int) -> bool:
             return self._words.ready(slot, bucket.index, step)
 
-        own = replace(self.local.waiter, deadline_s=float("inf"))
+        def doze(seconds: float) -> None:
+            if self._stirred.wait(seconds):
+                self._stirred.clear()
+
+        own = replace(self.local.waiter, deadline_s=float("inf"), sleep=doze)
         own(lambda: True if arrived(self.local.slot) else None, f"bucket {bucket.index} of step {step}", str)
         self.local.waiter(
             lambda: True if self._is_ready(bucket) else None,

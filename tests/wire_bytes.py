@@ -1,0 +1,58 @@
+"""One host of several trains in many ways; the first prints how many bytes left its interface in a step of each.
+
+``python -m tests.wire_bytes CASES``, a JSON list of {"name", "micro_batches", "wire"}, in the environment of torchrun.
+"""
+
+import json
+import sys
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from unisono import Trainer
+from unisono.bench.over_network import Meter
+from unisono.events import Event, StepFinished
+
+WIDTH = 1600
+STEPS = 6
+
+
+class Rows(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Random rows, wide ones."""
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        row = torch.randn(WIDTH, generator=torch.Generator().manual_seed(i))
+        return row, row.roll(1)
+
+
+def bytes_per_step(micro_batches: int, wire: dict[str, Any]) -> int:
+    """Train a few steps; the least of them, as TCP may send again. Only the first host hears of steps: 0 on others."""
+    meter = Meter()
+
+    def note(event: Event) -> None:
+        if isinstance(event, StepFinished):
+            meter.note(event.loss)
+
+    Trainer(
+        model=lambda: nn.Linear(WIDTH, WIDTH),
+        loss=nn.functional.mse_loss,
+        data=Rows(),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-3),
+        callbacks=[note],
+        global_batch_size=micro_batches,
+        micro_batch_size=1,
+        observe={"progress": False},
+        deadline_s=30.0,
+        wire=wire,
+    ).fit(STEPS)
+    return min((b - a for a, b in pairwise(meter.sent)), default=0)
+
+
+if __name__ == "__main__":
+    sent = {case["name"]: bytes_per_step(case["micro_batches"], case["wire"]) for case in json.loads(sys.argv[1])}
+    print(json.dumps(sent))

@@ -4,8 +4,10 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from statistics import mean, median
-from typing import Any
+from tempfile import TemporaryFile
+from typing import IO, Any
 
 from unisono.bench.namespaces import Namespaces, unavailable
 from unisono.errors import ConfigurationError, WorkerFailed
@@ -101,24 +103,24 @@ def _time_to(results: Sequence[dict[str, Any]], goal: float) -> float | None:
 
 def _run(hosts: Namespaces, method: str, steps: int) -> list[dict[str, Any]]:
     """Train on all hosts; what each worker printed."""
-    processes = []
-    for number in range(HOSTS):
-        environment = hosts.environment(number, PORT)
-        argument = json.dumps({"method": method, "steps": steps})
-        words = hosts.words(number, [sys.executable, "-m", "unisono.bench.over_network", argument])
-        pipe = subprocess.PIPE
-        processes.append(subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, env=environment))
+    argument = json.dumps({"method": method, "steps": steps})
     results = []
-    try:
-        for process in processes:
-            output, errors = process.communicate(timeout=DEADLINE_S)
+    with ExitStack() as stack:
+        running: list[tuple[subprocess.Popen[str], IO[str]]] = []
+        for number in range(HOSTS):
+            words = hosts.words(number, [sys.executable, "-m", "unisono.bench.over_network", argument])
+            errors: IO[str] = stack.enter_context(TemporaryFile("w+"))
+            environment = hosts.environment(number, PORT)
+            process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            running.append((process, errors))
+        for process, errors in running:
+            output, _ = process.communicate(timeout=DEADLINE_S)
             if process.returncode:
-                raise WorkerFailed(f"method {method} failed:\n{errors.strip()[-2000:]}")
+                errors.seek(0)
+                raise WorkerFailed(f"method {method} failed:\n{errors.read().strip()[-2000:]}")
             results.append(json.loads(output.splitlines()[-1]))
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
     return results
 
 

@@ -118,7 +118,7 @@ WRONG = {
     ),
     "an address that is not this machine's": (
         ["small.yaml", "--nnodes", "2", "--rendezvous", "203.0.113.7:4000", "--secret-file", "job.secret"],
-        "launcher 0 cannot listen on 203.0.113.7:4000",
+        "host 0 cannot listen on 203.0.113.7:4000",
     ),
     "an unknown algorithm": (["small.yaml", "wire.algorithm=rings"], "wire.algorithm = 'rings'"),
     "an algorithm and compression": (

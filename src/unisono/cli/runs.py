@@ -75,6 +75,8 @@ def train(
             typer.echo(to_yaml(settings, defaults=False) + f"# all keys: {run_dir / 'config.yaml'}\n")
         if settings.preload:
             launcher.preload(settings.preload)
+        if here.number:
+            typer.echo(f"unisono: host {here.number} of {here.nodes}; progress and records are on host 0", err=True)
         arguments = {"config": settings.model_dump(mode="json"), "resume": resume}
         output = STANDARD_ERROR if as_json else STANDARD_OUTPUT
         ending = launcher.run({"call": "unisono.tasks.job:train", "arguments": arguments}, count, output=output)
@@ -82,7 +84,10 @@ def train(
             typer.echo(json.dumps({**ending.results[0], "workers": count}))
         elif not as_json and (run_dir / "report.html").exists():
             typer.echo(f"report: {run_dir / 'report.html'}")
-        if ending.interrupted:
+        result = ending.results[0]
+        if here.number:
+            typer.echo(f"unisono: {result['reason']} after step {result['step']}, digest {result['digest']}", err=True)
+        if ending.interrupted or result["reason"] == "stopped":  # here, or on another host
             if not as_json:
                 words = " ".join(sys.argv[1:] if "--resume" in sys.argv else [*sys.argv[1:], "--resume"])
                 typer.echo(f"to go on: unisono {words}" + (f" run_dir={run_dir}" if "run_dir=" not in words else ""))

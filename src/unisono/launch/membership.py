@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 from torch._C._distributed_c10d import Store
@@ -54,19 +56,41 @@ def join_hosts(
     travel = replace(way(config), table=_shared_table(link.store, world) if config.wire.algorithm == "auto" else ())
     group = HierarchicalGroup(local, place, link, flat, travel, config.micro_batches, name)
     try:
-        agreed = (layout, samples, config.model_dump(exclude={"run_dir", "observe"}))
-        mine = hashlib.sha256(repr(agreed).encode()).digest()
-        for rank, theirs in enumerate(group.all_gather(mine, "agreement on the run")):
-            if theirs != mine:
-                raise LaunchError(
-                    f"{world.hosts.name(rank)} was given another run than {world.hosts.name(world.rank)} (model, "
-                    "configuration or number of samples differ); start all hosts with the same of each"
-                )
+        _agree(group, {"model": layout, "samples": samples, **config.model_dump(exclude={"run_dir", "observe"})})
         group.unlike = _unlike(group, config, device)
     except BaseException as error:
         group.close(error)
         raise
     return group
+
+
+def _agree(group: HierarchicalGroup, given: Mapping[str, Any]) -> None:
+    """Refuse hosts that were given different runs.
+
+    Raises:
+        LaunchError: with what differs first, and between whom.
+    """
+    parts = {
+        f"{key}.{inner}" if inner else key: part
+        for key, value in given.items()
+        for inner, part in (value.items() if isinstance(value, dict) else [("", value)])
+    }
+    mine = {key: repr(part) for key, part in parts.items()}
+    digest = hashlib.sha256(repr(mine).encode()).digest()
+    if all(theirs == digest for theirs in group.all_gather(digest, "agreement on the run")):
+        return
+    everyone = [json.loads(data) for data in group.all_gather(json.dumps(mine).encode(), "comparison of the run")]
+    name = group.place.hosts.name
+    first = everyone[0]
+    differences = (
+        (rank, key) for rank, theirs in enumerate(everyone) for key in first if theirs.get(key) != first[key]
+    )
+    rank, key = next(differences)
+    if key == "model":
+        what = "the models have other parameters, or they lie elsewhere"
+    else:
+        what = f"{key} is {first[key]} on {name(0)}, {everyone[rank].get(key)} on {name(rank)}"
+    raise LaunchError(f"the hosts were given different runs: {what}; start all of them with the same")
 
 
 def _unlike(group: HierarchicalGroup, config: TrainingConfig, device: torch.device) -> str:

@@ -148,6 +148,7 @@ class Nodes:
     _selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
     _workers: int = 0
     _done: bool = False
+    _refused: set[str] = field(default_factory=set)
 
     @property
     def number(self) -> int:
@@ -179,7 +180,7 @@ class Nodes:
                 )
             if waited > SAY_AFTER_S and not said:
                 said = True
-                print(f"unisono: {self._absent()} yet; waiting", file=sys.stderr, flush=True)
+                _say(f"{self._absent()} yet; waiting for {self.rendezvous.deadline_s:g} s in all")
             for _ in self._selector.select(0.5):
                 pass
             self.poll()
@@ -234,7 +235,7 @@ class Nodes:
             self._listener = socket.create_server(where, family=family, backlog=backlog)
         except OSError as error:
             raise ConfigurationError(
-                f"launcher 0 cannot listen on {where[0]}:{where[1]}: {error.strerror or error}; --rendezvous names an "
+                f"host 0 cannot listen on {where[0]}:{where[1]}: {error.strerror or error}; --rendezvous names an "
                 "address of the first host, and a port that is free there"
             ) from error
         self._listener.setblocking(False)
@@ -253,12 +254,12 @@ class Nodes:
             except OSError as error:
                 if self.clock() > until:
                     raise LaunchError(
-                        f"no launcher 0 at {where[0]}:{where[1]} within {self.rendezvous.deadline_s:g} s: "
+                        f"no host 0 at {where[0]}:{where[1]} within {self.rendezvous.deadline_s:g} s: "
                         f"{error.strerror or error}"
                     ) from error
                 if self.clock() > said:
                     said = float("inf")
-                    print(f"unisono: no launcher 0 at {where[0]}:{where[1]} yet; waiting", file=sys.stderr, flush=True)
+                    _say(f"no host 0 at {where[0]}:{where[1]} yet; waiting for {self.rendezvous.deadline_s:g} s in all")
                 time.sleep(0.1)
         try:
             while not line.channel.established:
@@ -266,7 +267,7 @@ class Nodes:
                     raise Refused("the connection was closed")
         except (Refused, OSError) as error:
             raise ConfigurationError(
-                f"launcher 0 at {where[0]}:{where[1]} did not accept this host: {error}; do both have the same secret?"
+                f"host 0 at {where[0]}:{where[1]} did not accept this host: {error}; do both have the same secret?"
             ) from error
         self.address = line.socket.getsockname()[0]
         line.number = 0
@@ -328,6 +329,10 @@ class Nodes:
             messages = None
         if messages is None:
             self._drop(line)
+            stranger = line.channel.greeted and not line.channel.established
+            if stranger and line.peer not in self._refused and len(self._refused) < MOST_STRANGERS:
+                self._refused.add(line.peer)
+                _say(f"{line.peer} was refused: it does not know the job's secret; if it is a host, give it the same")
             if line.number is not None and not self.over and self.failure is None:
                 self.failure = Failure(f"the connection to host {line.number} ({line.peer}) was lost", 1)
                 self._tell({"op": "failed", "number": line.number, "text": self.failure.text, "exit_code": 1})
@@ -359,7 +364,7 @@ class Nodes:
         number, taken = message["number"], {other.number for other in self._lines} | {0}
         problem = ""
         if message["version"] != self.version:
-            problem = f"it has unisono {message['version']}, launcher 0 has {self.version}"
+            problem = f"it has unisono {message['version']}, host 0 has {self.version}"
         elif number in taken or not 0 < number < self.rendezvous.nodes:
             problem = f"--node-rank {number} is taken, or not below --nnodes {self.rendezvous.nodes}"
         if problem:
@@ -392,7 +397,11 @@ class Nodes:
 
     def _absent(self) -> str:
         if self.number:
-            return "launcher 0 has not begun"
+            return "host 0 has not begun"
         here = {line.number for line in self._lines}
         late = [str(n) for n in range(1, self.rendezvous.nodes) if n not in here]
         return f"host{'s' * (len(late) > 1)} {', '.join(late)} of {self.rendezvous.nodes} did not come"
+
+
+def _say(text: str) -> None:
+    print(f"unisono: {text}", file=sys.stderr, flush=True)

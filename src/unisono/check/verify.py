@@ -56,10 +56,10 @@ class Verification:
         if self.equal:
             on = f" on up to {self.hosts} hosts" if self.hosts > 1 else ""
             return f"equal: {len(self.digests)} numbers of workers{on}{again}, one result"
-        inexact = next((digest for digest in self.digests.values() if "not exact" in digest), None)
+        inexact = next((digest for digest in self.digests.values() if digest.startswith("not exact")), None)
         if inexact is not None:
-            why = inexact[inexact.index("not exact") :]
-            return f"NOT EQUAL: the run is {why}; leave wire.algorithm and wire.compression at their defaults for equal bits"
+            why = inexact.rpartition(": ")[0]
+            return f"NOT EQUAL: {why}; with wire.algorithm=canonical and wire.compression=none it would be"
         return "NOT EQUAL: the result depends on the number of workers"
 
 

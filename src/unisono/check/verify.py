@@ -59,7 +59,7 @@ class Verification:
         inexact = next((digest for digest in self.digests.values() if digest.startswith("not exact")), None)
         if inexact is not None:
             why = inexact.rpartition(": ")[0]
-            return f"NOT EQUAL: {why}; with wire.algorithm=canonical and wire.compression=none it would be"
+            return f"NOT EQUAL: {why}; it needs wire.algorithm=canonical and wire.compression=none"
         return "NOT EQUAL: the result depends on the number of workers"
 
 

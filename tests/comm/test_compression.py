@@ -146,22 +146,24 @@ def published_power_sgd(
 
 
 def test_power_sgd_is_the_published_algorithm(wires: list[NetworkWire]) -> None:
-    """Step by step: the update, every member's error, and gradient = average + error."""
+    """Step by step, each in double precision from the state before it: the update, every member's error, the basis; and
+    gradient = average + error."""
     n, shapes = len(wires), ((30, 20),)
     members = [Member(wire, "powersgd", shapes) for wire in wires]
-    errors, basis = [torch.zeros(30, 20)] * n, members[0].bases[0].clone()
     generator = torch.Generator().manual_seed(3)
     for _ in range(5):
         mine = [torch.randn(30, 20, generator=generator) for _ in range(n)]
-        before = [member.errors[0].clone() for member in members]
-        expected, errors, basis = published_power_sgd(mine, errors, basis)
-        found = together(members, [[own] for own in mine])
-        torch.testing.assert_close(found[0][0].view(30, 20) / n, expected, rtol=1e-5, atol=1e-6)
+        before = [member.errors[0].double().view(30, 20) for member in members]
+        exactly = [matrix.double() for matrix in mine]
+        expected, errors, basis = published_power_sgd(exactly, before, members[0].bases[0].double())
+        found = together(members, [[own] for own in mine])[0][0].double().view(30, 20) / n
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
         for member, error in zip(members, errors, strict=True):
-            torch.testing.assert_close(member.errors[0].view(30, 20), error, rtol=1e-5, atol=1e-5)
-        average = torch.stack(mine).mean(0).view(-1) + torch.stack(before).mean(0)
-        kept = torch.stack([member.errors[0] for member in members]).mean(0)
-        torch.testing.assert_close(found[0][0] / n + kept, average, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(member.errors[0].double().view(30, 20), error, rtol=0, atol=2e-6)
+            torch.testing.assert_close(member.bases[0].double() / n, basis, rtol=0, atol=2e-6)
+        kept = torch.stack([member.errors[0].double().view(30, 20) for member in members]).mean(0)
+        average = torch.stack([m + e for m, e in zip(exactly, before, strict=True)]).mean(0)
+        torch.testing.assert_close(found + kept, average, rtol=0, atol=1e-6)
 
 
 def test_power_sgd_at_full_rank_is_torchs_hook(pool: LocalLauncher) -> None:

@@ -1,8 +1,9 @@
 """Collectives as sequences of messages, point to point: ring, tree, halving and doubling; broadcast and gather.
 
-Each is a generator (see `comm.exchange`): it posts messages, yields them, and goes on once they have arrived. Tensors
-are flat and contiguous, and are reduced in place. These sums are not canonical: each adds in an order of its own that
-depends on the number of members, so an exact run does not use them.
+Each is a generator (see `comm.exchange`): it posts messages, yields them, and goes on once they have arrived; it yields
+once a round on every member, also where that has nothing to send. Tensors are flat and contiguous, and are reduced in
+place. These sums are not canonical: each adds in an order of its own that depends on the number of members, so an exact
+run does not use them.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -51,12 +52,13 @@ def tree(wire: Wire, tensor: Tensor, tag: int) -> Collective:
     rank, distance = wire.rank, 1
     incoming = torch.empty_like(tensor)
     while distance < wire.size:
-        if rank & distance:
+        if rank % (2 * distance) == distance:
             yield wire.post([(tensor, rank - distance)], [], tag)
-            break
-        if rank + distance < wire.size:
+        elif rank % (2 * distance) == 0 and rank + distance < wire.size:
             yield wire.post([], [(incoming, rank + distance)], tag)
             tensor.add_(incoming)
+        else:
+            yield wire.post([], [], tag)
         distance *= 2
     yield from broadcast(wire, tensor, tag)
 
@@ -72,6 +74,23 @@ def direct(wire: Wire, tensor: Tensor, tag: int) -> Collective:
         tensor.add_(received[peer])
 
 
+def scattered(wire: Wire, tensor: Tensor, tag: int) -> Collective:
+    """Sum a slice of each member's at its owner, in order of member, and send the sums to all.
+
+    As many bytes as a ring, in two rounds of messages for any n; the sums are the same on all members.
+    """
+    n, rank = wire.size, wire.rank
+    parts = [tensor[cut.start : cut.stop] for cut in slices(0, tensor.numel(), n)]
+    others = [peer for peer in range(n) if peer != rank]
+    received = {peer: torch.empty_like(parts[rank]) for peer in others}
+    yield wire.post([(parts[peer], peer) for peer in others], [(received[peer], peer) for peer in others], tag)
+    received[rank] = parts[rank].clone()
+    parts[rank].copy_(received[0])
+    for peer in range(1, n):
+        parts[rank].add_(received[peer])
+    yield wire.post([(parts[rank], peer) for peer in others], [(parts[peer], peer) for peer in others], tag)
+
+
 def halving_doubling(wire: Wire, tensor: Tensor, tag: int) -> Collective:
     """Sum by exchanging halves with ever nearer partners, and gather by doubling: few messages and few bytes.
 
@@ -82,16 +101,21 @@ def halving_doubling(wire: Wire, tensor: Tensor, tag: int) -> Collective:
     n, rank = wire.size, wire.rank
     power = 1 << (n.bit_length() - 1)
     extra = n - power  # so many pairs of members, the first 2 * extra, act as one each
-    if rank < 2 * extra and rank % 2 == 0:
+    paired, sits_out = rank < 2 * extra, rank < 2 * extra and rank % 2 == 0
+    if sits_out:
         yield wire.post([(tensor, rank + 1)], [], tag)
+        for _ in range(2 * (power.bit_length() - 1)):
+            yield wire.post([], [], tag)
         yield wire.post([], [(tensor, rank + 1)], tag)
         return
-    if rank < 2 * extra:
+    if paired:
         incoming = torch.empty_like(tensor)
         yield wire.post([], [(incoming, rank - 1)], tag)
         tensor.add_(incoming)
+    elif extra:
+        yield wire.post([], [], tag)
 
-    place = rank // 2 if rank < 2 * extra else rank - extra
+    place = rank // 2 if paired else rank - extra
     cuts = slices(0, tensor.numel(), power)
     edges = [cut.start for cut in cuts] + [tensor.numel()]
     first, last = 0, power  # slices that this member still sums
@@ -110,8 +134,8 @@ def halving_doubling(wire: Wire, tensor: Tensor, tag: int) -> Collective:
         give, take = (tensor[edges[a] : edges[b]] for a, b in (mine, theirs))
         yield wire.post([(give, partner)], [(take, partner)], tag)
 
-    if rank < 2 * extra:
-        yield wire.post([(tensor, rank - 1)], [], tag)
+    if extra:
+        yield wire.post([(tensor, rank - 1)] if paired else [], [], tag)
 
 
 def _member(place: int, extra: int) -> int:
@@ -136,6 +160,8 @@ def broadcast(wire: Wire, tensor: Tensor, tag: int) -> Collective:
             yield wire.post([(tensor, rank + distance)], [], tag)
         elif rank % (2 * distance) == distance:
             yield wire.post([], [(tensor, rank - distance)], tag)
+        else:
+            yield wire.post([], [], tag)
 
 
 def as_tensor(payload: bytes) -> Tensor:

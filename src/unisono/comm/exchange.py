@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from unisono.comm.bundle import All
 from unisono.comm.canonical import sum_touched
 from unisono.comm.host import HostGroup
 from unisono.comm.partial import Partial
@@ -146,7 +147,7 @@ class Canonical:
         counted = self._control.post(
             [(own.counts, h) for h in self._others], [(counts[h], h) for h in self._others], tag + 1
         )
-        yield _All([counted, moving])
+        yield All([counted, moving])
 
         touched: dict[Node, list[bool]] = {}
         for h, rows in counts.items():
@@ -159,23 +160,6 @@ class Canonical:
         summed = torch.cat([counts[h] for h in range(len(counts))]).sum(0).tolist()
         for use, number in zip(bucket.uses, summed, strict=True):
             self._total.counts[use] = number
-
-
-@dataclass(frozen=True, slots=True)
-class _All:
-    parts: Sequence[Pending]
-
-    def wait(self, operation: str) -> None:
-        for part in self.parts:
-            part.wait(operation)
-
-
-def together(*reductions: Reduction) -> Reduction:
-    """Several at once, stage by stage."""
-    running = [(reduction, pending) for reduction in reductions if (pending := next(reduction, None)) is not None]
-    while running:
-        yield _All([pending for _, pending in running])
-        running = [(r, pending) for r, _ in running if (pending := next(r, None)) is not None]
 
 
 class Words:
@@ -247,45 +231,77 @@ class Lane:
 
     def run(self, step: int) -> None:
         """Exchange all of the lane's buckets."""
-        under_way: deque[_UnderWay] = deque()
+        queue = _Queue()
         began = None
         for bucket in self.buckets:
-            while under_way and not self.ordered and not self.ready(bucket):
-                _advance(under_way)
+            while not self.ordered and not self.ready(bucket) and queue.early:
+                queue.advance()
             self.await_ready(bucket)
             began = began or time.perf_counter()
             name = f"exchange of bucket {bucket.index} of step {step}"
-            under_way.append(_UnderWay(name, self.reduce(bucket, step), functools.partial(self.done, bucket)))
-            for _ in range(len(under_way) - 1):
-                _advance(under_way)
+            queue.begin(_UnderWay(name, self.reduce(bucket, step), functools.partial(self.done, bucket)))
+            if self.ordered and queue.early > 1:
+                queue.advance()
         if self.last is not None:
-            under_way.append(_UnderWay(f"sums of step {step}", self.last(step), self.finished))
-        while under_way:
-            _advance(under_way)
+            queue.begin(_UnderWay(f"sums of step {step}", self.last(step), self.finished))
+        while queue:
+            queue.advance()
         self.exchanging_s = time.perf_counter() - began if began else 0.0
 
 
 class _UnderWay:
-    """A reduction that has begun."""
+    """A reduction that has begun.
+
+    Attributes:
+        rounds: those that are over.
+    """
 
     def __init__(self, name: str, reduction: Reduction, done: Callable[[], None]) -> None:
         self._name = name
         self._reduction = reduction
-        self.done = done
+        self._done = done
         self._pending = next(reduction, None)
+        self.rounds = 0
 
     def advance(self) -> bool:
-        """Wait for the stage that is under way and start the next; True after the last."""
+        """Wait for the round that is under way and start the next; False after the last."""
         if self._pending is not None:
             self._pending.wait(self._name)
             self._pending = next(self._reduction, None)
-        return self._pending is None
+            self.rounds += 1
+        if self._pending is None:
+            self._done()
+        return self._pending is not None
 
 
-def _advance(under_way: deque[_UnderWay]) -> None:
-    """Bring what was posted first one stage further: a link delivers it first, and what it leads to must not wait."""
-    item = under_way.popleft()
-    if item.advance():
-        item.done()
-    else:
-        under_way.append(item)
+class _Queue:
+    """Reductions that are under way, and which of them is waited for next: one thread waits for one round at a time.
+
+    What was posted first is delivered first, and what it leads to must not wait: so that is waited for first. But
+    members begin their buckets at different times, and must not wait for each other in a circle. In the first two
+    rounds they cannot: whoever has not sent what another waits for is waiting itself in a bucket before that one, or in
+    an earlier round of the same. From the third round on they could, for one whose next bucket has not begun anywhere
+    else; so the third round waits until all buckets have begun and ended two, and from then on all go round by round.
+    """
+
+    def __init__(self) -> None:
+        self._early: deque[_UnderWay] = deque()
+        self._late: deque[_UnderWay] = deque()
+
+    def __len__(self) -> int:
+        return len(self._early) + len(self._late)
+
+    @property
+    def early(self) -> int:
+        """Reductions in their first two rounds: only these may be waited for while a bucket has not begun."""
+        return len(self._early)
+
+    def begin(self, item: _UnderWay) -> None:
+        """The item has posted its first round."""
+        self._early.append(item)
+
+    def advance(self) -> None:
+        """Bring one reduction one round further."""
+        item = (self._early or self._late).popleft()
+        if item.advance():
+            (self._early if item.rounds < 2 else self._late).append(item)

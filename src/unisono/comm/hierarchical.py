@@ -212,8 +212,7 @@ class HierarchicalGroup:
 
         self._await(ready, self._running, f"exchange of step {step}")
         if self._data is not None and self._control is not None:
-            sent = self._data.sent_bytes + (self._control.sent_bytes if self._control is not self._data else 0)
-            self._data.sent_bytes = self._control.sent_bytes = 0
+            sent = sum(wire.take_sent_bytes() for wire in {self._data, self._control})
             self._use = self._measured(sent, time.perf_counter() - arrived)
         self.local.header.closed = step
         return [(root(count), self._total)]

@@ -56,6 +56,9 @@ class NetworkWire:
         rank, size: this member's number, and how many there are.
         explain: makes the error for a member that does not answer; default: one that names the member's number.
 
+    Attributes:
+        sent_bytes: payload that this member has sent since `take_sent_bytes`.
+
     Raises:
         LaunchError: if not all members come together before the deadline.
     """
@@ -95,7 +98,7 @@ class NetworkWire:
                 for tensor, peer in sends:
                     if tensor.numel():
                         works.append((peer, self._group.send([tensor], peer, number("out", peer))))
-                        self.sent_bytes += tensor.numel() * tensor.element_size()
+                        self.sent_bytes += tensor.nbytes
         except RuntimeError as error:  # raised where it is waited for, which knows the operation
             return _Posted(self, [(peer, _Failed(error)), *works])
         return _Posted(self, [(peer, together.work)] if together.work is not None else works)
@@ -133,6 +136,11 @@ class NetworkWire:
             return self._explain(peer, operation, f"deadline {self._link.deadline_s:g} s")
         return self._explain(peer, operation, "")
 
+    def take_sent_bytes(self) -> int:
+        """What was sent since this was asked last."""
+        sent, self.sent_bytes = self.sent_bytes, 0
+        return sent
+
     @property
     def deadline_s(self) -> float:
         """Seconds that any wait may take."""
@@ -141,7 +149,7 @@ class NetworkWire:
     def native(self, wire: Wire, tensor: torch.Tensor, tag: int) -> Iterator[Pending]:
         """The transport's own sum over all members, in place; the order of its additions is its own affair."""
         work = self._group.allreduce([tensor], dist.AllreduceOptions())
-        self.sent_bytes += 2 * (self.size - 1) * tensor.numel() * tensor.element_size() // self.size
+        self.sent_bytes += 2 * (self.size - 1) * tensor.nbytes // self.size
         yield _Posted(self, [((self.rank + 1) % self.size, work)])
 
     def revoke(self) -> None:

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unisono.comm.algorithms import AllReduce, Collective, direct, ring
+from unisono.comm.algorithms import AllReduce, Collective, direct, scattered
+from unisono.comm.bundle import Bundle, together
 from unisono.comm.compression import CODECS, Codec, Compression
-from unisono.comm.exchange import TAGS_A_BUCKET, HostSums, Reduction, together
+from unisono.comm.exchange import TAGS_A_BUCKET, HostSums, Reduction
 from unisono.comm.partial import Partial
 from unisono.comm.wire import Wire
 from unisono.comm.wire_state import WireState
@@ -59,6 +60,15 @@ class Ends:
         places = [self.flat.use_places[use] for use in bucket.uses]
         return [slice(p.offset - bucket.start, p.offset - bucket.start + p.numel) for p in places]
 
+    def bundles(self, bucket: Bucket) -> tuple[Bundle, Bundle, list[Bundle]]:
+        """Wires for gradients and for what lies in the host's memory, and the bundles that these are."""
+        tag = bucket.index * TAGS_A_BUCKET
+        data = Bundle(self.data, tag)
+        if self.control is self.data:
+            return data, data, [data]
+        control = Bundle(self.control, tag)
+        return data, control, [data, control]
+
     def keep_counts(self, bucket: Bucket, counts: Tensor) -> None:
         """How many micro-batches of all hosts touched each use."""
         for use, number in zip(bucket.uses, counts.tolist(), strict=True):
@@ -78,10 +88,11 @@ class Algorithm:
 
     def __call__(self, bucket: Bucket, step: int) -> Reduction:
         """Sum one bucket over all hosts, into the total."""
-        ends, tag = self._ends, bucket.index * TAGS_A_BUCKET
+        ends = self._ends
         value, counts = ends.own(bucket)
         algorithm = self._choose(value.numel() * value.element_size())
-        yield from together(algorithm(ends.data, value, tag), direct(ends.control, counts, tag + 1))
+        data, control, bundles = ends.bundles(bucket)
+        yield from together([algorithm(data, value, 0), direct(control, counts, 0)], bundles)
         ends.keep_counts(bucket, counts)
 
 
@@ -96,17 +107,18 @@ class Compressed:
 
     def __call__(self, bucket: Bucket, step: int) -> Reduction:
         """Sum one bucket over all hosts, into the total."""
-        ends, tag, state = self._ends, bucket.index * TAGS_A_BUCKET, self._state
+        ends, state = self._ends, self._state
         out, counts = ends.own(bucket)
         pieces = dict(zip(bucket.uses, ends.pieces(bucket), strict=True))
         large = [use for use in bucket.uses if use in state.error]
         small = [use for use in bucket.uses if use not in state.error]
         raw = _joined([out[pieces[use]] for use in small], out)
         values = [out[pieces[use]].float() for use in large]
-        collectives = [direct(ends.control, counts, tag), direct(ends.data, raw, tag + 1)]
+        data, control, bundles = ends.bundles(bucket)
+        collectives = [direct(control, counts, 0), _all_sum(data, raw, 0)]
         if large:
-            collectives.append(self._sum(large, values, tag + 2, (step, bucket.index)))
-        yield from together(*collectives)
+            collectives.append(self._sum(data, large, values, (step, bucket.index)))
+        yield from together(collectives, bundles)
         _share(raw, [out[pieces[use]] for use in small])
         for use, value in zip(large, values, strict=True):
             out[pieces[use]].copy_(value)
@@ -116,9 +128,9 @@ class Compressed:
         ends.keep_counts(bucket, counts)
         self.error_squares[bucket.index] = state.norm(large) ** 2
 
-    def _sum(self, uses: Sequence[int], values: list[Tensor], tag: int, key: tuple[int, int]) -> Collective:
+    def _sum(self, wire: Wire, uses: Sequence[int], values: list[Tensor], key: tuple[int, int]) -> Collective:
         """Put the sums over all hosts in place of this host's ``values``, and keep what was lost."""
-        wire, state, compression = self._ends.data, self._state, self._compression
+        state, compression, tag = self._state, self._compression, 0
         errors = [state.error[use] for use in uses]
         if compression.name == "top_k":
             velocities = [state.velocity[use] for use in uses] if state.velocity else None
@@ -249,8 +261,8 @@ def power_sgd(wire: Wire, values: list[Tensor], errors: list[Tensor], bases: lis
 
 
 def _all_sum(wire: Wire, tensor: Tensor, tag: int) -> Collective:
-    """Two members need no ring: one message each way, as many bytes."""
-    return direct(wire, tensor, tag) if wire.size <= 2 else ring(wire, tensor, tag)
+    """As few bytes as possible in as few rounds as possible: between two members, everything at once."""
+    return direct(wire, tensor, tag) if wire.size <= 2 else scattered(wire, tensor, tag)
 
 
 def _joined(parts: Sequence[Tensor], like: Tensor) -> Tensor:

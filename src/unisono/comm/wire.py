@@ -31,13 +31,11 @@ class Wire(Protocol):
     Attributes:
         rank, size: this member's number, and how many there are.
         ordered: both ends must post their messages in the same order (NCCL); else tags tell them apart.
-        sent_bytes: payload that this member has sent so far.
     """
 
     rank: int
     size: int
     ordered: bool
-    sent_bytes: int
 
     def post(self, sends: Sequence[Addressed], receives: Sequence[Addressed], tag: int) -> Pending:
         """Start sending and receiving; several messages between the same two members arrive in order.

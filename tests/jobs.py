@@ -24,7 +24,7 @@ from unisono.comm.host_layout import host_layout
 from unisono.comm.network import Link, NetworkWire
 from unisono.comm.partial import add_entry, partial_layout
 from unisono.comm.reductions import power_sgd
-from unisono.comm.way import Way, wire_buckets
+from unisono.comm.way import Way
 from unisono.errors import GroupError
 from unisono.events import Event, PhaseEntered, StepFinished, ValidationFinished
 from unisono.launch.world import this_process
@@ -208,7 +208,7 @@ def reform_without(lost: int) -> dict[str, Any]:
     world = this_process()
     flat = flat_layout([ParameterSpec(TensorSpec("w", "float32", (500,)), ("w",), 0)])
     partials = partial_layout(flat, [])
-    buckets = len(wire_buckets(flat, 100))
+    buckets = len(Way(100).buckets(flat))
     size = world.local_size
     layout = host_layout(size, 9, 8, partials.size_bytes, 64, 1, 64, buckets)
     arena = Arena(world.arena(layout.size_bytes), layout.size_bytes)

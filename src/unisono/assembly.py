@@ -17,7 +17,6 @@ from unisono.comm.host import HostGroup
 from unisono.comm.host_layout import HostLayout, host_layout
 from unisono.comm.journal import Journal
 from unisono.comm.partial import PartialLayout, partial_layout
-from unisono.comm.way import wire_buckets
 from unisono.config import TrainingConfig
 from unisono.data.feed import Collate, Dataset, Feed, TrainingFeed
 from unisono.engine import Engine, work_share
@@ -168,7 +167,7 @@ def prepare(
         state_bytes=layout.size_bytes,
         replicas=workers if config.layout.zero == 0 else 1,
         undo_bytes=undo_bytes(layout, [run for share in owned for run in share]),
-        buckets=len(wire_buckets(flat, config.wire.bucket_bytes)) if several_hosts else 0,
+        buckets=len(way(config).buckets(flat)) if several_hosts else 0,
         wire_bytes=way(config).wire_bytes(flat) if several_hosts else 0,
     )
     return Prepared(model, tensors, optimizer, originals, update, layout, partials, owned, host)

@@ -51,8 +51,11 @@ class WireConfig(Section):
     momentum: float = Field(
         0.0, ge=0, lt=1, description="top_k: momentum of what is accumulated, in place of the optimizer's own."
     )
-    bucket_bytes: int = Field(
-        1 << 20, ge=1, description="Gradients leave in buckets of at least this size, while the backward still runs."
+    bucket_bytes: int | None = Field(
+        None,
+        ge=1,
+        description="Gradients leave in buckets of at least this size, while the backward still runs; "
+        "default: 1 MiB, and 4 MiB with sign, top_k and powersgd.",
     )
 
     @model_validator(mode="after")

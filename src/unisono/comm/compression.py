@@ -149,6 +149,11 @@ class Compression:
     seed: int
     warmup_steps: int = 0
 
+    @property
+    def sends_little(self) -> bool:
+        """Less than a tenth of a large gradient."""
+        return self.name in ("sign", "top_k", "powersgd")
+
     def density_at(self, step: int) -> float:
         """The part of a tensor that top-k sends in a step (from 1)."""
         return float(self.density ** min(1.0, step / self.warmup_steps)) if self.warmup_steps else self.density

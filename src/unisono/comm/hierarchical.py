@@ -27,7 +27,7 @@ from unisono.comm.network import Link, NetworkWire
 from unisono.comm.partial import Partial, item_size
 from unisono.comm.reductions import Algorithm, Compressed, Ends
 from unisono.comm.waiting import Waiter, revoked
-from unisono.comm.way import Way, wire_buckets
+from unisono.comm.way import Way
 from unisono.comm.wire_state import WireState, gathered, restore, wire_regions, wire_state
 from unisono.errors import GroupError, Revoked
 from unisono.events import PHASES, WireUse
@@ -72,7 +72,7 @@ class HierarchicalGroup:
         self._link = link
         self._flat = flat
         self._way = way
-        self._buckets = wire_buckets(flat, way.bucket_bytes, place.hosts.lanes)
+        self._buckets = way.buckets(flat, place.hosts.lanes)
         self._count = count
         self._name = name
         self._plan = ExchangePlan(self._buckets, host_shares(place.hosts.sizes, count), count)

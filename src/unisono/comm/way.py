@@ -12,10 +12,10 @@ from unisono.comm.wire_state import wire_regions
 from unisono.plan.blocks import FlatLayout
 from unisono.plan.exchange import Bucket, buckets
 
-
-def wire_buckets(flat: FlatLayout, bucket_bytes: int, lanes: int = 1) -> tuple[Bucket, ...]:
-    """The buckets of a model; their number does not depend on the lanes."""
-    return buckets(flat, [item_size(dtype) for dtype in flat.segment_dtypes], bucket_bytes, lanes)
+FIRST_BYTES = 1 << 16
+"""The least size of a step's first bucket, so that the link has something to send early."""
+BUCKET_BYTES, COMPRESSED_BUCKET_BYTES = 1 << 20, 4 << 20
+"""Least sizes; the second for what is compressed to little, where messages cost more than an early start brings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,16 +23,23 @@ class Way:
     """How gradients travel.
 
     Attributes:
-        bucket_bytes: the least size of a bucket.
+        bucket_bytes: the least size of a bucket; None for the default.
         algorithm: "canonical", "native", or one of `ALGORITHMS`; a table's rows for "auto".
         compression: None for none.
         table: measured, for "auto".
     """
 
-    bucket_bytes: int
+    bucket_bytes: int | None = None
     algorithm: str = "canonical"
     compression: Compression | None = None
     table: Sequence[Measured] = ()
+
+    def buckets(self, flat: FlatLayout, lanes: int = 1) -> tuple[Bucket, ...]:
+        """The buckets of a model; their number does not depend on the lanes."""
+        little = self.compression is not None and self.compression.sends_little
+        least = self.bucket_bytes or (COMPRESSED_BUCKET_BYTES if little else BUCKET_BYTES)
+        first = least if little else FIRST_BYTES
+        return buckets(flat, [item_size(dtype) for dtype in flat.segment_dtypes], first, least, lanes)
 
     def wire_bytes(self, flat: FlatLayout) -> int:
         """Bytes of a host's memory of compression."""

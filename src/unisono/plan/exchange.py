@@ -8,9 +8,6 @@ from unisono.plan.assignment import micro_batches
 from unisono.plan.blocks import FlatLayout, aligned
 from unisono.run.summation import Node, accumulation, subtrees
 
-FIRST_BYTES = 1 << 16
-"""The least size of the first bucket."""
-
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
@@ -29,19 +26,20 @@ class Bucket:
     uses: tuple[int, ...]
 
 
-def buckets(flat: FlatLayout, item_bytes: Sequence[int], bucket_bytes: int, lanes: int) -> tuple[Bucket, ...]:
+def buckets(
+    flat: FlatLayout, item_bytes: Sequence[int], first_bytes: int, bucket_bytes: int, lanes: int
+) -> tuple[Bucket, ...]:
     """Cut the gradient into buckets, from its end: a backward finishes the last use first.
 
-    Buckets grow: the first is small, so that the link has something to send early, and each may be twice the last.
-
     Arguments:
-        bucket_bytes: the least size of those that have grown up.
         item_bytes: of an element of each segment.
+        first_bytes: the least size of the first; each one after it may be twice as large,
+        bucket_bytes: up to this least size.
         lanes: local ranks that exchange; each bucket goes to the one with the fewest bytes so far.
     """
     load = [0] * lanes
     result: list[Bucket] = []
-    for members in _neighbours(flat, item_bytes, bucket_bytes):
+    for members in _neighbours(flat, item_bytes, first_bytes, bucket_bytes):
         first, last = flat.use_places[members[-1]], flat.use_places[members[0]]
         lane = load.index(min(load))
         stop = last.offset + aligned(last.numel)
@@ -50,10 +48,12 @@ def buckets(flat: FlatLayout, item_bytes: Sequence[int], bucket_bytes: int, lane
     return tuple(result)
 
 
-def _neighbours(flat: FlatLayout, item_bytes: Sequence[int], bucket_bytes: int) -> Iterator[list[int]]:
+def _neighbours(
+    flat: FlatLayout, item_bytes: Sequence[int], first_bytes: int, bucket_bytes: int
+) -> Iterator[list[int]]:
     """Uses that lie behind each other, the last first, until they are enough."""
     members: list[int] = []
-    size_bytes, least = 0, FIRST_BYTES
+    size_bytes, least = 0, first_bytes
     for use in reversed(range(len(flat.uses))):
         place = flat.use_places[use]
         if members:

@@ -49,7 +49,7 @@ class WireUse:
         sent_bytes: payload that it sent.
         seconds: from its first message to its last.
         exposed_s: how long training waited for the exchange: what did not hide behind computation.
-        saved_bytes: what compression kept from being sent.
+        saved_bytes: what compression, or packing without loss, kept from being sent.
         error_norm: the norm of what compression has not sent yet; None without compression.
     """
 

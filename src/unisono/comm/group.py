@@ -20,6 +20,9 @@ STOP = 1
 SNAPSHOT = 2
 """Flag: the state before this step's update is to be kept, for a checkpoint."""
 
+PACKED = 4
+"""Flag: the next step's gradients travel packed, as `comm.packing` does."""
+
 
 @runtime_checkable
 class Group(Protocol):

@@ -21,9 +21,11 @@ from unisono.comm.algorithms import AllReduce, broadcast, drive, gather_bytes, r
 from unisono.comm.arena import store_fence
 from unisono.comm.blame import PATIENCE_S, Bulletin
 from unisono.comm.exchange import TAGS_A_BUCKET, Canonical, ExchangePlan, HostSums, Lane, Words
+from unisono.comm.group import PACKED
 from unisono.comm.heads import Heads, join, split
 from unisono.comm.host import HostGroup
 from unisono.comm.network import Link, NetworkWire
+from unisono.comm.packing import Packed, Trial
 from unisono.comm.partial import Partial, item_size
 from unisono.comm.reductions import Algorithm, Compressed, Ends
 from unisono.comm.waiting import Waiter, revoked
@@ -87,7 +89,9 @@ class HierarchicalGroup:
         self._remote: dict[int, list[float]] = {}
         self._waiting: dict[int, int] = {}
         self._bucket_of = {use: bucket for bucket in self._buckets for use in bucket.uses}
-        self._step = 0
+        self._step, self._began, self._flags = 0, 0.0, 0
+        self._packed: Packed | None = None
+        self._trial = Trial() if way.lossless == "auto" and place.rank == 0 else None
         generation = f"{name}/generation {local.generation}"
         self._bulletin = Bulletin(link.store, place.hosts, place.rank, generation)
         self._wire_state: WireState | None = None
@@ -112,6 +116,8 @@ class HierarchicalGroup:
         on_cpu = replace(self._link, backend="gloo", device=torch.device("cpu"))
         self._data = wire(self._link, "data")
         self._control = control = self._data if self._link == on_cpu else wire(on_cpu, "control")
+        if self._way.may_pack and not self._data.ordered:
+            self._packed = Packed(self._data)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="unisono-exchange", initializer=_one_thread)
         self._reduce = self._reduction(self._data, self._control)
         self._lane = Lane(
@@ -130,12 +136,13 @@ class HierarchicalGroup:
         way, flat = self._way, self._flat
         share = self._plan.shares[self.place.host]
         sums = HostSums(self.local, flat, share, self._total, self._count)
-        ends = Ends(data, control, flat, sums, self._total)
+        carrier = self._packed or data
+        ends = Ends(carrier, carrier if control is data else control, flat, sums, self._total)
         if way.compression is not None:
             assert self._wire_state is not None
             return Compressed(ends, way.compression, self._wire_state)
         if way.algorithm == "canonical":
-            return Canonical(data, control, self._plan, flat, sums, self._total)
+            return Canonical(carrier, control, self._plan, flat, sums, self._total)
         return Algorithm(ends, lambda size_bytes: way.choose(data, size_bytes))
 
     @property
@@ -174,7 +181,9 @@ class HierarchicalGroup:
 
     def begin(self, step: int) -> None:
         """Let the exchange of a step begin as its buckets come."""
-        self._step = step
+        self._step, self._began = step, time.perf_counter()
+        if self._packed is not None:
+            self._packed.on = self._way.lossless == "always" or bool(self._flags & PACKED)
         self._waiting = {bucket.index: len(bucket.uses) for bucket in self._buckets}
         if self._thread is not None:
             self._running = self._thread.submit(self._exchange, step)
@@ -214,6 +223,9 @@ class HierarchicalGroup:
         if self._data is not None and self._control is not None:
             sent = sum(wire.take_sent_bytes() for wire in {self._data, self._control})
             self._use = self._measured(sent, time.perf_counter() - arrived)
+        if self._trial is not None and self._packed is not None:
+            self._trial.note(self._packed.on, time.perf_counter() - self._began)
+        self._flags = self._words.flags
         self.local.header.closed = step
         return [(root(count), self._total)]
 
@@ -224,6 +236,8 @@ class HierarchicalGroup:
             sizes = [item_size(self._flat.segment_dtypes[b.segment]) * (b.stop - b.start) for b in self._lane.buckets]
             saved = max(0, 2 * (hosts - 1) * sum(sizes) // hosts - sent)
             norm = math.sqrt(sum(self._reduce.error_squares.values()))
+        elif self._packed is not None:
+            saved = self._packed.take_saved_bytes()
         return WireUse(sent, self._lane.exchanging_s, exposed_s, saved, norm)
 
     def _await(self, ready: Callable[[], T | None], running: "Future[T] | Future[None] | None", operation: str) -> T:
@@ -343,7 +357,8 @@ class HierarchicalGroup:
 
     def set_flags(self, flags: int) -> None:
         """Requests to go with the next step."""
-        self.local.set_flags(flags)
+        packed = self._trial is not None and self._trial.wanted
+        self.local.set_flags(flags | PACKED if packed else flags)
 
     def all_flags(self) -> int:
         """Everyone's requests joined."""

@@ -27,12 +27,19 @@ class Way:
         algorithm: "canonical", "native", or one of `ALGORITHMS`; a table's rows for "auto".
         compression: None for none.
         table: measured, for "auto".
+        lossless: "always", "never", or "auto": where a trial finds it quicker.
     """
 
     bucket_bytes: int | None = None
     algorithm: str = "canonical"
     compression: Compression | None = None
     table: Sequence[Measured] = ()
+    lossless: str = "never"
+
+    @property
+    def may_pack(self) -> bool:
+        """Whether gradients may travel packed."""
+        return self.lossless != "never" and self.compression is None
 
     def buckets(self, flat: FlatLayout, lanes: int = 1) -> tuple[Bucket, ...]:
         """The buckets of a model; their number does not depend on the lanes."""

@@ -40,6 +40,8 @@ class Wire(Protocol):
     def post(self, sends: Sequence[Addressed], receives: Sequence[Addressed], tag: int) -> Pending:
         """Start sending and receiving; several messages between the same two members arrive in order.
 
+        Where the wire is not ordered, a message may be shorter than the tensor that it arrives in.
+
         Arguments:
             tag: tells this exchange from others that are under way, from 0.
         """

@@ -110,7 +110,7 @@ def way(config: TrainingConfig) -> Way:
         compression = Compression(
             wire.compression, wire.rank, wire.density, wire.momentum, config.seed, wire.warmup_steps
         )
-    return Way(wire.bucket_bytes, wire.algorithm, compression)
+    return Way(wire.bucket_bytes, wire.algorithm, compression, lossless=wire.lossless)
 
 
 def _shared_table(store: Store, world: World) -> list[Measured]:

@@ -77,17 +77,19 @@ def train(steps: int = 6, resume: bool = False, **options: Any) -> dict[str, Any
     """Train toys; the result, with every step's loss."""
     losses: list[float] = []
     validations: list[dict[str, float]] = []
+    saved: list[int] = []
 
     def note(event: Event) -> None:
         if isinstance(event, StepFinished):
             losses.append(event.loss)
+            saved.append(event.wire.saved_bytes if event.wire else 0)
         elif isinstance(event, ValidationFinished):
             validations.append(dict(event.metrics))
 
     if options.pop("validated", False):
         options["validation"] = toys.Samples()
     result = trainer(callbacks=[note], **options).fit(steps, resume=resume)
-    return {**asdict(result), "losses": losses, "validations": validations}
+    return {**asdict(result), "losses": losses, "validations": validations, "saved": saved}
 
 
 def stop() -> None:

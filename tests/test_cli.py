@@ -125,6 +125,10 @@ WRONG = {
         ["small.yaml", "wire={algorithm: ring, compression: int8}"],
         "compression int8 has its own way of summing",
     ),
+    "packing what is compressed": (
+        ["small.yaml", "wire={lossless: always, compression: int8}"],
+        "lossless is for gradients that are not compressed",
+    ),
     "momentum of nothing": (["small.yaml", "wire.momentum=0.9"], "momentum is for compression top_k, not none"),
 }
 

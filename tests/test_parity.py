@@ -71,12 +71,22 @@ def test_one_result_across_a_resume(pool: LocalLauncher, case: str, tmp_path: Pa
 
 @pytest.mark.parametrize("case", CASES, ids=lambda name: name)
 def test_one_result_across_hosts(pool: LocalLauncher, case: str) -> None:
-    """One worker on each host, several on each, hosts of unequal size; buckets small enough that there are many."""
-    wire = {"bucket_bytes": 300}
+    """One worker on each host, several on each, hosts of unequal size; buckets small enough that there are many; packed
+    without loss always, never, and in turns."""
     expected = train(pool, 1, **CASES[case])
-    for workers, hosts, zero in ((2, 2, 1), (3, 2, 0), (4, 2, 1), (3, 3, 1)):
+    for workers, hosts, zero, lossless in (
+        (2, 2, 1, "auto"),
+        (3, 2, 0, "always"),
+        (4, 2, 1, "never"),
+        (3, 3, 1, "always"),
+    ):
+        wire = {"bucket_bytes": 300, "lossless": lossless}
         result = train(pool, workers, hosts, layout={"zero": zero}, wire=wire, **CASES[case])
-        assert result["digest"] == expected["digest"], f"{workers} workers on {hosts} hosts, ZeRO {zero}"
+        assert result["digest"] == expected["digest"], f"{workers} workers on {hosts} hosts, ZeRO {zero}, {lossless}"
+        if CASES[case]["model"] == "mlp":  # large enough
+            packed = [saved > 0 for saved in result["saved"]]
+            assert packed == {"always": [True] * 6, "never": [False] * 6, "auto": packed}[lossless]
+            assert lossless != "auto" or set(packed) == {False, True}
         assert result["losses"] == expected["losses"]
         assert result["validations"] == expected["validations"]
 

@@ -1,6 +1,7 @@
 """One host of several trains in many ways; the first prints how many bytes left its interface in a step of each.
 
-``python -m tests.wire_bytes CASES``, a JSON list of {"name", "micro_batches", "wire"}, in the environment of torchrun.
+``python -m tests.wire_bytes CASES``, a JSON list of {"name", "width", "micro_batches", "wire"}, in the environment of
+torchrun.
 """
 
 import json
@@ -14,22 +15,24 @@ from unisono import Trainer
 from unisono.bench.over_network import Meter
 from unisono.events import Event, StepFinished
 
-WIDTH = 1600
 STEPS = 11
 
 
 class Rows(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Random rows, wide ones."""
+    """Random rows."""
+
+    def __init__(self, width: int) -> None:
+        self.width = width
 
     def __len__(self) -> int:
         return 64
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        row = torch.randn(WIDTH, generator=torch.Generator().manual_seed(i))
+        row = torch.randn(self.width, generator=torch.Generator().manual_seed(i))
         return row, row.roll(1)
 
 
-def bytes_per_step(micro_batches: int, wire: dict[str, Any]) -> float:
+def bytes_per_step(width: int, micro_batches: int, wire: dict[str, Any]) -> float:
     """Train some steps; their mean without the first's. Only the first host hears of steps: 0 on the others."""
     meter = Meter()
 
@@ -38,9 +41,9 @@ def bytes_per_step(micro_batches: int, wire: dict[str, Any]) -> float:
             meter.note(event.loss)
 
     Trainer(
-        model=lambda: nn.Linear(WIDTH, WIDTH),
+        model=lambda: nn.Linear(width, width),
         loss=nn.functional.mse_loss,
-        data=Rows(),
+        data=Rows(width),
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-3),
         callbacks=[note],
         global_batch_size=micro_batches,
@@ -53,5 +56,5 @@ def bytes_per_step(micro_batches: int, wire: dict[str, Any]) -> float:
 
 
 if __name__ == "__main__":
-    sent = {case["name"]: bytes_per_step(case["micro_batches"], case["wire"]) for case in json.loads(sys.argv[1])}
+    sent = {case.pop("name"): bytes_per_step(**case) for case in json.loads(sys.argv[1])}
     print(json.dumps(sent))

@@ -28,6 +28,7 @@ MICRO_BATCH = 2
 RANK, DENSITY = 4, 0.01
 UNISONO = {
     "exact": {},
+    "exact_unpacked": {"lossless": "never"},
     "bf16": {"compression": "bf16"},
     "fp16": {"compression": "fp16"},
     "int8": {"compression": "int8"},

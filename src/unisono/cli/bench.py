@@ -82,7 +82,7 @@ def network(
     steps: Annotated[int, typer.Option(min=20, help="Steps of DDP, and of what loses nothing.")] = 60,
     methods: Annotated[
         str, typer.Option(help="Ways of moving gradients, besides ddp.")
-    ] = "exact,bf16,int8,powersgd,top_k,sign,torch_powersgd",
+    ] = "exact,exact_unpacked,bf16,int8,powersgd,top_k,sign,torch_powersgd",
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds, about 6 minutes each at 100 Mbit/s.")] = 1,
     as_json: JsonOption = False,
 ) -> None:

@@ -18,6 +18,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from unisono.bench.namespaces import DEVICE
 from unisono.data.feed import Feed
 from unisono.events import Event, StepFinished
+from unisono.launch.process import die_with_parent
 from unisono.run.rng import Isolation, derive
 from unisono.run.sampling import Sampler
 from unisono.tasks.lm import LanguageModel
@@ -117,6 +118,7 @@ def ddp(method: str, steps: int, meter: Meter) -> None:
 
 def main() -> None:
     """Run what the argument says."""
+    die_with_parent(os.getppid())
     wanted: dict[str, Any] = json.loads(sys.argv[1])
     meter = Meter()
     run = unisono if wanted["method"] in UNISONO else ddp

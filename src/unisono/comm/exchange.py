@@ -240,7 +240,7 @@ class Lane:
             began = began or time.perf_counter()
             name = f"exchange of bucket {bucket.index} of step {step}"
             queue.begin(_UnderWay(name, self.reduce(bucket, step), functools.partial(self.done, bucket)))
-            if self.ordered and queue.early > 1:
+            for _ in range(queue.early - 1):  # with all first rounds at once, what they lead to would queue behind them
                 queue.advance()
         if self.last is not None:
             queue.begin(_UnderWay(f"sums of step {step}", self.last(step), self.finished))

@@ -5,21 +5,20 @@ step's gradient: each local rank, in its lane, sums its buckets with its like on
 still runs. With one worker on every host this is a plain network group: one code path for both.
 """
 
-import contextlib
 import functools
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
 from unisono.comm.algorithms import AllReduce, broadcast, drive, gather_bytes, ring
 from unisono.comm.arena import store_fence
-from unisono.comm.blame import PATIENCE_S, Bulletin
+from unisono.comm.blame import Bulletin
 from unisono.comm.exchange import TAGS_A_BUCKET, Canonical, ExchangePlan, HostSums, Lane, Words
 from unisono.comm.group import PACKED
 from unisono.comm.heads import Heads, join, split
@@ -27,11 +26,11 @@ from unisono.comm.host import HostGroup
 from unisono.comm.network import Link, NetworkWire
 from unisono.comm.packing import Packed, Trial
 from unisono.comm.partial import Partial, item_size
+from unisono.comm.patience import GRACE_S, Patience
 from unisono.comm.reductions import Algorithm, Compressed, Ends
-from unisono.comm.waiting import Waiter, revoked
 from unisono.comm.way import Way
 from unisono.comm.wire_state import WireState, gathered, restore, wire_regions, wire_state
-from unisono.errors import GroupError, Revoked
+from unisono.errors import GroupError
 from unisono.events import PHASES, WireUse
 from unisono.plan.blocks import FlatLayout
 from unisono.plan.exchange import Bucket, host_shares
@@ -39,9 +38,6 @@ from unisono.plan.hosts import Hosts, Place
 from unisono.run.summation import Node, root
 
 T = TypeVar("T")
-
-GRACE_S = PATIENCE_S + 0.6
-"""How much longer than the deadline workers wait for a mate that waits for another host: its error names the cause."""
 
 
 class HierarchicalGroup:
@@ -81,7 +77,6 @@ class HierarchicalGroup:
         self._words = Words(local)
         self._total = local.total()
         self._heads = Heads(local, place, self._plan, self._total)
-        self._patient: Waiter = replace(local.waiter, deadline_s=local.waiter.deadline_s + GRACE_S)
         self._thread: ThreadPoolExecutor | None = None
         self._running: Future[None] | None = None
         self._stirred = threading.Event()  # one of this worker's buckets is ready
@@ -94,6 +89,7 @@ class HierarchicalGroup:
         self._trial = Trial() if way.lossless == "auto" and place.rank == 0 else None
         generation = f"{name}/generation {local.generation}"
         self._bulletin = Bulletin(link.store, place.hosts, place.rank, generation)
+        self._patience = Patience(local, place, self._bulletin, self._late, self.revoke)
         self._wire_state: WireState | None = None
         if way.compression is not None:
             regions = wire_regions(flat, way.compression)
@@ -219,7 +215,7 @@ class HierarchicalGroup:
         def ready() -> bool | None:
             return True if self._words.all_summed(step) else None
 
-        self._await(ready, self._running, f"exchange of step {step}")
+        self._patience.wait(ready, self._running, f"exchange of step {step}")
         if self._data is not None and self._control is not None:
             sent = sum(wire.take_sent_bytes() for wire in {self._data, self._control})
             self._use = self._measured(sent, time.perf_counter() - arrived)
@@ -240,38 +236,6 @@ class HierarchicalGroup:
             saved = self._packed.take_saved_bytes()
         return WireUse(sent, self._lane.exchanging_s, exposed_s, saved, norm)
 
-    def _await(self, ready: Callable[[], T | None], running: "Future[T] | Future[None] | None", operation: str) -> T:
-        """Wait for the exchange thread's work, or for what a mate's leads to; its error is this worker's error."""
-        deadline = time.monotonic() + self.local.waiter.deadline_s
-
-        def ready_or_failed() -> T | None:
-            error = running.exception() if running is not None and running.done() else None
-            if isinstance(error, Revoked):
-                raise Revoked(revoked(operation, self.local.cause()))
-            if error is not None:
-                raise error
-            if time.monotonic() > deadline:
-                self._suspect_mates(operation)
-            return ready()
-
-        pending: list[Future[Any]] = [running] if running is not None else []
-
-        def doze(seconds: float) -> None:
-            if all(future.done() for future in pending):
-                time.sleep(seconds)
-            else:
-                wait(pending, seconds)
-
-        with self._telling():
-            return replace(self._patient, sleep=doze)(ready_or_failed, operation, self._unfinished)
-
-    def _suspect_mates(self, operation: str) -> None:
-        """Other hosts that wait for this worker must learn that it waits itself, before its patience ends."""
-        late = self._late()
-        if late and self.place.local_rank not in late:
-            suspect = self.place.hosts.rank(self.place.host, min(late))
-            self._bulletin.post(suspect, f"waited for {self.place.hosts.name(suspect)} in {operation}")
-
     def _late(self) -> set[int]:
         """Local ranks that have not finished their part of an exchange."""
         late = {b.lane for b in self._buckets if not self._words.summed(b.index, self._step)}
@@ -279,35 +243,15 @@ class HierarchicalGroup:
             late = {0}
         return late
 
-    def _unfinished(self) -> str:
-        """Which mates have not finished their part of an exchange."""
-        late = self._late()
-        if self.place.local_rank in late or not late:
-            return "the exchange with other hosts is not complete"
-        return "; ".join(
-            self.local.describe(local_rank) + " has not exchanged its buckets" for local_rank in sorted(late)
-        )
-
     def _call(self, work: Callable[[], T], operation: str) -> T:
         """Do something with the wire: on its thread, so that this one can be freed."""
         assert self._thread is not None
         running = self._thread.submit(work)
-        return self._await(lambda: running.result() if running.done() else None, running, operation)
-
-    @contextlib.contextmanager
-    def _telling(self) -> Iterator[None]:
-        """An error of the group that this worker meets with is told to the others, and frees them."""
-        try:
-            yield
-        except GroupError as error:
-            if not isinstance(error, Revoked):
-                self._bulletin.post(None, str(error))
-            self.revoke(str(error))
-            raise
+        return self._patience.wait(lambda: running.result() if running.done() else None, running, operation)
 
     def _exchange(self, step: int) -> None:
         """On the exchange thread: a lane's buckets and, in the first lane, all that is no gradient."""
-        with self._telling():
+        with self._patience.telling():
             self._lane.run(step)
 
     def _is_ready(self, bucket: Bucket) -> bool:
@@ -352,7 +296,7 @@ class HierarchicalGroup:
 
     def settle(self, step: int) -> None:
         """Wait for the workers of this host: its state is whole."""
-        with self._telling():
+        with self._patience.telling():
             self.local.settle(step)
 
     def set_flags(self, flags: int) -> None:
@@ -366,7 +310,7 @@ class HierarchicalGroup:
 
     def all_gather(self, payload: bytes, operation: str) -> list[bytes]:
         """Everyone's payload: inside the hosts, between them, and inside again."""
-        with self._telling():
+        with self._patience.telling():
             own = self.local.all_gather(payload, operation)
         joined = b""
         if self.local.rank == 0:
@@ -374,7 +318,7 @@ class HierarchicalGroup:
             assert wire is not None
             hosts = self._call(lambda: gather_bytes(wire, join(own), self._tag(1), operation), operation)
             joined = join(hosts)
-        with self._telling():
+        with self._patience.telling():
             hosts = split(self.local.all_gather(joined, operation, GRACE_S)[0])
         return [part for host in hosts for part in split(host)]
 

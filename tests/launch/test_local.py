@@ -153,10 +153,12 @@ def test_nothing_is_left_when_a_process_is_killed(tmp_path: Path, victim: str) -
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     assert process.stdout is not None and process.stdout.readline() == "up\n"
-    below = descendants(process.pid)
     server = children(process.pid)[0]
-    workers = children(server)
+    until = time.monotonic() + 10
+    while len(workers := children(server)) < 2 and time.monotonic() < until:  # one may be up before the other begins
+        time.sleep(0.02)
     assert len(workers) == 2
+    below = descendants(process.pid)
     os.kill({"launcher": process.pid, "server": server, "worker": workers[1]}[victim], signal.SIGKILL)
     process.communicate(timeout=5)
     assert process.returncode != 0

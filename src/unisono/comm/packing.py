@@ -9,6 +9,7 @@ from torch import Tensor
 
 from unisono.comm.lossless import pack, packed_bytes, unpack
 from unisono.comm.wire import Addressed, Pending, Wire
+from unisono.errors import GroupError
 
 LEAST_BYTES = 1 << 12
 """Below this a message travels as it is."""
@@ -33,11 +34,16 @@ class Packed:
         """Start sending and receiving."""
         if not self.on:
             return self._wire.post(sends, receives, tag)
-        packed = [(pack(tensor) if _is_worth_it(tensor) else tensor, member) for tensor, member in sends]
+        once: dict[tuple[int, int], Tensor] = {}  # what goes to several members is packed once
+        for tensor, _ in sends:
+            place = (tensor.data_ptr(), tensor.nbytes)
+            if place not in once:
+                once[place] = pack(tensor) if _is_worth_it(tensor) else tensor
+        packed = [(once[tensor.data_ptr(), tensor.nbytes], member) for tensor, member in sends]
         self._saved += sum(t.nbytes for t, _ in sends) - sum(t.nbytes for t, _ in packed)
         arriving = [(tensor, _room(tensor), member) for tensor, member in receives]
         pending = self._wire.post(packed, [(room, member) for _, room, member in arriving], tag)
-        return _Arriving(pending, [(tensor, room) for tensor, room, _ in arriving if room is not tensor])
+        return _Arriving(pending, [item for item in arriving if item[1] is not item[0]])
 
     def take_saved_bytes(self) -> int:
         """What was saved since this was asked last."""
@@ -48,12 +54,15 @@ class Packed:
 @dataclass(frozen=True, slots=True)
 class _Arriving:
     pending: Pending
-    packed: Sequence[tuple[Tensor, Tensor]]
+    packed: Sequence[tuple[Tensor, Tensor, int]]
 
     def wait(self, operation: str) -> None:
         self.pending.wait(operation)
-        for tensor, room in self.packed:
-            unpack(room, tensor)
+        for tensor, room, member in self.packed:
+            try:
+                unpack(room, tensor)
+            except GroupError as error:
+                raise GroupError(f"{operation}: from member {member}: {error}") from error
 
 
 def _is_worth_it(tensor: Tensor) -> bool:

@@ -1,0 +1,191 @@
+"""A model in stages: the same code on every worker, computing its own stage's modules, with stand-ins for the others.
+
+A stage's worker calls the whole model. Modules of earlier stages return tensors without values; where the stage begins,
+what an earlier stage has sent takes their place; where it ends, what the next stage needs is taken from the arguments of
+its first call, and the model's code is left. So a model need not be written for pipelines: masks, positions and all that
+depends on the input alone are computed where they are needed, and nothing but activations travels.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from unisono.errors import ConfigurationError
+from unisono.plan.outline import Call, Cut, TensorForm
+from unisono.plan.partition import Division
+
+
+class _StageDone(BaseException):
+    """The stage's last module has returned; the rest of the model's code is not for this worker."""
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """What a stage passes on to the next: real tensors, in the order of the cut's leaves."""
+
+    tensors: Sequence[Tensor]
+
+
+@dataclass(slots=True)
+class _Run:
+    """One call of the model as one stage."""
+
+    stage: int
+    entry: Cut | None
+    exit: Cut | None
+    arrived: Sequence[Tensor]
+    left: Sequence[Tensor] | None = None
+    entered: bool = False
+    numbers: dict[str, int] = field(default_factory=dict)
+    known: dict[int, Tensor] = field(default_factory=dict)  # what stands in for it -> what has arrived
+    stand_ins: list[Tensor] = field(default_factory=list)
+
+
+class Stages:
+    """A worker's model, cut into stages.
+
+    Arguments:
+        model: all of it; the parameters of other workers' stages are never read.
+        division: where it is cut.
+    """
+
+    def __init__(self, model: nn.Module, division: Division) -> None:
+        self.division = division
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._calls = {(call.path, call.number): call for call in _outermost(division)}
+        self._run: _Run | None = None
+        self._wrapped: list[tuple[nn.Module, Any]] = []
+        for path in sorted({path for path, _ in self._calls}):
+            module = model.get_submodule(path)
+            self._wrapped.append((module, module.__dict__.get("forward")))
+            module.forward = self._staged(path, module.forward)
+
+    def close(self) -> None:
+        """The model is as it was."""
+        for module, before in self._wrapped:
+            if before is None:
+                del module.forward
+            else:
+                module.forward = before
+        self._wrapped.clear()
+
+    def run(self, stage: int, arrived: Sequence[Tensor], call: Callable[[], Any]) -> Any:
+        """What ``call``, which calls the model, returns in the last stage; `Left` in the others.
+
+        Arguments:
+            arrived: what the stage before has passed on.
+        """
+        cuts = self.division.cuts
+        run = _Run(
+            stage,
+            entry=cuts[stage - 1] if stage else None,
+            exit=cuts[stage] if stage < len(cuts) else None,
+            arrived=arrived,
+        )
+        self._run = run
+        try:
+            result = call()
+        except _StageDone:
+            pass
+        finally:
+            self._run = None
+        if run.entry is not None and not run.entered:
+            raise ConfigurationError(_other_order(run.entry))
+        if run.exit is None:
+            return result
+        if run.left is None:
+            raise ConfigurationError(_other_order(run.exit))
+        return Left(run.left)
+
+    def _staged(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def staged(*args: Any, **kwargs: Any) -> Any:
+            run = self._run
+            if run is None:
+                return forward(*args, **kwargs)
+            number = run.numbers.get(path, 0)
+            run.numbers[path] = number + 1
+            call = self._calls.get((path, number))
+            if call is None:
+                return forward(*args, **kwargs)
+            if run.exit is not None and (path, number) == (run.exit.path, run.exit.number):
+                run.left = self._leave(run, run.exit, args, kwargs)
+                raise _StageDone
+            if run.entry is not None and (path, number) == (run.entry.path, run.entry.number):
+                args, kwargs = self._enter(run, run.entry, args, kwargs)
+            elif run.entry is not None and call.stop <= run.entry.unit:
+                return self._stand_in(run, call)
+            elif run.known:
+                args, kwargs = _with_arrived(run, args, kwargs)
+            return forward(*args, **kwargs)
+
+        return staged
+
+    def _stand_in(self, run: _Run, call: Call) -> Any:
+        """What a module of an earlier stage returns here."""
+
+        def make(form: TensorForm) -> Tensor:
+            with self._mode:
+                return torch.empty_strided(form.shape, form.stride, dtype=form.dtype)
+
+        return pytree.tree_map_only(TensorForm, make, call.results)
+
+    def _enter(self, run: _Run, cut: Cut, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """The stage begins: what has arrived takes the place of what stands in for it."""
+        leaves, form = pytree.tree_flatten((args, kwargs))
+        for i, tensor in zip(cut.leaves, run.arrived, strict=True):
+            if isinstance(leaves[i], FakeTensor):
+                run.known[id(leaves[i])] = tensor
+                run.stand_ins.append(leaves[i])  # alive, so that no other has its identity
+            leaves[i] = tensor
+        run.entered = True
+        args, kwargs = pytree.tree_unflatten(leaves, form)
+        return args, kwargs
+
+    def _leave(self, run: _Run, cut: Cut, args: Any, kwargs: Any) -> list[Tensor]:
+        """The stage ends: what the next one needs."""
+        leaves = pytree.tree_leaves(_with_arrived(run, args, kwargs))
+        left = [leaves[i] for i in cut.leaves]
+        for tensor in left:
+            if not isinstance(tensor, Tensor) or isinstance(tensor, FakeTensor):
+                raise ConfigurationError(
+                    f"stage {run.stage} has no value for an argument of {cut.path}, where the next stage begins; "
+                    "the model's code takes another way than in its rehearsal: cut it elsewhere (layout.cuts)"
+                )
+        return left
+
+
+def _with_arrived(run: _Run, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Arguments with values where they have arrived."""
+    return pytree.tree_map_only(FakeTensor, lambda leaf: run.known.get(id(leaf), leaf), (args, kwargs))
+
+
+def _other_order(cut: Cut) -> str:
+    return (
+        f"the model did not call {cut.path}, though it did in its rehearsal; a pipeline needs a model that calls its "
+        "modules in the same order for every micro-batch"
+    )
+
+
+def _outermost(division: Division) -> list[Call]:
+    """The calls at which a stage may begin, end or stand in: those outside of any call that lies within one stage."""
+    edges = [cut.unit for cut in division.cuts]
+    result: list[Call] = []
+    covered = 0
+    for call in division.outline.calls:
+        if call.first < covered or call.first == call.stop:
+            continue
+        result.append(call)
+        entry = any((cut.path, cut.number) == (call.path, call.number) for cut in division.cuts)
+        if not any(call.first < edge < call.stop for edge in edges) and not _is_above_a_cut(division, call, entry):
+            covered = call.stop
+    return result
+
+
+def _is_above_a_cut(division: Division, call: Call, entry: bool) -> bool:
+    """Whether a stage begins at a call inside this one that is its first."""
+    return not entry and any(cut.unit == call.first for cut in division.cuts)

@@ -1,0 +1,416 @@
+"""The order in which a model calls its modules, what each costs, and where the model can be cut: found by a rehearsal.
+
+The model's own code runs once on tensors without values (torch's fake tensors), so nothing is computed and a model of
+any size can be rehearsed. A cut lies in front of a module's call. What was made before it and is needed after it has
+to be among that call's arguments: only those travel to the next stage.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from unisono.errors import ConfigurationError
+
+FLOPS_A_BYTE = 10
+"""Operations that a core computes in the time in which it moves a byte: layers without products cost by what they move."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorForm:
+    """A tensor without values."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes that it spans in memory."""
+        if 0 in self.shape:
+            return 0
+        return self.dtype.itemsize * (1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True)))
+
+
+def form_of(tensor: Tensor) -> TensorForm:
+    """A tensor's form."""
+    return TensorForm(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One call of a module that is looked at as a whole.
+
+    Attributes:
+        path: the module's name.
+        flops: of its forward.
+        saved_bytes: what its forward keeps for the backward, what earlier units keep anyway left out.
+        moved_bytes: of its results.
+    """
+
+    path: str
+    flops: int
+    saved_bytes: int
+    moved_bytes: int
+
+    @property
+    def cost(self) -> int:
+        """What its forward costs, in operations."""
+        return self.flops + FLOPS_A_BYTE * self.moved_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call of a module, of a unit or of one that units are called in.
+
+    Attributes:
+        path, number: the module's name, and which of its calls.
+        first, stop: the units that are called in it.
+        results: what it returns, `TensorForm` in place of tensors.
+    """
+
+    path: str
+    number: int
+    first: int
+    stop: int
+    results: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A place where the model can be cut: in front of a call.
+
+    Attributes:
+        unit: the first one behind the cut.
+        path, number: the call whose arguments travel.
+        leaves: which of its flattened arguments travel.
+        forms: of those.
+    """
+
+    unit: int
+    path: str
+    number: int
+    leaves: tuple[int, ...]
+    forms: tuple[TensorForm, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """What a rehearsal found.
+
+    Attributes:
+        units: in the order of their calls.
+        calls: of all modules, in the order in which they begin.
+        cuts: where the model can be cut, in order.
+        homes: by name of a parameter or buffer, the unit whose stage needs it.
+    """
+
+    units: tuple[Unit, ...]
+    calls: tuple[Call, ...]
+    cuts: tuple[Cut, ...]
+    homes: Mapping[str, int]
+
+
+def outline(model: nn.Module, forward: Callable[[], object]) -> Outline:
+    """Rehearse a model.
+
+    Arguments:
+        model: with or without values.
+        forward: calls it on a real micro-batch, and computes the loss.
+
+    Raises:
+        ConfigurationError: where the model's code needs values, and thus cannot be rehearsed.
+    """
+    rehearsal = _Rehearsal(model)
+    with rehearsal.on_fakes():
+        try:
+            forward()
+        except Exception as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise ConfigurationError(
+                f"the model cannot be cut into stages: its code, run without values, fails {rehearsal.where()} with "
+                f"{type(error).__name__}: {reason[0]}; use layout.pipeline=1, or let that code not look at values"
+            ) from error
+    return rehearsal.result()
+
+
+def entered(model: nn.Module) -> set[str]:
+    """Modules that are looked into: those that hold a list or a sequence of modules with parameters."""
+    found = {""}
+    for path, module in model.named_modules():
+        several = sum(any(True for _ in child.parameters()) for child in module.children()) > 1
+        if path and several and isinstance(module, nn.ModuleList | nn.Sequential):
+            parts = path.split(".")
+            found.update(".".join(parts[:i]) for i in range(1, len(parts) + 1))
+    return found
+
+
+@dataclass(slots=True)
+class _OpenCall:
+    """A call that is under way, or over: `Call`, with the identities of what it was given."""
+
+    path: str
+    number: int
+    first: int
+    time: int
+    given: list[int | None]
+    forms: list[TensorForm | None]
+    stop: int = 0
+    results: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Use:
+    """Something made earlier is used: in a unit's call, or by code between units.
+
+    Attributes:
+        time: counts events.
+        units: called so far.
+        tensors: identities of what is used.
+        inside: the calls that were under way, the outermost first.
+    """
+
+    time: int
+    units: int
+    tensors: frozenset[int]
+    inside: tuple[_OpenCall, ...]
+
+
+@dataclass(slots=True)
+class _Cost:
+    flops: int = 0
+    saved_bytes: int = 0
+
+
+class _Rehearsal:
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._entered = entered(model)
+        self._time = 0
+        self._units: list[Unit] = []
+        self._calls: list[_OpenCall] = []
+        self._open: list[_OpenCall] = []
+        self._uses: list[_Use] = []
+        self._made: dict[int, int] = {}  # identity of a tensor -> when it was made
+        self._kept: list[object] = []  # so that identities stay unique
+        self._state: dict[int, str] = {}  # identity -> name of a parameter or buffer
+        self._needed: dict[str, list[int]] = {}
+        self._inside_unit = False
+        self._now = _Cost()
+        self._saved: set[int] = set()
+
+    @contextmanager
+    def on_fakes(self) -> Iterator[None]:
+        """The model's parameters and buffers are fakes, and its calls are noted."""
+        wrapped: list[tuple[nn.Module, Any]] = []
+        fakes = _with_fakes(self._model, self._mode, self._state, self._saved)
+        random = torch.random.fork_rng(devices=[])
+        counting = _Counting(self._now)
+        hooks = torch.autograd.graph.saved_tensors_hooks(self._save, lambda tensor: tensor)
+        with fakes, random, hooks, torch.enable_grad(), counting, _Between(self):
+            try:
+                for path, module in list(self._model.named_modules()):
+                    if path and _is_looked_at(path, self._entered):
+                        wrapped.append((module, module.__dict__.get("forward")))
+                        module.forward = self._noting(path, module.forward, whole=path not in self._entered)
+                yield
+            finally:
+                for module, before in wrapped:
+                    if before is None:
+                        del module.forward
+                    else:
+                        module.forward = before
+
+    def where(self) -> str:
+        """Where the rehearsal is, for an error."""
+        path = self._open[-1].path if self._open else ""
+        return f"in module {path}" if path else "in the model's or the loss's own forward"
+
+    def _save(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._saved:
+            self._saved.add(key)
+            self._kept.append(storage)
+            self._now.saved_bytes += form_of(tensor).size_bytes
+        return tensor
+
+    def _noting(self, path: str, forward: Callable[..., Any], *, whole: bool) -> Callable[..., Any]:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            if self._inside_unit:
+                return forward(*args, **kwargs)
+            self._time += 1
+            leaves = pytree.tree_leaves((args, kwargs))
+            fakes = [leaf if isinstance(leaf, FakeTensor) else None for leaf in leaves]
+            given = [None if fake is None else id(fake) for fake in fakes]
+            number = sum(call.path == path for call in self._calls)
+            forms = [None if fake is None else form_of(fake) for fake in fakes]
+            call = _OpenCall(path, number, len(self._units), self._time, given, forms)
+            self._kept.append(leaves)
+            self._calls.append(call)
+            self._open.append(call)
+            result = self._unit(call, forward, args, kwargs) if whole else forward(*args, **kwargs)
+            self._open.pop()
+            call.stop = len(self._units)
+            call.results = pytree.tree_map_only(Tensor, form_of, result)
+            return result
+
+        return noted
+
+    def _unit(self, call: _OpenCall, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        self._use(frozenset(key for key in call.given if key is not None), tuple(self._open))
+        before = (self._now.flops, self._now.saved_bytes)
+        self._inside_unit = True
+        try:
+            with self._mode:
+                result = forward(*args, **kwargs)
+        finally:
+            self._inside_unit = False
+        tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        cost = self._now.flops - before[0], self._now.saved_bytes - before[1]
+        self._units.append(Unit(call.path, *cost, sum(form_of(tensor).size_bytes for tensor in tensors)))
+        self._make(tensors)
+        return result
+
+    def _use(self, tensors: frozenset[int], inside: tuple[_OpenCall, ...]) -> None:
+        self._uses.append(_Use(self._time, len(self._units), tensors, inside))
+
+    def _make(self, tensors: Sequence[Tensor]) -> None:
+        self._time += 1
+        for tensor in tensors:
+            if isinstance(tensor, FakeTensor):
+                self._made[id(tensor)] = self._time
+        self._kept.append(tensors)
+
+    def between(self, args: Any, result: Any) -> None:
+        """Code outside of units has called a function of torch."""
+        if self._inside_unit:
+            return
+        used = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, FakeTensor)]
+        for tensor in used:
+            if id(tensor) in self._state:
+                self._needed.setdefault(self._state[id(tensor)], []).append(max(len(self._units) - 1, 0))
+        self._time += 1
+        if used:
+            made = frozenset(id(tensor) for tensor in used if id(tensor) not in self._state)
+            self._use(made, tuple(self._open))
+        results = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        self._make([tensor for tensor in results if id(tensor) not in self._made])
+
+    def result(self) -> Outline:
+        """What was found."""
+        calls = tuple(Call(c.path, c.number, c.first, c.stop, c.results) for c in self._calls)
+        homes = self._homes()
+        spans: dict[str, tuple[int, int]] = {}
+        for i, unit in enumerate(self._units):  # a module that is called several times stays in one stage
+            spans[unit.path] = (spans.get(unit.path, (i, i))[0], i)
+        for name, needed in self._needed.items():
+            spans[name] = (min(homes[name], *needed), max(homes[name], *needed))
+        together = [span for span in spans.values() if span[1] > span[0]]
+        cuts = []
+        for position in range(1, len(self._units)):
+            if any(first < position <= last for first, last in together):
+                continue
+            cut = next(filter(None, map(self._cut, [c for c in self._calls if c.first == position < c.stop])), None)
+            if cut is not None:
+                cuts.append(cut)
+        return Outline(tuple(self._units), calls, tuple(cuts), homes)
+
+    def _homes(self) -> dict[str, int]:
+        """The unit that every parameter and buffer belongs to."""
+        of_unit: dict[str, int] = {}
+        for i, unit in enumerate(self._units):
+            of_unit.setdefault(unit.path, i)
+        homes: dict[str, int] = {}
+        for name in self._state.values():
+            path = name.rpartition(".")[0]
+            while path and path not in of_unit:
+                path = path.rpartition(".")[0]
+            homes[name] = of_unit[path] if path in of_unit else min(self._needed.get(name, [0]))
+        return homes
+
+    def _cut(self, call: _OpenCall) -> Cut | None:
+        """The cut in front of a call, where what is needed behind it is among the call's arguments."""
+        given = set(filter(None, call.given))
+        for use in self._uses:
+            if use.time < call.time:
+                continue
+            older = {key for key in use.tensors if self._made.get(key, 0) < call.time}
+            if not older:
+                continue
+            later = next((inner for inner in use.inside if inner.time >= call.time), None)
+            if later is None or not older <= given & set(filter(None, later.given)):
+                return None
+        travels = [
+            (i, form)
+            for i, (key, form) in enumerate(zip(call.given, call.forms, strict=True))
+            if key is not None and form is not None and key not in self._state
+        ]
+        leaves, forms = tuple(i for i, _ in travels), tuple(form for _, form in travels)
+        return Cut(call.first, call.path, call.number, leaves, forms) if travels else None
+
+
+def _is_looked_at(path: str, entered: set[str]) -> bool:
+    """Whether a module's calls are noted: those that are looked into, and their children."""
+    return path in entered or path.rpartition(".")[0] in entered
+
+
+@contextmanager
+def _with_fakes(model: nn.Module, mode: FakeTensorMode, names: dict[int, str], storages: set[int]) -> Iterator[None]:
+    """Every name of a parameter or buffer holds a fake of its own; ``names`` and ``storages`` receive who they are."""
+    replaced: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for path, module in model.named_modules():
+            for table in (module._parameters, module._buffers):
+                for key, tensor in list(table.items()):
+                    if tensor is None:
+                        continue
+                    with mode:
+                        fake: Tensor = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+                    if isinstance(tensor, nn.Parameter):
+                        fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+                    replaced.append((table, key, tensor))
+                    table[key] = fake
+                    names[id(fake)] = f"{path}.{key}" if path else key
+                    storages.add(fake.untyped_storage()._cdata)
+        yield
+    finally:
+        for table, key, tensor in replaced:
+            table[key] = tensor
+
+
+class _Counting(TorchDispatchMode):
+    """Counts operations."""
+
+    def __init__(self, cost: _Cost) -> None:
+        super().__init__()
+        self._cost = cost
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self._cost.flops += count(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+@dataclass(slots=True)
+class _Between(TorchFunctionMode):
+    """Notes what the model's code calls."""
+
+    rehearsal: _Rehearsal
+    _busy: bool = field(default=False)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.rehearsal.between((args, kwargs), result)
+        return result

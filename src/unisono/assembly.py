@@ -17,9 +17,11 @@ from unisono.comm.host import HostGroup
 from unisono.comm.host_layout import HostLayout, host_layout
 from unisono.comm.journal import Journal
 from unisono.comm.partial import PartialLayout, partial_layout
+from unisono.comm.passage import Passages
+from unisono.comm.passage_layout import LINE_BYTES, PassageLayout
 from unisono.config import TrainingConfig
 from unisono.data.feed import Collate, Dataset, Feed, TrainingFeed
-from unisono.engine import Engine, work_share
+from unisono.engine import Engine, WorkShare, work_share
 from unisono.errors import CheckpointError, ConfigurationError, UnisonoError
 from unisono.evaluation import Evaluator, Metrics
 from unisono.events import Emitter
@@ -32,9 +34,15 @@ from unisono.optim.schedules import Schedule, scale
 from unisono.optim.state_spec import state_spec
 from unisono.parallel.bind import ModelTensors, bind, model_tensors, unbind
 from unisono.parallel.buffers import Buffers
-from unisono.parallel.replicated import Loss, Replica
-from unisono.plan.assignment import Run, UpdateClass, micro_batches, owners, runs
-from unisono.plan.blocks import flat_layout
+from unisono.parallel.replicated import Loss, Replica, call, split
+from unisono.parallel.stages import Stages
+from unisono.plan.assignment import Run, Teams, UpdateClass, micro_batches, one_team, owners, runs
+from unisono.plan.blocks import aligned, flat_layout
+from unisono.plan.hosts import Place
+from unisono.plan.mesh import Mesh
+from unisono.plan.outline import Cut, outline
+from unisono.plan.partition import Division, divide
+from unisono.plan.schedule import placement, timetable
 from unisono.run.rng import Isolation, ModuleRandom, derive
 from unisono.run.sampling import Sampler
 from unisono.state.layout import StateLayout, state_layout
@@ -71,7 +79,13 @@ class Objects:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A model and an optimizer, and all that follows from them and the configuration, before memory is shared."""
+    """A model and an optimizer, and all that follows from them and the configuration, before memory is shared.
+
+    Attributes:
+        owned: the runs that each worker of this host updates.
+        mesh: of this host's workers.
+        division, passages: of the model into stages, and the memory between them; None where there is one stage.
+    """
 
     model: nn.Module
     tensors: ModelTensors
@@ -82,6 +96,10 @@ class Prepared:
     partials: PartialLayout
     owned: tuple[tuple[Run, ...], ...]
     host: HostLayout
+    mesh: Mesh
+    teams: Teams
+    division: Division | None
+    passages: PassageLayout | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,24 +134,19 @@ class Worker:
             unbind(self.prepared.model, self.prepared.layout.flat)
 
 
-def prepare(
-    objects: Objects, config: TrainingConfig, workers: int, device: torch.device, *, several_hosts: bool = False
-) -> Prepared:
+def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) -> Prepared:
     """Build the model and lay everything out; the same in every worker of a host.
-
-    Arguments:
-        workers: on this host.
-        several_hosts: gradients travel, in buckets.
 
     Raises:
         ConfigurationError: where the objects cannot be trained.
     """
+    workers, several_hosts = place.hosts.sizes[place.host], len(place.hosts.sizes) > 1
     with Isolation() as random:
         random.seed(derive(config.seed, "init"))
         model = objects.model()
     if not isinstance(model, nn.Module):
         raise ConfigurationError(f"the model's factory returned {type(model).__name__}; return a torch.nn.Module")
-    model.to(device)
+    model.to(feed.device)
     tensors = model_tensors(model)
     with without_compiler():
         optimizer = objects.optimizer([p for p, _ in tensors.parameters])
@@ -154,23 +167,63 @@ def prepare(
     originals = [by_name[spec.tensor.name] for spec in flat.parameters]
     layout = state_layout(flat, state_spec(optimizer, update, flat, originals), tensors.buffer_specs())
     partials = partial_layout(flat, tensors.buffer_specs())
-    if config.layout.zero == 0:
-        shares = tuple(range(len(flat.blocks)) for _ in range(workers))
-    else:
-        shares = owners(flat, update, workers)
+    mesh = Mesh(data=workers // config.layout.model_workers, pipeline=config.layout.pipeline)
+    division = _division(model, objects.loss, config, feed) if config.layout.stages > 1 else None
+    teams = _teams(layout, config, division)
+    replicas = mesh.data if config.layout.zero == 0 else 1
+    shares = owners(flat, update, mesh.data // replicas, teams) * replicas
     owned = tuple(runs(flat, update, share) for share in shares)
+    passages = None
+    if division is not None:
+        first = sum(place.hosts.sizes[: place.host]) // config.layout.model_workers
+        each = micro_batches(config.micro_batches, place.hosts.size // config.layout.model_workers)
+        counts = tuple(len(share) for share in each[first : first + mesh.data])
+        passages = PassageLayout(counts, tuple(_message_bytes(cut) for cut in division.cuts))
     host = host_layout(
         slots=workers,
         blocks=layout.blocks,
         entries=2 * max(1, (config.micro_batches - 1).bit_length()) + 2,
         partial_bytes=partials.size_bytes,
         state_bytes=layout.size_bytes,
-        replicas=workers if config.layout.zero == 0 else 1,
+        replicas=replicas,
         undo_bytes=undo_bytes(layout, [run for share in owned for run in share]),
         buckets=len(way(config).buckets(flat)) if several_hosts else 0,
         wire_bytes=way(config).wire_bytes(flat) if several_hosts else 0,
+        passages=passages,
     )
-    return Prepared(model, tensors, optimizer, originals, update, layout, partials, owned, host)
+    return Prepared(
+        model, tensors, optimizer, originals, update, layout, partials, owned, host, mesh, teams, division, passages
+    )
+
+
+def _division(model: nn.Module, loss: Loss, config: TrainingConfig, feed: Feed) -> Division:
+    """Cut the model into stages, after a rehearsal on the first micro-batch."""
+    inputs, target = split(feed.load(list(range(min(config.micro_batch_size, feed.size))), 0, "rehearsal"))
+
+    def forward() -> object:
+        with torch.autocast(feed.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
+            return loss(call(model, inputs), target)
+
+    return divide(outline(model, forward), config.layout.stages, config.layout.cuts)
+
+
+def _teams(layout: StateLayout, config: TrainingConfig, division: Division | None) -> Teams:
+    """Which worker of a pipeline computes with what."""
+    flat = layout.flat
+    if division is None:
+        return one_team(flat, len(layout.buffers))
+    places = placement(config.layout.schedule, config.layout.pipeline, config.layout.virtual_stages)
+    return Teams(
+        config.layout.pipeline,
+        tuple(places[division.stage_of(name)] for name, _ in flat.uses),
+        tuple(places[division.stage_of(spec.name)] for spec in layout.buffers),
+        places[-1],
+    )
+
+
+def _message_bytes(cut: Cut) -> int:
+    """Memory for what crosses a cut; where each tensor starts in a line is kept."""
+    return sum(aligned(LINE_BYTES + form.size_bytes, LINE_BYTES) for form in cut.forms)
 
 
 def assemble(
@@ -191,8 +244,9 @@ def assemble(
     """
     place = place_of(world, device)
     several = len(place.hosts.sizes) > 1
-    prepared = prepare(objects, config, place.hosts.sizes[place.host], device, several_hosts=several)
-    host = prepared.host
+    feed = Feed(objects.data, config.seed, "training", objects.collate, device)
+    prepared = prepare(objects, config, place, feed)
+    host, mesh = prepared.host, prepared.mesh
     arena = _map(world.arena(host.size_bytes, alone=host.slots == 1), host.size_bytes)
     memory = DeviceMemory(device) if device.type != "cpu" else lambda region: arena.tensor(region, torch.uint8)
     local = HostGroup(
@@ -205,8 +259,8 @@ def assemble(
         config.deadline_s,
         memory=memory,
         names=place.local_name,
+        teams=[[mesh.rank(data=d, pipeline=r) for d in range(mesh.data)] for r in range(mesh.pipeline)],
     )
-    feed = Feed(objects.data, config.seed, "training", objects.collate, device)
     local.assemble(_fingerprint(prepared, config, feed.size))
     group = join_hosts(prepared.layout, config, local, place, world, device, feed.size) if several else local
     try:
@@ -230,7 +284,7 @@ def _worker(
 ) -> tuple[Worker, int]:
     """A worker over its group, and the step from which it starts."""
     host, device = prepared.host, feed.device
-    mine = local.rank if config.layout.zero == 0 else 0
+    mine = prepared.mesh.coordinates(local.rank)["data"] if host.replicas > 1 else 0
     state = TrainingState(prepared.layout, memory(host.state(mine)))
     snapshot = TrainingState(prepared.layout, memory(host.snapshot()), frozen=state)
     versions = local.arena.words(host.versions(mine))
@@ -238,7 +292,7 @@ def _worker(
     memories = RunMemory(prepared.layout, state.memory, memory(host.undo(local.slot)), snapshot.memory)
     replica = _replica(prepared, objects, config, state, device)
     policy = _policy(prepared, config, group, local, state, memories, versions, schedule)
-    share = micro_batches(config.micro_batches, group.size)[group.rank]
+    share, passages = _share(prepared, config, group, local)
     sampler = Sampler(feed.size, config.seed, config.global_batch_size, config.micro_batch_size)
     names = [name for name, _ in prepared.layout.flat.uses] + [spec.name for spec in prepared.layout.buffers]
     engine = Engine(
@@ -246,9 +300,10 @@ def _worker(
         replica,
         TrainingFeed(feed, sampler),
         policy,
-        work_share(share, config.micro_batches),
+        share,
         Phases(group, listeners),
         names,
+        passages,
     )
     evaluator = None
     if objects.validation is not None:
@@ -257,6 +312,20 @@ def _worker(
             group, replica, held_out, config.micro_batch_size, config.validation.samples, objects.metrics
         )
     return Worker(prepared, group, state, snapshot, replica, engine, evaluator), step
+
+
+def _share(
+    prepared: Prepared, config: TrainingConfig, group: Group, local: HostGroup
+) -> tuple[WorkShare, Passages | None]:
+    """What this worker does in a step, and its ways to the other stages of its replica."""
+    layout = config.layout
+    replica, worker = divmod(group.rank, layout.model_workers)
+    own = micro_batches(config.micro_batches, group.size // layout.model_workers)[replica]
+    if prepared.passages is None:
+        return work_share(own, config.micro_batches), None
+    table = timetable(layout.schedule, layout.pipeline, own, layout.virtual_stages)
+    passages = Passages(local, prepared.passages, prepared.mesh.coordinates(local.rank)["data"])
+    return work_share(own, config.micro_batches, table.workers[worker]), passages
 
 
 def _map(descriptor: int | None, size_bytes: int) -> Arena:
@@ -283,6 +352,7 @@ def _replica(
         objects.loss,
         config.precision,
         device,
+        Stages(prepared.model, prepared.division) if prepared.division is not None else None,
     )
 
 
@@ -300,14 +370,22 @@ def _policy(
     layout = prepared.layout
     optimizer = BlockOptimizer(prepared.optimizer, prepared.update, state.python_state())
     joinable = state.memory.device.type == "cpu" and config.threads == 1
-    owner = Owner(state, memories, prepared.originals, keep=config.clip is not None, joinable=joinable)
+    owner = Owner(state, memories, prepared.originals, config.clip is not None, prepared.teams, joinable)
     owned = owner.prepare(prepared.owned[local.rank], optimizer)
     buffers = None
-    if layout.buffers and (local.rank == 0 or prepared.host.replicas > 1):
+    if layout.buffers and _is_head(prepared, local):
         buffers = OwnedBuffers(memories.image(layout.buffer_run), state.buffers)
     rates = Rates(schedule, scale(config.scaling, config.global_batch_size), config.clip)
     journal = Journal(local.header.slot(local.slot), versions)
-    return EveryStep(group, layout.flat, config.micro_batches, owned, buffers, journal, optimizer, rates)
+    sharers = local.size // prepared.host.replicas
+    return EveryStep(
+        group, layout.flat, prepared.teams, config.micro_batches, sharers, owned, buffers, journal, optimizer, rates
+    )
+
+
+def _is_head(prepared: Prepared, local: HostGroup) -> bool:
+    """Whether this worker does what is done once for each state."""
+    return local.rank % (local.size // prepared.host.replicas) == 0
 
 
 def _fingerprint(prepared: Prepared, config: TrainingConfig, samples: int) -> int:
@@ -349,9 +427,9 @@ def _fill(
             group.broadcast(part, "initial state")
         group.restore_compression(compression)
     local.barrier("initial state")
-    if prepared.host.replicas > 1 and local.rank > 0:
+    if local.rank > 0 and _is_head(prepared, local):
         state.memory.copy_(memory(prepared.host.state(0)))
-    if local.rank == 0 or prepared.host.replicas > 1:
+    if _is_head(prepared, local):
         for block in range(len(versions)):
             versions[block] = step
     group.finish(step)

@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from unisono.errors import ConfigurationError
+from unisono.plan.schedule import virtual
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -26,10 +27,60 @@ class Section(BaseModel):
 class Layout(Section):
     """Where the run is computed; it never changes the result."""
 
-    data: int | None = Field(None, ge=1, description="Workers that share the micro-batches; default: one per core.")
-    zero: Literal[0, 1] = Field(
-        1, description="0: every worker keeps and updates a whole replica. 1: each block has one owner, who updates it."
+    data: int | None = Field(
+        None, ge=1, description="Replicas that share the micro-batches; default: as many as there are workers for."
     )
+    pipeline: int = Field(1, ge=1, description="Workers of a replica, each with some of its layers.")
+    zero: Literal[0, 1, 2, 3] = Field(
+        1,
+        description="0: every replica keeps and updates a whole state. 1: each block has one owner, who updates it. "
+        "2, 3: as 1 on one host, whose workers share one copy of everything.",
+    )
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zb_h1", "zb_v"] = Field(
+        "1f1b", description="The pipeline's timetable."
+    )
+    virtual_stages: int = Field(1, ge=1, description="Stages of a pipeline's worker; interleaved has 2 by default.")
+    cuts: list[str] = Field(
+        default_factory=list,
+        description="Modules in front of which the model is cut into stages; default: where the slowest is fastest.",
+    )
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> Self:
+        virtual(self.schedule, self.virtual_stages)
+        return self
+
+    @property
+    def model_workers(self) -> int:
+        """Workers that compute one replica together."""
+        return self.pipeline
+
+    @property
+    def stages(self) -> int:
+        """Parts into which the model is cut."""
+        return self.pipeline * virtual(self.schedule, self.virtual_stages)
+
+    def replicas(self, workers: int) -> int:
+        """How many replicas a number of workers makes.
+
+        Raises:
+            ConfigurationError: where they do not make whole ones, or another number than is asked for.
+        """
+        each = self.model_workers
+        fewer, more = workers - workers % each, workers + -workers % each
+        if workers % each:
+            near = f"{fewer} or {more}" if fewer else f"{more}"
+            raise ConfigurationError(
+                f"{workers} worker{'s' * (workers > 1)} cannot make replicas of {each} (layout.pipeline="
+                f"{self.pipeline}); use {near} workers, or another layout"
+            )
+        if self.data is not None and self.data * each != workers:
+            raise ConfigurationError(
+                f"the layout has {self.data * each} workers (data {self.data} x pipeline {self.pipeline}), but "
+                f"{workers} {'are' if workers > 1 else 'is'} there; use {self.data * each} workers, or "
+                f"data={workers // each}"
+            )
+        return workers // each
 
 
 class WireConfig(Section):
@@ -172,9 +223,9 @@ class TrainingConfig(Section):
             )
         if self.micro_batches >= 1 << 19:
             raise ValueError(f"{self.micro_batches} micro-batches a step; at most {(1 << 19) - 1} are possible")
-        workers = self.layout.data
-        if workers is not None and workers > self.micro_batches:
-            raise ValueError(more_workers_than_micro_batches(workers, self.micro_batches))
+        replicas = self.layout.data
+        if replicas is not None and replicas > self.micro_batches:
+            raise ValueError(more_replicas_than_micro_batches(replicas, self.micro_batches, self.layout.model_workers))
         return self
 
     @property
@@ -183,11 +234,12 @@ class TrainingConfig(Section):
         return self.global_batch_size // self.micro_batch_size
 
 
-def more_workers_than_micro_batches(workers: int, micro_batches: int) -> str:
-    """The sentence for a layout that would leave workers idle."""
+def more_replicas_than_micro_batches(replicas: int, micro_batches: int, each: int = 1) -> str:
+    """The sentence for a layout that would leave workers idle; ``each`` workers make a replica."""
+    what = "workers" if each == 1 else "replicas"
     return (
-        f"{workers} workers but only {micro_batches} micro-batch{'es' * (micro_batches > 1)} in a step; "
-        f"use at most {micro_batches} workers, or a smaller micro_batch_size"
+        f"{replicas} {what} but only {micro_batches} micro-batch{'es' * (micro_batches > 1)} in a step; "
+        f"use at most {micro_batches} {what}, or a smaller micro_batch_size"
     )
 
 

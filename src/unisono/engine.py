@@ -3,6 +3,7 @@
 The engine executes a timetable (`plan.schedule`) and knows neither the policy nor how many workers there are.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from unisono.comm.group import Group
 from unisono.comm.partial import Partial
+from unisono.comm.passage import Arrived, Passages
+from unisono.comm.passage_layout import Way
 from unisono.data.feed import TrainingFeed
 from unisono.errors import ImpureRunError
 from unisono.parallel.replicated import Forwarded, Replica
@@ -24,18 +27,53 @@ class WorkShare:
     """What one worker does in a step, as data: its timetable, and how its micro-batches enter the sums."""
 
     actions: tuple[Action, ...]
-    leaves: dict[int, Leaf]
+    leaves: Mapping[int, Leaf]
     buffers: int
 
 
-def work_share(micro_batches: range, count: int) -> WorkShare:
-    """The share of a data-parallel worker that computes ``micro_batches`` of the ``count`` in a step."""
+def work_share(micro_batches: range, count: int, actions: Sequence[Action] | None = None) -> WorkShare:
+    """The share of a worker that computes ``micro_batches`` of the ``count`` in a step.
+
+    Arguments:
+        actions: its timetable; default: that of a worker who computes the whole model.
+    """
     leaves, buffers = accumulation(micro_batches.start, micro_batches.stop, count)
-    return WorkShare(data_parallel(micro_batches), {leaf.micro_batch: leaf for leaf in leaves}, buffers)
+    timetable = data_parallel(micro_batches) if actions is None else tuple(actions)
+    return WorkShare(timetable, {leaf.micro_batch: leaf for leaf in leaves}, buffers)
+
+
+@dataclass(slots=True)
+class _UnderWay:
+    """A micro-batch on one stage, from its forward to the end of its backward.
+
+    Attributes:
+        activations, gradients: what has arrived for it, None where nothing does.
+        computed: its backward is over.
+        given: the stage before has what it waits for.
+    """
+
+    forwarded: Forwarded
+    activations: Arrived | None
+    gradients: Arrived | None = None
+    computed: bool = False
+    given: bool = False
+
+    def release_if_over(self) -> bool:
+        """Whether it is over; then the memory of what has arrived is given back."""
+        over = self.computed and (self.given or self.activations is None)
+        for arrived in (self.activations, self.gradients) if over else ():
+            if arrived is not None:
+                arrived.release()
+        return over
 
 
 class Engine:
-    """Executes the steps of one worker."""
+    """Executes the steps of one worker.
+
+    Arguments:
+        passages: to the other stages of a pipeline; None where there are none.
+        names: of all entries of a partial.
+    """
 
     def __init__(
         self,
@@ -46,6 +84,7 @@ class Engine:
         share: WorkShare,
         phases: Phases,
         names: list[str],
+        passages: Passages | None = None,
     ) -> None:
         self._group = group
         self._replica = replica
@@ -54,7 +93,12 @@ class Engine:
         self._share = share
         self._phases = phases
         self._names = names
-        self._forwarded: dict[int, Forwarded] = {}
+        self._passages = passages
+        self._stages = {action.stage for action in share.actions}
+        self._last_micro_batch = max((action.micro_batch for action in share.actions), default=-1)
+        self._arrived: dict[tuple[int, int], Arrived] = {}
+        self._under_way: dict[tuple[int, int], _UnderWay] = {}
+        self._left: dict[int, int] = {}  # micro-batch -> stages whose leaf is not complete
         self._first: _LeafCopy | None = None
 
     def step(self, step: int, *, check_purity: bool = False, last: bool = False) -> Outcome:
@@ -68,8 +112,9 @@ class Engine:
         phases.begin(step)
         self._group.begin(step)
         self._replica.buffers.invalidate()  # whoever used the model since may have written to them
+        self._left = dict.fromkeys(self._share.leaves, len(self._stages))
         for action in self._share.actions:
-            self._execute(step, action, check_purity)
+            self._execute(step, action, check_purity and action.micro_batch == 0)
         outcome = self._policy.conclude(step, phases)
         self._group.report(step, phases.lap())
         self._group.finish(step)
@@ -81,26 +126,88 @@ class Engine:
         return outcome
 
     def _execute(self, step: int, action: Action, check_purity: bool) -> None:
-        m = action.micro_batch
-        if action.kind is Kind.FORWARD:
-            self._phases.enter("data", m)
-            batch = self._feed.load(step, m)
+        kind, m, stage = action.kind, action.micro_batch, action.stage
+        if kind is Kind.FORWARD:
+            self._forward(step, m, stage, check_purity)
+        elif kind is Kind.BACKWARD:
+            self._backward(step, m, stage)
+        elif kind is Kind.INPUT:
             self._phases.enter("compute", m)
-            if check_purity and m == 0:
-                self._replica.backward(self._replica.forward(step, m, batch), self._chain(m), opens=True)
-                self._first = _copy(self._chain(m)[0])
-                batch = self._feed.load(step, m)  # loading must be pure too, and the model may have changed its input
-            self._forwarded[m] = self._replica.forward(step, m, batch)
+            work = self._under_way[stage, m]
+            self._replica.backward_inputs(work.forwarded, _gradients(work))
+        elif kind is Kind.WEIGHT:
+            self._backward(step, m, stage, weights_only=True)
         else:
-            leaf = self._share.leaves[m]
-            final = self._group.on_gradient if action is self._share.actions[-1] else None
-            self._replica.backward(self._forwarded.pop(m), self._chain(m), opens=leaf.opens, on_gradient=final)
-            if self._first is not None:
-                self._compare(step, self._first, _copy(self._chain(m)[0]))
-                self._first = None
-            if leaf.completes is not None:
-                node, entry = leaf.completes
-                self._group.publish(step, entry, node)
+            self._move(step, action)
+
+    def _move(self, step: int, action: Action) -> None:
+        """Take what another stage has sent, or give it what it waits for."""
+        kind, m, stage = action.kind, action.micro_batch, action.stage
+        assert self._passages is not None
+        if kind is Kind.TAKE_ACTIVATION:
+            self._phases.enter("wait", m)
+            self._arrived[stage, m] = self._passages.receive(stage - 1, Way.ACTIVATIONS, step, m)
+        elif kind is Kind.TAKE_GRADIENT:
+            self._phases.enter("wait", m)
+            self._under_way[stage, m].gradients = self._passages.receive(stage, Way.GRADIENTS, step, m)
+        elif kind is Kind.GIVE_ACTIVATION:
+            made = self._under_way[stage, m].forwarded.made
+            needed = [tensor.requires_grad for tensor in made]
+            self._passages.send(stage, Way.ACTIVATIONS, step, m, made, needed)
+        else:
+            work = self._under_way[stage, m]
+            gradients = work.forwarded.entrance.gradients()
+            self._passages.send(stage - 1, Way.GRADIENTS, step, m, gradients, [False] * len(gradients))
+            work.given = True
+            self._end_if_over(stage, m)
+
+    def _forward(self, step: int, m: int, stage: int, check_purity: bool) -> None:
+        self._phases.enter("data", m)
+        batch = self._feed.load(step, m)
+        self._phases.enter("compute", m)
+        activations = self._arrived.pop((stage, m), None)
+        arrived = []
+        if activations is not None:
+            tensors = [tensor for tensor in activations.tensors if tensor is not None]
+            arrived = list(zip(tensors, activations.needed, strict=True))
+        if check_purity:
+            first = self._replica.forward(step, m, batch, stage, [(tensor.clone(), n) for tensor, n in arrived])
+            if len(self._stages) == 1 and self._passages is None:
+                self._replica.backward(first, self._chain(m), opens=True)
+                self._first = _copy(self._chain(m)[0])
+            batch = self._feed.load(step, m)  # loading must be pure too, and the model may have changed its input
+        forwarded = self._replica.forward(step, m, batch, stage, arrived)
+        if check_purity and self._passages is not None:
+            _compare_made(step, stage, first, forwarded)
+        self._under_way[stage, m] = _UnderWay(forwarded, activations)
+
+    def _backward(self, step: int, m: int, stage: int, *, weights_only: bool = False) -> None:
+        self._phases.enter("compute", m)
+        work = self._under_way[stage, m]
+        leaf = self._share.leaves[m]
+        final = self._group.on_gradient if m == self._last_micro_batch else None
+        if weights_only:
+            self._replica.backward_weights(work.forwarded, self._chain(m), opens=leaf.opens, on_gradient=final)
+        else:
+            gradients = _gradients(work)
+            chain = self._chain(m)
+            self._replica.backward(work.forwarded, chain, opens=leaf.opens, gradients=gradients, on_gradient=final)
+        work.computed = True
+        self._end_if_over(stage, m)
+        if self._first is not None:
+            self._compare(step, self._first, _copy(self._chain(m)[0]))
+            self._first = None
+        self._left[m] -= 1
+        if leaf.completes is not None and not self._left[m]:
+            node, entry = leaf.completes
+            self._group.publish(step, entry, node)
+
+    def _end_if_over(self, stage: int, m: int) -> None:
+        work = self._under_way[stage, m]
+        if work.computed:
+            work.forwarded.made, work.forwarded.rest = (), None  # the graph ends here
+        if work.release_if_over():
+            del self._under_way[stage, m]
 
     def _chain(self, micro_batch: int) -> list[Partial]:
         return [self._group.partial(b) for b in self._share.leaves[micro_batch].chain]
@@ -127,6 +234,20 @@ class _LeafCopy:
     entries: list[Tensor | None]
 
 
+def _gradients(work: _UnderWay) -> Sequence[Tensor | None]:
+    return work.gradients.tensors if work.gradients is not None else ()
+
+
+def _compare_made(step: int, stage: int, first: Forwarded, second: Forwarded) -> None:
+    """A stage of a pipeline has computed micro-batch 0 twice."""
+    for a, b in zip(first.made, second.made, strict=True):
+        if not _same(a, b):
+            raise ImpureRunError(
+                f"the run is not pure: micro-batch 0 of step {step}, computed twice from the same state, gave two "
+                f"results in stage {stage} of the pipeline; with layout.pipeline=1 the parameter is named"
+            )
+
+
 def _copy(partial: Partial) -> _LeafCopy:
     entries = [entry.clone() if partial.counts[i] else None for i, entry in enumerate(partial.entries)]
     return _LeafCopy(partial.scalars[0], entries)
@@ -136,4 +257,4 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
     """Equal bit for bit."""
     if a is None or b is None:
         return a is b
-    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+    return torch.equal(a.detach().reshape(-1).view(torch.uint8), b.detach().reshape(-1).view(torch.uint8))

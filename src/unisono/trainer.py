@@ -8,7 +8,7 @@ from torch import nn
 
 from unisono.assembly import Objects, OptimizerFactory
 from unisono.comm.waiting import wake_on_time
-from unisono.config import Layout, ScheduleConfig, TrainingConfig, more_workers_than_micro_batches, validate
+from unisono.config import Layout, ScheduleConfig, TrainingConfig, more_replicas_than_micro_batches, validate
 from unisono.data.feed import Collate, Dataset
 from unisono.errors import ConfigurationError
 from unisono.evaluation import Metrics
@@ -158,12 +158,19 @@ class Trainer:
         config = self.config
         if steps < 1:
             raise ConfigurationError(f"steps is {steps}; give a whole number from 1")
-        if world.size > config.micro_batches:
-            raise ConfigurationError(more_workers_than_micro_batches(world.size, config.micro_batches))
-        if config.layout.data is not None and config.layout.data != world.size:
+        replicas = config.layout.replicas(world.size)
+        if replicas > config.micro_batches:
+            each = config.layout.model_workers
+            raise ConfigurationError(more_replicas_than_micro_batches(replicas, config.micro_batches, each))
+        if config.layout.stages > 1 and len(world.hosts.sizes) > 1:
             raise ConfigurationError(
-                f"layout.data is {config.layout.data} but {world.size} worker{'s' * (world.size > 1)} "
-                f"were started by {world.launcher}; start as many, for example unisono run -n {config.layout.data}"
+                f"layout.pipeline is {config.layout.pipeline} over {len(world.hosts.sizes)} hosts; a pipeline's "
+                "workers share memory so far: use one host, or layout.pipeline=1"
+            )
+        if config.layout.stages > 1 and config.device != "cpu":
+            raise ConfigurationError(
+                f"layout.pipeline is {config.layout.pipeline} with device {config.device}; a pipeline's workers share "
+                "memory so far: use device cpu, or layout.pipeline=1"
             )
         if config.device.startswith("cuda") and not torch.cuda.is_available():
             raise ConfigurationError(f"device {config.device} is not there; use device cpu")

@@ -77,7 +77,7 @@ def test_a_step_is_collected_once_all_is_published() -> None:
             partial.clear()
             partial.scalars[0] = float(step * (group.rank + 1))
             group.publish(step, 0, Node(0, group.rank))
-            totals.append(sum(p.scalars[0] for _, p in group.collect(step, 2)))
+            totals.append(sum(p.scalars[0] for _, p in group.collect(step, 2)[0]))
             group.finish(step)
             group.settle(step)
         return totals

@@ -5,7 +5,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unisono.errors import ConfigurationError
-from unisono.plan.assignment import RUN_ELEMENTS, UpdateClass, contiguous_shares, micro_batches, owners, runs
+from unisono.plan.assignment import (
+    RUN_ELEMENTS,
+    UpdateClass,
+    contiguous_shares,
+    micro_batches,
+    one_team,
+    owners,
+    runs,
+)
 from unisono.plan.blocks import ALIGNMENT_ELEMENTS, BLOCK_ELEMENTS, FlatLayout, ParameterSpec, TensorSpec, flat_layout
 from unisono.plan.mesh import Mesh
 
@@ -47,12 +55,12 @@ def test_contiguous_shares_are_the_best_there_are(costs: list[int], workers: int
 @given(sizes, st.integers(1, 5), st.sampled_from(list(UpdateClass)))
 def test_every_block_has_one_owner(sizes: list[int], workers: int, update: UpdateClass) -> None:
     flat = layout(sizes)
-    shares = owners(flat, update, workers)
+    shares = owners(flat, update, workers, one_team(flat, 0))
     assert [b for share in shares for b in share] == list(range(len(flat.blocks)))
     if update is UpdateClass.PARAMETER:
         for share in shares:
             if share:
-                assert flat.blocks[share.start].index == 0
+                assert flat.blocks[share[0]].index == 0
     for share in shares:
         assert [b for run in runs(flat, update, share) for b in range(run.first, run.stop)] == list(share)
 

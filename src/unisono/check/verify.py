@@ -1,15 +1,39 @@
-"""``unisono verify``: the same run on several numbers of workers, and whether all digests are equal."""
+"""``unisono verify``: the same run in several layouts, and whether all digests are equal."""
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from unisono.config import Config, more_workers_than_micro_batches, validate
+import yaml
+
+from unisono.config import Config, Layout, more_replicas_than_micro_batches, validate
 from unisono.errors import ConfigurationError
 from unisono.launch.launcher import Launcher
 from unisono.launch.local import STANDARD_ERROR
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One way to run it.
+
+    Attributes:
+        name: for the reader.
+        layout: what is set of the configuration's section.
+        hosts: sets of workers that share no memory.
+    """
+
+    name: str
+    layout: Mapping[str, Any]
+    hosts: int = 1
+
+    @property
+    def workers(self) -> int:
+        """How many it takes."""
+        layout = Layout.model_validate(self.layout)
+        return (layout.data or 1) * layout.model_workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,32 +41,34 @@ class Verification:
     """What `verify` found.
 
     Attributes:
-        digests: by number of workers.
-        losses: of the last step, by number of workers.
+        digests: by name of the trial.
+        losses: of the last step.
         seconds: that each took.
         steps, resume_at: what was trained, and after which step it was stopped and resumed.
         hosts: over which several workers were spread; one worker is on one.
+        what: the trials, in the plural.
     """
 
-    digests: dict[int, str]
-    losses: dict[int, float]
-    seconds: dict[int, float]
+    digests: dict[str, str]
+    losses: dict[str, float]
+    seconds: dict[str, float]
     steps: int
     resume_at: int | None
     hosts: int = 1
+    what: str = "numbers of workers"
 
     @property
     def equal(self) -> bool:
-        """Whether the result does not depend on the number of workers."""
+        """Whether the result is the same in all trials."""
         return len(set(self.digests.values())) == 1
 
     def as_dict(self) -> dict[str, Any]:
         """As data."""
         return {
             "equal": self.equal,
-            "digests": {str(n): digest for n, digest in self.digests.items()},
-            "losses": {str(n): loss for n, loss in self.losses.items()},
-            "seconds": {str(n): round(s, 3) for n, s in self.seconds.items()},
+            "digests": self.digests,
+            "losses": self.losses,
+            "seconds": {name: round(s, 3) for name, s in self.seconds.items()},
             "steps": self.steps,
             "resume_at": self.resume_at,
             "hosts": self.hosts,
@@ -50,76 +76,129 @@ class Verification:
 
     def as_text(self) -> str:
         """For a reader."""
-        again = f", stopped after step {self.resume_at} and resumed on another number" if self.resume_at else ""
+        again = f", stopped after step {self.resume_at} and resumed in another" if self.resume_at else ""
         if self.equal and len(self.digests) == 1:
-            return "one number of workers proves nothing; give several, --workers 1,2 for example"
+            return f"one of the {self.what} proves nothing; give several"
         if self.equal:
             on = f" on up to {self.hosts} hosts" if self.hosts > 1 else ""
-            return f"equal: {len(self.digests)} numbers of workers{on}{again}, one result"
+            return f"equal: {len(self.digests)} {self.what}{on}{again}, one result"
         inexact = next((digest for digest in self.digests.values() if digest.startswith("not exact")), None)
         if inexact is not None:
             why = inexact.rpartition(": ")[0]
             return f"NOT EQUAL: {why}; it needs wire.algorithm=canonical and wire.compression=none"
-        return "NOT EQUAL: the result depends on the number of workers"
+        return f"NOT EQUAL: the result depends on the {self.what.removesuffix('s')}"
+
+
+def numbers_of_workers(config: Config, workers: Sequence[int], hosts: int) -> list[Trial]:
+    """A trial for each number of workers, over so many hosts, and the least number on one host where there are several.
+
+    Raises:
+        ConfigurationError: for a number that cannot be.
+    """
+    each = config.layout.model_workers
+    if hosts > 1 and each not in workers:
+        workers = [each, *workers]
+    trials = []
+    for count in workers:
+        replicas = config.layout.model_copy(update={"data": None}).replicas(count)
+        if replicas > config.micro_batches:
+            raise ConfigurationError(more_replicas_than_micro_batches(replicas, config.micro_batches, each))
+        if each < count < hosts:
+            raise ConfigurationError(f"{count} workers cannot be on {hosts} hosts; give --workers from {hosts}")
+        layout = config.layout.model_copy(update={"data": replicas}).model_dump(mode="json")
+        trials.append(Trial(str(count), layout, hosts if count > each else 1))
+    return trials
+
+
+def layouts_in(path: Path, config: Config) -> list[Trial]:
+    """A trial for each line of a file, ``data=2 pipeline=2 schedule=1f1b`` for example; ``#`` begins a comment.
+
+    Raises:
+        ConfigurationError: naming the line that cannot be a layout.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(
+            f"cannot read layouts from {path}: {error}; give a text file, a layout a line"
+        ) from error
+    trials = []
+    for number, line in enumerate(lines, 1):
+        name = line.partition("#")[0].strip()
+        if not name:
+            continue
+        where = f"{path}, line {number}"
+        words = dict(_setting(word, where) for word in name.split())
+        layout = validate(Layout, {"data": 1, **words}, where)
+        replicas = layout.data or 1
+        if replicas > config.micro_batches:
+            each = layout.model_workers
+            raise ConfigurationError(
+                f"{where}: {more_replicas_than_micro_batches(replicas, config.micro_batches, each)}"
+            )
+        trials.append(Trial(name, layout.model_dump(mode="json")))
+    if not trials:
+        raise ConfigurationError(f"{path} holds no layout; give one a line, data=2 pipeline=2 for example")
+    return trials
+
+
+def _setting(word: str, where: str) -> tuple[str, Any]:
+    key, separator, value = word.partition("=")
+    if not separator or not key:
+        raise ConfigurationError(f"{where}: {word!r} is not of the form key=value, data=2 for example")
+    return key, yaml.safe_load(value)
 
 
 def verify(
     launcher: Launcher,
     config: Config,
-    workers: Sequence[int],
+    trials: Sequence[Trial],
     steps: int,
     resume_at: int | None,
     say: Callable[[str], None] | None,
-    hosts: int = 1,
+    what: str,
 ) -> Verification:
-    """Train ``steps`` steps on each number of workers.
-
-    With ``resume_at`` each run is stopped after that step and resumed on the next number in the list. With several
-    ``hosts`` every number of workers is spread over as many sets that share no memory, and one worker on one is added.
+    """Train ``steps`` steps in each trial; with ``resume_at`` each is stopped after that step and resumed as the next.
 
     Raises:
-        ConfigurationError: for a number of workers, or a step, that cannot be.
+        ConfigurationError: for a step that cannot be.
     """
     if resume_at is not None and resume_at >= steps:
         raise ConfigurationError(f"--resume-at {resume_at} is not before the last step, {steps}; choose an earlier one")
-    for count in workers:
-        if count > config.micro_batches:
-            raise ConfigurationError(more_workers_than_micro_batches(count, config.micro_batches))
-        if 1 < count < hosts:
-            raise ConfigurationError(f"{count} workers cannot be on {hosts} hosts; give --workers from {hosts}")
-    if hosts > 1 and 1 not in workers:
-        workers = [1, *workers]
     digests, losses, seconds = {}, {}, {}
-    for i, count in enumerate(workers):
+    for i, trial in enumerate(trials):
         started = time.monotonic()
         if resume_at is None:
-            result = _train(launcher, config, count, hosts, steps, None, resume=False)
+            result = _train(launcher, config, trial, steps, None, resume=False)
         else:
             with tempfile.TemporaryDirectory(prefix="unisono-verify-") as run_dir:
-                _train(launcher, config, count, hosts, resume_at, run_dir, resume=False)
-                following = workers[(i + 1) % len(workers)]
-                result = _train(launcher, config, following, hosts, steps, run_dir, resume=True)
-        digests[count], losses[count] = result["digest"], result["loss"]
-        seconds[count] = time.monotonic() - started
+                _train(launcher, config, trial, resume_at, run_dir, resume=False)
+                following = trials[(i + 1) % len(trials)]
+                result = _train(launcher, config, following, steps, run_dir, resume=True)
+        name = trial.name
+        digests[name], losses[name] = result["digest"], result["loss"]
+        seconds[name] = time.monotonic() - started
         if say is not None:
-            name = f"{count} worker{'s' * (count > 1)}" + (f" on {hosts} hosts" if min(count, hosts) > 1 else "")
-            say(f"{name}: {result['digest']}  loss {result['loss']:.6f}  {seconds[count]:.1f} s")
-    return Verification(digests, losses, seconds, steps, resume_at, hosts)
+            title = name
+            if name.isdigit():
+                title += f" worker{'s' * (name != '1')}" + (f" on {trial.hosts} hosts" if trial.hosts > 1 else "")
+            say(f"{title}: {result['digest']}  loss {result['loss']:.6f}  {seconds[name]:.1f} s")
+    return Verification(digests, losses, seconds, steps, resume_at, max(trial.hosts for trial in trials), what)
 
 
 def _train(
-    launcher: Launcher, config: Config, workers: int, hosts: int, steps: int, run_dir: str | None, *, resume: bool
+    launcher: Launcher, config: Config, trial: Trial, steps: int, run_dir: str | None, *, resume: bool
 ) -> dict[str, Any]:
     data = config.model_dump(mode="json")
     decay = config.schedule.decay_steps or config.steps  # the schedule is part of the run, however few steps are taken
     data["schedule"] = {**data["schedule"], "decay_steps": decay}
-    data["layout"] = {**data["layout"], "data": workers}
+    data["layout"] = dict(trial.layout)
     data["observe"] = {"progress": False, "tensorboard": False, "report": False}
     data |= {"steps": steps, "run_dir": run_dir, "checkpoint": {}, "validation": {}}
     settings = validate(Config, data, "verify").model_dump(mode="json")
     arguments = {"config": settings, "resume": resume, "evaluate": False}
     target = {"call": "unisono.tasks.job:train", "arguments": arguments}
-    ending = launcher.run(target, workers, hosts=min(hosts, workers), output=STANDARD_ERROR)
+    ending = launcher.run(target, trial.workers, hosts=trial.hosts, output=STANDARD_ERROR)
     if ending.interrupted:
         raise KeyboardInterrupt
     result: dict[str, Any] = ending.results[0]

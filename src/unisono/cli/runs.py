@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -22,9 +22,6 @@ from unisono.cli.options import (
     whole_numbers,
 )
 from unisono.errors import ConfigurationError
-
-if TYPE_CHECKING:
-    from unisono.config import Config
 
 ELSEWHERE = Path("(on host 0)")
 """The run's directory, as hosts know it that keep no records."""
@@ -64,8 +61,7 @@ def train(
         if here.nodes > 1:
             count = workers_here(settings, workers or here.slots, here.nodes)
         else:
-            settings = settings if workers is None else _with_workers(settings, workers)
-            count = choose_workers(settings)
+            count = choose_workers(settings, workers)
         as_json = as_json or here.number > 0
         run_dir = next_run_dir(settings.run_dir, settings.task, resume=resume) if here.number == 0 else ELSEWHERE
         settings = settings.model_copy(update={"run_dir": str(run_dir)})
@@ -137,37 +133,45 @@ def run(
 def verify(
     config: ConfigFile,
     overrides: Overrides = None,
-    workers: Annotated[str, typer.Option(help="Numbers of workers to compare, for example 1,2,3,4.")] = "1,2,3,4",
+    workers: Annotated[
+        str | None, typer.Option(help="Numbers of workers to compare; default: 1,2,3,4.", show_default=False)
+    ] = None,
+    layouts: Annotated[
+        Path | None, typer.Option(help="A file of layouts to compare, one a line: data=2 pipeline=2 zero=1 ...")
+    ] = None,
     hosts: Annotated[
         int, typer.Option(min=1, help="Spread them over this many hosts (sets that share no memory, on this machine).")
     ] = 1,
     steps: Annotated[int, typer.Option(min=1, help="Steps to train with each.")] = 8,
     resume_at: Annotated[
-        int | None, typer.Option(min=1, help="Stop after this step, and resume with another number of workers.")
+        int | None, typer.Option(min=1, help="Stop after this step, and resume in the next layout.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Prove that a run's result does not depend on the number of workers: exit code 0 only if all digests are equal.
+    """Prove that a run's result does not depend on its layout: exit code 0 only if all digests are equal.
 
-    Example: unisono verify configs/images.yaml --workers 1,2,3 --steps 20 --resume-at 7
+    Examples: unisono verify configs/images.yaml --workers 1,2,3 --steps 20 --resume-at 7
+
+    unisono verify configs/lm.yaml --layouts configs/layouts.txt
     """
+    if layouts is not None and (workers is not None or hosts > 1):
+        raise ConfigurationError(
+            "--layouts says how many workers there are; leave --workers and --hosts out"
+        )
     with launcher_here() as launcher:
+        from unisono.check.verify import layouts_in, numbers_of_workers
         from unisono.check.verify import verify as check
         from unisono.config import load
 
         settings = load(config, overrides or [])
-        numbers = whole_numbers(workers, "--workers")
+        if layouts is not None:
+            trials, what = layouts_in(layouts, settings), "layouts"
+        else:
+            numbers = whole_numbers(workers or "1,2,3,4", "--workers")
+            trials, what = numbers_of_workers(settings, numbers, hosts), "numbers of workers"
         if settings.preload:
             launcher.preload(settings.preload)
-        report = check(launcher, settings, numbers, steps, resume_at, None if as_json else typer.echo, hosts)
+        report = check(launcher, settings, trials, steps, resume_at, None if as_json else typer.echo, what)
         typer.echo(json.dumps(report.as_dict()) if as_json else report.as_text())
         if not report.equal:
             raise typer.Exit(1)
-
-
-def _with_workers(settings: "Config", workers: int) -> "Config":
-    from unisono.config import Config, validate
-
-    data: dict[str, Any] = settings.model_dump(mode="json")
-    data["layout"]["data"] = workers
-    return validate(Config, data, "-n")

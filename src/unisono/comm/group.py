@@ -10,6 +10,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from unisono.comm.canonical import Cover
 from unisono.comm.partial import Partial
 from unisono.events import WireUse
 from unisono.run.summation import Node
@@ -63,8 +64,12 @@ class Group(Protocol):
     def publish(self, step: int, entry: int, node: Node) -> None:
         """The buffer holds the finished sum of ``node``; it is immutable until the step is committed."""
 
-    def collect(self, step: int, count: int) -> list[tuple[Node, Partial]]:
-        """Wait until all ``count`` micro-batches are published; subtrees that cover each once, from left to right."""
+    def collect(self, step: int, count: int) -> list[Cover]:
+        """Wait until all ``count`` micro-batches are published.
+
+        A cover for each team (those who compute the same part of the model): subtrees that hold every micro-batch once,
+        from left to right.
+        """
 
     def finish(self, step: int) -> None:
         """All that this worker owns is at the state after ``step``."""

@@ -3,6 +3,7 @@
 One header for the host, one row of words for each slot (written by its worker alone), one version for each block.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from unisono.comm.arena import Arena, Region, store_fence
@@ -143,7 +144,7 @@ class Header:
         store_fence()
         self.slot(slot)[_PUBLISHED + entry] = pack(generation, step, node)
 
-    def publications(self, generation: int, step: int, slots: tuple[int, ...]) -> list[Publication]:
+    def publications(self, generation: int, step: int, slots: Sequence[int]) -> list[Publication]:
         """What has been published for a step of a generation; words of other steps do not count."""
         prefix = (generation << STEP_BITS) | step
         found = []

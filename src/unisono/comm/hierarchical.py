@@ -19,6 +19,7 @@ import torch
 from unisono.comm.algorithms import AllReduce, broadcast, drive, gather_bytes, ring
 from unisono.comm.arena import store_fence
 from unisono.comm.blame import Bulletin
+from unisono.comm.canonical import Cover
 from unisono.comm.exchange import TAGS_A_BUCKET, Canonical, ExchangePlan, HostSums, Lane, Words
 from unisono.comm.group import PACKED
 from unisono.comm.heads import Heads, join, split
@@ -208,7 +209,7 @@ class HierarchicalGroup:
             self._words.set_ready(self.local.slot, bucket, self._step)
             self._stirred.set()
 
-    def collect(self, step: int, count: int) -> list[tuple[Node, Partial]]:
+    def collect(self, step: int, count: int) -> list[Cover]:
         """Wait until the exchange is over: one subtree, the whole, in this host's total."""
         arrived = time.perf_counter()
 
@@ -223,7 +224,7 @@ class HierarchicalGroup:
             self._trial.note(self._packed.on, time.perf_counter() - self._began)
         self._flags = self._words.flags
         self.local.header.closed = step
-        return [(root(count), self._total)]
+        return [[(root(count), self._total)]]
 
     def _measured(self, sent: int, exposed_s: float) -> WireUse:
         saved, norm = 0, None

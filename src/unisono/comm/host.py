@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from unisono.comm.arena import Arena, Region, store_fence
+from unisono.comm.canonical import Cover
 from unisono.comm.header import Header, Publication
 from unisono.comm.host_layout import CAUSE_BYTES, MAILBOX_BYTES, HostLayout
 from unisono.comm.partial import Partial, PartialLayout
@@ -28,6 +29,7 @@ class HostGroup:
         deadline_s: seconds that any wait may take.
         memory: region -> bytes, where tensors do not lie in the arena itself (a CUDA device's).
         names: what a rank of this group is called in errors.
+        teams: the slots of those who compute the same part of the model; default: all compute all of it.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class HostGroup:
         memory: Callable[[Region], Tensor] | None = None,
         waiter: Waiter | None = None,
         names: Callable[[int], str] = "rank {}".format,
+        teams: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self.unlike = ""
         self.arena = arena
@@ -49,6 +52,7 @@ class HostGroup:
         self.header = Header(arena, layout.regions.named["header"], layout.slots)
         self.slot = slot
         self.members = tuple(members)
+        self.teams = tuple(map(tuple, teams)) if teams is not None else (self.members,)
         self._generation = generation
         self.names = names
         self.partials = partials
@@ -131,28 +135,39 @@ class HostGroup:
         """One aligned store: the subtree is complete."""
         self.header.publish(self.slot, entry, self._generation, step, node)
 
-    def collect(self, step: int, count: int) -> list[tuple[Node, Partial]]:
+    def collect(self, step: int, count: int) -> list[Cover]:
         """Wait for all micro-batches of the step, then close it."""
 
-        def published() -> list[Publication]:
-            return self.header.publications(self._generation, step, self.members)
-
-        def ready() -> list[tuple[Node, Partial]] | None:
+        def published(team: Sequence[int]) -> dict[Node, Publication]:
             found: dict[Node, Publication] = {}
-            for publication in published():
+            for publication in self.header.publications(self._generation, step, team):
                 found.setdefault(publication.node, publication)
-            cover = covering(found, count)
-            if cover is None:
+            return found
+
+        def cover_of(found: Mapping[Node, Publication]) -> Cover | None:
+            chosen = covering(found, count)
+            if chosen is None:
                 return None
-            return [(node, self.view(found[node].slot, found[node].entry)) for node in cover]
+            return [(node, self.view(found[node].slot, found[node].entry)) for node in chosen]
+
+        covers: list[Cover] = []
+
+        def ready() -> bool | None:
+            while len(covers) < len(self.teams):
+                cover = cover_of(published(self.teams[len(covers)]))
+                if cover is None:
+                    return None
+                covers.append(cover)
+            return True
 
         def absent() -> str:
-            lost = missing((p.node for p in published()), count)
-            return f"micro-batches {_ranges(lost)} of step {step} are not published; {self._doing()}"
+            lost = missing(published(self.teams[len(covers)]), count)
+            of = f" by the workers of stage {len(covers)}" if len(self.teams) > 1 else ""
+            return f"micro-batches {_ranges(lost)} of step {step} are not published{of}; {self.doing()}"
 
-        result = self.waiter(ready, f"collect of step {step}", absent)
+        self.waiter(ready, f"collect of step {step}", absent)
         self.header.closed = step
-        return result
+        return covers
 
     def await_published(self, step: int, nodes: Sequence[Node]) -> None:
         """Wait until the workers have published all of these subtrees of a step."""
@@ -163,7 +178,7 @@ class HostGroup:
         self.waiter(
             lambda: True if published().issuperset(nodes) else None,
             f"collect of step {step}",
-            lambda: f"{len(set(nodes) - published())} sums of this host are not published; {self._doing()}",
+            lambda: f"{len(set(nodes) - published())} sums of this host are not published; {self.doing()}",
         )
 
     def finish(self, step: int) -> None:
@@ -307,7 +322,8 @@ class HostGroup:
     def _last(self, rank: int) -> str:
         return self.header.activity(self.members[rank])
 
-    def _doing(self) -> str:
+    def doing(self) -> str:
+        """What the others did last."""
         others = [rank for rank in range(self.size) if rank != self.rank]
         return ", ".join(f"{self.names(rank)}: {self._last(rank)}" for rank in others)
 

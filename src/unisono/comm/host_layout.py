@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from unisono.comm.arena import PAGE, Region, Regions
 from unisono.comm.header import ENTRIES, header_bytes
+from unisono.comm.passage_layout import PassageLayout
 from unisono.events import PHASES
 
 MAILBOX_BYTES = 1 << 16
@@ -69,6 +70,7 @@ def host_layout(
     undo_bytes: int,
     buckets: int = 0,
     wire_bytes: int = 0,
+    passages: PassageLayout | None = None,
 ) -> HostLayout:
     """Divide an arena.
 
@@ -76,6 +78,7 @@ def host_layout(
         entries: partials that a slot may hold at once.
         buckets: in which the gradient travels between hosts, 0 where there is one host.
         wire_bytes: the memory of compression.
+        passages: between the stages of a pipeline.
     """
     if entries > ENTRIES:
         raise ValueError(f"{entries} partials a slot exceed the {ENTRIES} that can be published")
@@ -94,4 +97,6 @@ def host_layout(
         regions.add("summed", 8 * (buckets + 2))
         regions.add("total", partial_bytes, PAGE)
         regions.add("wire", wire_bytes, PAGE)
+    if passages is not None:
+        passages.add_to(regions)
     return HostLayout(slots, blocks, entries, partial_bytes, state_bytes, replicas, undo_bytes, buckets, regions)

@@ -4,7 +4,7 @@ It holds a gradient for every use of a parameter, the buffers that the micro-bat
 touched each of these entries, and scalars (loss, weight). Entries that nobody touched hold no value.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,11 +96,11 @@ class Partial:
         self.scalars = words[scalars.offset : scalars.offset + scalars.size_bytes].cast("d")
         self.counts = words[counts.offset : counts.offset + counts.size_bytes].cast("i")
 
-    def clear(self) -> None:
-        """No entry has a value; scalars are 0."""
-        for i in range(len(self.counts)):
+    def clear(self, entries: Iterable[int] | None = None, *, scalars: bool = True) -> None:
+        """No entry, or none of ``entries``, has a value; scalars are 0."""
+        for i in range(len(self.counts)) if entries is None else entries:
             self.counts[i] = 0
-        for i in range(len(self.scalars)):
+        for i in range(len(self.scalars) if scalars else 0):
             self.scalars[i] = 0.0
 
     def counts_array(self) -> NDArray[np.int32]:

@@ -5,7 +5,7 @@ import os
 import re
 from pathlib import Path
 
-from unisono.config import Config, more_workers_than_micro_batches
+from unisono.config import Config, more_replicas_than_micro_batches
 from unisono.errors import ConfigurationError
 from unisono.launch.launcher import shares_memory
 
@@ -22,38 +22,43 @@ def default_workers() -> int:
     return cores() if shares_memory() else 1
 
 
-def choose_workers(config: Config) -> int:
-    """The configured number, or one for each core and its threads, never more than there are micro-batches.
+def choose_workers(config: Config, wanted: int | None = None) -> int:
+    """The number wanted, the layout's, or one for each core and its threads, never more than there is work for.
 
     Raises:
-        ConfigurationError: for more workers than micro-batches.
+        ConfigurationError: for a number that the layout cannot have.
     """
-    wanted = config.layout.data
-    if wanted is None:
+    layout, each = config.layout, config.layout.model_workers
+    if wanted is None and layout.data is None:
         if config.device != "cpu":
-            return 1
-        return max(1, min(default_workers() // config.threads, config.micro_batches))
-    if wanted > config.micro_batches:
-        raise ConfigurationError(more_workers_than_micro_batches(wanted, config.micro_batches))
-    return wanted
+            return each
+        replicas = min(default_workers() // config.threads // each, config.micro_batches)
+        return each * max(1, replicas)
+    workers = each * layout.data if wanted is None and layout.data is not None else wanted or each
+    replicas = layout.replicas(workers)
+    if replicas > config.micro_batches:
+        raise ConfigurationError(more_replicas_than_micro_batches(replicas, config.micro_batches, each))
+    return workers
 
 
 def workers_here(config: Config, wanted: int | None, nodes: int) -> int:
-    """Workers on this host, one of ``nodes``: the number wanted, its part of layout.data, or one for each core.
+    """Workers on this host, one of ``nodes``: the number wanted, its part of the layout's, or one for each core.
 
     Raises:
-        ConfigurationError: where layout.data cannot be divided.
+        ConfigurationError: where the layout's workers cannot be divided.
     """
     if wanted is not None:
         return wanted
+    each = config.layout.model_workers
     if config.layout.data is None:
         most = max(1, config.micro_batches // nodes)
-        return max(1, min(default_workers() // config.threads, most))
-    if config.layout.data % nodes:
+        return each * max(1, min(default_workers() // config.threads // each, most))
+    workers = config.layout.data * each
+    if workers % nodes:
         raise ConfigurationError(
-            f"layout.data is {config.layout.data}, which {nodes} hosts do not divide; say how many each has with -n"
+            f"the layout has {workers} workers, which {nodes} hosts do not divide; say how many each has with -n"
         )
-    return config.layout.data // nodes
+    return workers // nodes
 
 
 def next_run_dir(given: str | None, task: str, *, resume: bool) -> Path:

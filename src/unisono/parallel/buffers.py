@@ -5,7 +5,7 @@ canonical sum; at the commit they become the mean over the micro-batches that wr
 the first micro-batch gave them: they advance once a step, not once a micro-batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,38 +23,41 @@ class Buffers:
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str], committed: Sequence[Tensor]) -> None:
+        self.names = tuple(names)
         self._owners = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
         self._own = [getattr(module, attribute) for module, attribute in self._owners]
         self._committed = committed
-        self._written = set(range(len(names)))
+        self._stale = set(range(len(names)))
+        self._volatile: set[int] = set()  # those that a micro-batch has written
 
     def reset(self) -> None:
-        """Start a micro-batch from the committed values."""
-        for b in self._written:
+        """Start a forward, or a backward that may compute parts of it again, from the committed values.
+
+        What forwards write is theirs: their graphs may stand on it, and others may be under way.
+        """
+        for b in self._stale | self._volatile:
             module, attribute = self._owners[b]
-            if getattr(module, attribute) is not self._own[b]:
-                setattr(module, attribute, self._own[b])
-            with torch.no_grad():
-                self._own[b].copy_(self._committed[b])
-        self._written.clear()
+            self._own[b] = self._committed[b].clone()
+            setattr(module, attribute, self._own[b])
+        self._stale.clear()
 
     def invalidate(self) -> None:
         """The committed values have changed."""
-        self._written.update(range(len(self._own)))
+        self._stale.update(range(len(self._own)))
 
     def gather(self) -> list[Tensor | None]:
-        """After a micro-batch: the values of the buffers that it wrote, None for the others."""
+        """After a micro-batch's forward: the buffers that it wrote, None for the others."""
         values: list[Tensor | None] = []
         for b, (module, attribute) in enumerate(self._owners):
             value = getattr(module, attribute)
             written = value is not self._own[b] or not torch.equal(value, self._committed[b])
             if written:
-                self._written.add(b)
+                self._volatile.add(b)
             values.append(value.detach() if written else None)
         return values
 
-    def add(self, chain: Sequence[Partial], values: Sequence[Tensor | None]) -> None:
-        """Add a micro-batch's buffers to the sums."""
+    def add(self, chain: Sequence[Partial], values: Sequence[Tensor | None], members: Iterable[int]) -> None:
+        """Add a micro-batch's buffers to the sums: those of ``members``."""
         uses = chain[0].uses
-        for b, value in enumerate(values):
-            add_entry(chain, uses + b, value)
+        for b in members:
+            add_entry(chain, uses + b, values[b])

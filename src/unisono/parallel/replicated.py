@@ -1,6 +1,7 @@
-"""A whole model on one worker: the forward and backward of a micro-batch, and its gradient's way into the sums."""
+"""A model on one worker, whole or in stages: a micro-batch's forward and backward, its gradient's way into the sums."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,21 +12,37 @@ from torch.utils import _pytree as pytree
 from unisono.comm.partial import Partial, add_entry
 from unisono.errors import ConfigurationError, TrainingError
 from unisono.parallel.buffers import Buffers
-from unisono.run.rng import ModuleRandom
+from unisono.parallel.entrance import Entrance
+from unisono.parallel.split import Rest, first_part, second_part
+from unisono.parallel.stages import Left, Stages
+from unisono.run.rng import Draws, ModuleRandom
 
 Loss = Callable[[Any, Any], Any]
 """(output, target) -> mean loss, or (sum of losses, weight)."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Forwarded:
-    """A micro-batch between its forward and its backward."""
+    """A micro-batch between its forward and its backward, on one stage.
+
+    Attributes:
+        made: the loss, or what the next stage needs.
+        entrance: what an earlier stage has sent.
+        value, weight: of the loss, in the last stage.
+        buffers: copies of those that it wrote.
+        draws: what its modules draw from.
+        rest: what the first part of a backward has left for the second.
+    """
 
     micro_batch: int
-    loss: Tensor
+    stage: int
+    made: Sequence[Tensor]
+    entrance: Entrance
     value: float
     weight: float
     buffers: Sequence[Tensor | None]
+    draws: Draws
+    rest: Rest | None = None
 
 
 def split(batch: object) -> tuple[object, object]:
@@ -77,6 +94,7 @@ class Replica:
         loss: the loss function.
         precision: "fp32", or "bf16" for autocast.
         device: where it computes.
+        stages: the model cut into stages; None where this worker computes all of it.
     """
 
     def __init__(
@@ -88,6 +106,7 @@ class Replica:
         loss: Loss,
         precision: str,
         device: torch.device,
+        stages: Stages | None = None,
     ) -> None:
         self.model = model
         self.buffers = buffers
@@ -96,34 +115,60 @@ class Replica:
         self._autocast = precision == "bf16"
         self._device = device
         self._uses = uses
+        self._stages = stages
+        self._last = stages.division.stages - 1 if stages is not None else 0
+        self._use_sets = [self._of_stage(stage, [name for name, _ in uses]) for stage in range(self._last + 1)]
+        self._buffer_sets = [self._of_stage(stage, buffers.names) for stage in range(self._last + 1)]
         self._versions = [p._version for _, p in uses]
         self._chain: Sequence[Partial] = ()
         self._on_gradient: Callable[[int], None] | None = None
         self._seen = bytearray(len(uses))
+        self._takes = [self._take(u) for u in range(len(uses))]
         self._handles = [
-            cast(Any, p).register_post_accumulate_grad_hook(self._take(u)) for u, (_, p) in enumerate(uses)
+            cast(Any, p).register_post_accumulate_grad_hook(self._take_own(u)) for u, (_, p) in enumerate(uses)
         ]
+
+    def _of_stage(self, stage: int, names: Sequence[str]) -> range | list[int]:
+        if self._stages is None:
+            return range(len(names))
+        return [i for i, name in enumerate(names) if self._stages.division.stage_of(name) == stage]
 
     def close(self) -> None:
         """Take the hooks off the model."""
         for handle in self._handles:
             handle.remove()
         self.random.close()
+        if self._stages is not None:
+            self._stages.close()
 
-    def forward(self, step: int, micro_batch: int, batch: object) -> Forwarded:
-        """Compute a micro-batch's loss in step ``step`` (from 1).
+    def forward(
+        self, step: int, micro_batch: int, batch: object, stage: int = 0, arrived: Sequence[tuple[Tensor, bool]] = ()
+    ) -> Forwarded:
+        """Compute a micro-batch's loss in step ``step`` (from 1), or what the next stage needs.
+
+        Arguments:
+            arrived: what an earlier stage has sent, and whether it needs gradients.
 
         Raises:
             TrainingError: where the loss is not a finite number, or the model wrote to its parameters.
         """
         self.buffers.reset()
-        self.random.enter(step - 1, micro_batch)
+        draws = self.random.enter(step - 1, micro_batch)
         inputs, target = split(batch)
-        if self._autocast:
-            with torch.autocast(self._device.type, dtype=torch.bfloat16):
+        entrance = Entrance([tensor for tensor, _ in arrived], [needed for _, needed in arrived])
+        with torch.autocast(self._device.type, dtype=torch.bfloat16) if self._autocast else nullcontext():
+            if self._stages is None:
                 result = self._loss(call(self.model, inputs), target)
+            else:
+                result = self._stages.run(stage, entrance.tensors, lambda: self._loss(call(self.model, inputs), target))
+        if isinstance(result, Left):
+            made, value, weight = result.tensors, 0.0, 0.0
         else:
-            result = self._loss(call(self.model, inputs), target)
+            made, value, weight = self._lost(result, step, micro_batch)
+        self._check_versions()
+        return Forwarded(micro_batch, stage, made, entrance, value, weight, self.buffers.gather(), draws)
+
+    def _lost(self, result: object, step: int, micro_batch: int) -> tuple[Sequence[Tensor], float, float]:
         loss, weight = loss_and_weight(result)
         if not loss.requires_grad and weight > 0:
             raise ConfigurationError(
@@ -135,8 +180,7 @@ class Replica:
                 f"the loss is {value} at step {step}, micro-batch {micro_batch}; "
                 "lower the learning rate, clip the gradient, or look at the data of that step"
             )
-        self._check_versions()
-        return Forwarded(micro_batch, loss, value, weight, self.buffers.gather())
+        return [loss], value, weight
 
     @torch.no_grad()
     def evaluate(self, key: int, micro_batch: int, batch: object) -> tuple[object, object, float, float]:
@@ -164,37 +208,98 @@ class Replica:
         chain: Sequence[Partial],
         *,
         opens: bool,
+        gradients: Sequence[Tensor | None] = (),
         on_gradient: Callable[[int], None] | None = None,
     ) -> None:
         """Compute a micro-batch's gradient and add it, with all that belongs to the leaf, along ``chain``.
 
         Arguments:
             opens: the first partial of the chain starts with no value.
+            gradients: of what was made, from the next stage.
             on_gradient: called with each use as soon as its gradient has been added.
         """
-        if opens:
+        self._open(forwarded, chain, opens=opens, on_gradient=on_gradient)
+        roots = _roots(forwarded, gradients)
+        if roots:  # a micro-batch of weight 0 need not depend on anything
+            torch.autograd.backward([root for root, _ in roots], [gradient for _, gradient in roots])
+        self._close(forwarded, chain)
+
+    def backward_inputs(self, forwarded: Forwarded, gradients: Sequence[Tensor | None] = ()) -> None:
+        """The first part of a backward: the gradients of what has arrived."""
+        self._resume(forwarded)
+        weights = [self._uses[u][1] for u in self._use_sets[forwarded.stage]]
+        found, forwarded.rest = first_part(_roots(forwarded, gradients), forwarded.entrance.edges, weights)
+        forwarded.entrance.receive(found)
+
+    def backward_weights(
+        self,
+        forwarded: Forwarded,
+        chain: Sequence[Partial],
+        *,
+        opens: bool,
+        on_gradient: Callable[[int], None] | None = None,
+    ) -> None:
+        """The second part of a backward: the gradients of the weights; as `backward`."""
+        assert forwarded.rest is not None
+        self._open(forwarded, chain, opens=opens, on_gradient=on_gradient)
+        uses = self._use_sets[forwarded.stage]
+        second_part(
+            forwarded.rest, [self._uses[u][1] for u in uses], lambda i, gradient: self._takes[uses[i]](gradient)
+        )
+        self._close(forwarded, chain)
+
+    def _resume(self, forwarded: Forwarded) -> None:
+        """What is computed again from here on (activation checkpointing) belongs to this micro-batch."""
+        self.buffers.reset()
+        self.random.resume(forwarded.draws)
+
+    def _open(
+        self,
+        forwarded: Forwarded,
+        chain: Sequence[Partial],
+        *,
+        opens: bool,
+        on_gradient: Callable[[int], None] | None,
+    ) -> None:
+        """Gradients that come from here on belong to this micro-batch."""
+        self._resume(forwarded)
+        if opens and self._stages is None:
             chain[0].clear()
+        elif opens:
+            uses, buffers = self._use_sets[forwarded.stage], self._buffer_sets[forwarded.stage]
+            entries = [*uses, *(len(self._uses) + b for b in buffers)]
+            chain[0].clear(entries, scalars=forwarded.stage == self._last)
         self._chain = chain
         self._on_gradient = on_gradient
         self._seen = bytearray(len(self._uses))
-        if forwarded.loss.requires_grad:  # a micro-batch of weight 0 need not depend on anything
-            cast(Any, forwarded.loss).backward()
-        for u in range(len(self._uses)):
+
+    def _close(self, forwarded: Forwarded, chain: Sequence[Partial]) -> None:
+        """All gradients have come; the rest of the leaf follows."""
+        for u in self._use_sets[forwarded.stage]:
             if not self._seen[u]:
                 add_entry(chain, u, None)
         self._chain = ()
-        self.buffers.add(chain, forwarded.buffers)
-        for i, value in enumerate((forwarded.value, forwarded.weight)):
-            for partial in chain:
-                value = partial.scalars[i] = partial.scalars[i] + value
+        self.buffers.add(chain, forwarded.buffers, self._buffer_sets[forwarded.stage])
+        if forwarded.stage == self._last:
+            for i, value in enumerate((forwarded.value, forwarded.weight)):
+                for partial in chain:
+                    value = partial.scalars[i] = partial.scalars[i] + value
+
+    def _take_own(self, use: int) -> Callable[[Tensor], None]:
+        take = self._takes[use]
+
+        def taken(parameter: Tensor) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            if gradient is not None:
+                take(gradient)
+
+        return taken
 
     def _take(self, use: int) -> Callable[[Tensor], None]:
         name = self._uses[use][0]
 
-        def take(parameter: Tensor) -> None:
-            gradient = parameter.grad
-            parameter.grad = None
-            if gradient is None or not self._chain:
+        def take(gradient: Tensor) -> None:
+            if not self._chain:
                 return
             if self._seen[use]:
                 raise ConfigurationError(
@@ -219,3 +324,11 @@ class Replica:
                     f"the model wrote to its parameter {name} in the forward; parameters are shared by all workers: "
                     "make it a buffer, or change it in the optimizer"
                 )
+
+
+def _roots(forwarded: Forwarded, gradients: Sequence[Tensor | None]) -> list[tuple[Tensor, Tensor | None]]:
+    """Where a backward begins, with the gradients that it begins with; None is that of a loss."""
+    if not gradients:
+        return [(made, None) for made in forwarded.made if made.requires_grad]
+    pairs = zip(forwarded.made, gradients, strict=True)
+    return [(made, gradient) for made, gradient in pairs if made.requires_grad and gradient is not None]

@@ -1,9 +1,9 @@
 """A model in stages: the same code on every worker, computing its own stage's modules, with stand-ins for the others.
 
-A stage's worker calls the whole model. Modules of earlier stages return tensors without values; where the stage begins,
-what an earlier stage has sent takes their place; where it ends, what the next stage needs is taken from the arguments of
-its first call, and the model's code is left. So a model need not be written for pipelines: masks, positions and all that
-depends on the input alone are computed where they are needed, and nothing but activations travels.
+A stage's worker calls the whole model. Modules of earlier stages return tensors without values; where the stage
+begins, what an earlier stage has sent takes their place; where it ends, what the next stage needs is taken from the
+arguments of its first call, and the model's code is left. So a model need not be written for pipelines: masks,
+positions and all that depends on the input alone are computed where they are needed; nothing but activations travels.
 """
 
 from collections.abc import Callable, Sequence
@@ -161,7 +161,8 @@ class Stages:
 
 def _with_arrived(run: _Run, args: Any, kwargs: Any) -> tuple[Any, Any]:
     """Arguments with values where they have arrived."""
-    return pytree.tree_map_only(FakeTensor, lambda leaf: run.known.get(id(leaf), leaf), (args, kwargs))
+    args, kwargs = pytree.tree_map_only(FakeTensor, lambda leaf: run.known.get(id(leaf), leaf), (args, kwargs))
+    return args, kwargs
 
 
 def _other_order(cut: Cut) -> str:

@@ -60,30 +60,74 @@ def contiguous_shares(costs: Sequence[int], workers: int) -> tuple[range, ...]:
     return tuple(range(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True))
 
 
-def owners(layout: FlatLayout, update: UpdateClass, workers: int) -> tuple[range, ...]:
-    """The blocks that each worker reduces and updates, as contiguous ranges of the flat order."""
-    count = len(layout.blocks)
+@dataclass(frozen=True, slots=True)
+class Teams:
+    """Which workers compute which part of the model: a team for each worker of a pipeline.
+
+    Attributes:
+        count: how many there are.
+        uses, buffers: the team of each.
+        loss: the team that computes it.
+    """
+
+    count: int
+    uses: tuple[int, ...]
+    buffers: tuple[int, ...]
+    loss: int
+
+    def of_blocks(self, layout: FlatLayout) -> list[int]:
+        """The team of each block: that of its parameter's first use."""
+        of_parameter: dict[int, int] = {}
+        for team, (_, parameter) in zip(self.uses, layout.uses, strict=True):
+            of_parameter.setdefault(parameter, team)
+        return [of_parameter[block.parameter] for block in layout.blocks]
+
+
+def one_team(layout: FlatLayout, buffers: int) -> Teams:
+    """Everyone computes all of the model."""
+    return Teams(1, (0,) * len(layout.uses), (0,) * buffers, 0)
+
+
+def owners(layout: FlatLayout, update: UpdateClass, workers: int, teams: Teams) -> tuple[tuple[int, ...], ...]:
+    """The blocks that each worker reduces and updates, in flat order: some of those that its team computes with.
+
+    Arguments:
+        workers: of each team.
+
+    Returns team by team within worker: worker ``w`` of team ``t`` is number ``w * teams.count + t``.
+    """
+    total = workers * teams.count
     if update is UpdateClass.COUPLED:
-        return (range(count), *([range(count, count)] * (workers - 1)))
-    units: list[range] = []
-    for i, block in enumerate(layout.blocks):
-        if update is UpdateClass.PARAMETER and block.index > 0:
-            units[-1] = range(units[-1].start, i + 1)
+        return (tuple(range(len(layout.blocks))), *([()] * (total - 1)))
+    result: list[tuple[int, ...]] = [()] * total
+    team_of = teams.of_blocks(layout)
+    for team in range(teams.count):
+        blocks = [i for i, own in enumerate(team_of) if own == team]
+        for worker, share in enumerate(_shares(layout, update, blocks, workers)):
+            result[worker * teams.count + team] = share
+    return tuple(result)
+
+
+def _shares(layout: FlatLayout, update: UpdateClass, blocks: Sequence[int], workers: int) -> list[tuple[int, ...]]:
+    units: list[list[int]] = []
+    for i in blocks:
+        if update is UpdateClass.PARAMETER and layout.blocks[i].index > 0:
+            units[-1].append(i)
         else:
-            units.append(range(i, i + 1))
+            units.append([i])
     costs = [sum(layout.blocks[i].stop - layout.blocks[i].start for i in unit) for unit in units]
-    edges = [unit.start for unit in units] + [count]
-    return tuple(range(edges[share.start], edges[share.stop]) for share in contiguous_shares(costs, workers))
+    shares = contiguous_shares(costs, workers)
+    return [tuple(i for unit in units[share.start : share.stop] for i in unit) for share in shares]
 
 
-def runs(layout: FlatLayout, update: UpdateClass, share: range) -> tuple[Run, ...]:
+def runs(layout: FlatLayout, update: UpdateClass, share: Sequence[int]) -> tuple[Run, ...]:
     """Cut an owner's blocks into the runs that it updates one after another."""
     if not share:
         return ()
     if update is UpdateClass.COUPLED:
-        return (Run(share.start, share.stop),)
+        return (Run(share[0], share[-1] + 1),)
     result: list[Run] = []
-    start, elements = share.start, 0
+    start, elements = share[0], 0
 
     def joins(previous: Block, block: Block) -> bool:
         if update is UpdateClass.PARAMETER:
@@ -93,11 +137,11 @@ def runs(layout: FlatLayout, update: UpdateClass, share: range) -> tuple[Run, ..
         adjacent = block.parameter - previous.parameter <= 1
         return same and adjacent and elements + block.stop - block.start <= RUN_ELEMENTS
 
-    for i in share:
+    for last, i in zip([share[0] - 1, *share], share, strict=False):
         block = layout.blocks[i]
-        if i > share.start and not joins(layout.blocks[i - 1], block):
-            result.append(Run(start, i))
+        if i > start and (i != last + 1 or not joins(layout.blocks[last], block)):
+            result.append(Run(start, last + 1))
             start, elements = i, 0
         elements += block.stop - block.start
-    result.append(Run(start, share.stop))
+    result.append(Run(start, share[-1] + 1))
     return tuple(result)

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import flop_registry
 from unisono.errors import ConfigurationError
 
 FLOPS_A_BYTE = 10
-"""Operations that a core computes in the time in which it moves a byte: layers without products cost by what they move."""
+"""Operations in the time in which a core moves a byte: layers without products cost by what they move."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -388,11 +388,11 @@ def _with_fakes(model: nn.Module, mode: FakeTensorMode, names: dict[int, str], s
             table[key] = tensor
 
 
-class _Counting(TorchDispatchMode):
+class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts operations."""
 
     def __init__(self, cost: _Cost) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._cost = cost
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

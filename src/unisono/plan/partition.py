@@ -97,7 +97,8 @@ def balanced(costs: Sequence[int], parts: int) -> list[int]:
 def _named(outline: Outline, stages: int, at: Sequence[str]) -> tuple[Cut, ...]:
     if len(at) != stages - 1:
         raise ConfigurationError(
-            f"layout.cuts names {len(at)} modules, but {stages} stages need {stages - 1}: one in front of each but the first"
+            f"layout.cuts names {len(at)} modules, but {stages} stages need {stages - 1}: one in front of each but "
+            "the first"
         )
     by_path = {cut.path: cut for cut in reversed(outline.cuts)}
     for path in at:
@@ -107,7 +108,9 @@ def _named(outline: Outline, stages: int, at: Sequence[str]) -> tuple[Cut, ...]:
             )
     cuts = tuple(by_path[path] for path in at)
     if list(cuts) != sorted(cuts, key=lambda cut: cut.unit) or len(set(at)) < len(at):
-        raise ConfigurationError(f"layout.cuts are {', '.join(at)}; give them in the order in which the model calls them")
+        raise ConfigurationError(
+            f"layout.cuts are {', '.join(at)}; give them in the order in which the model calls them"
+        )
     return cuts
 
 

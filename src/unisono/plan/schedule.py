@@ -1,8 +1,8 @@
 """A step's timetable as data: the engine runs it, `plan.timing` times it, a test draws it.
 
-Letters of a timetable: F forward, B backward; a backward in two parts is I (gradients of the inputs) and W (gradients of
-the weights). ``F>`` and ``I>`` send what an F or a backward made to the stage that waits for it; ``>F`` and ``>I`` take
-it there. Formulas count p workers of a pipeline, m micro-batches and v stages a worker.
+Letters of a timetable: F forward, B backward; a backward in two parts is I (gradients of the inputs) and W (gradients
+of the weights). ``F>`` and ``I>`` send what an F or a backward made to the stage that waits for it; ``>F`` and ``>I``
+take it there. Formulas count p workers of a pipeline, m micro-batches and v stages a worker.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -154,7 +154,7 @@ def _interleaved(r: int, p: int, m: int, v: int) -> list[Action]:
 
 
 def _zero_bubble(r: int, p: int, m: int) -> list[Action]:
-    """ZB-H1: the memory of 1F1B and a third of its bubble. Worker r lets its weights' gradients wait for r micro-batches.
+    """ZB-H1: the memory of 1F1B and a third of its bubble; worker r lets weights' gradients wait for r micro-batches.
 
     Source: Qi et al., Zero Bubble Pipeline Parallelism, 2024.
     """

@@ -6,6 +6,7 @@ what ran before it, on which worker runs it, or on how the model is cut.
 
 import hashlib
 import random
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
@@ -86,8 +87,29 @@ _NEVER_DRAW = (
 )  # fmt: skip
 
 
+@dataclass(slots=True)
+class Draws:
+    """What a micro-batch's modules have been given to draw from.
+
+    Attributes:
+        key: of (seed, step, micro-batch).
+        calls: of each module, so far.
+        given: (module, seed found on entry) -> seed.
+    """
+
+    key: int
+    calls: dict[int, int] = field(default_factory=dict)
+    given: dict[tuple[int, int], int] = field(default_factory=dict)
+
+
+_LEFT = derive("a module was left")
+
+
 class ModuleRandom:
     """Keys the random state of a model's modules by (seed, step, micro-batch, module name, call number).
+
+    It is keyed again where a module is left, so what the code around it draws does not depend on what the module drew,
+    or on whether it was computed here at all.
 
     A module entered again during the backward (activation checkpointing) must draw what it drew in the forward.
     Checkpointing restores the generator as it was at the start of the region, and a generator remembers the seed
@@ -101,20 +123,26 @@ class ModuleRandom:
         if device.type == "cuda":
             torch.cuda.init()  # type: ignore[no-untyped-call]
             self._device_generator = torch.cuda.default_generators[device.index or 0]
-        self._key = 0
-        self._calls: dict[int, int] = {}
-        self._given: dict[tuple[int, int], int] = {}
+        self._draws = Draws(0)
+        self._inside: list[int] = []  # seeds of the modules that are under way
         self._handles: list[RemovableHandle] = []
         for name, module in model.named_modules():
             if type(module) not in _NEVER_DRAW:
                 self._handles.append(module.register_forward_pre_hook(self._hook(derive("module", name))))
+                if name:
+                    self._handles.append(module.register_forward_hook(self._leave))
 
-    def enter(self, step: int, micro_batch: int) -> None:
-        """From here on, until the next call, draws belong to this micro-batch; ``step`` counts from 0."""
-        self._key = mix(mix(self._seed, step), micro_batch)
-        self._calls.clear()
-        self._given.clear()
-        self._set(self._key)
+    def enter(self, step: int, micro_batch: int) -> Draws:
+        """From here on, draws belong to this micro-batch; ``step`` counts from 0."""
+        draws = Draws(mix(mix(self._seed, step), micro_batch))
+        self._set(draws.key)
+        self.resume(draws)
+        return draws
+
+    def resume(self, draws: Draws) -> None:
+        """From here on, modules that are entered again belong to the micro-batch of these draws."""
+        self._draws = draws
+        self._inside.clear()
 
     def close(self) -> None:
         """Take the hooks off the model."""
@@ -129,12 +157,17 @@ class ModuleRandom:
 
     def _hook(self, name: int) -> Any:
         def reseed(module: nn.Module, args: object) -> None:
+            draws = self._draws
             found = (name, self._generator.initial_seed())
-            seed = self._given.get(found)
+            seed = draws.given.get(found)
             if seed is None:
-                call = self._calls.get(name, 0)
-                self._calls[name] = call + 1
-                seed = self._given[found] = mix(mix(self._key, name), call)
+                call = draws.calls.get(name, 0)
+                draws.calls[name] = call + 1
+                seed = draws.given[found] = mix(mix(draws.key, name), call)
+            self._inside.append(seed)
             self._set(seed)
 
         return reseed
+
+    def _leave(self, module: nn.Module, args: object, result: object) -> None:
+        self._set(mix(self._inside.pop(), _LEFT))

@@ -12,6 +12,7 @@ from unisono.errors import TrainingError
 from unisono.optim.blockwise import BlockOptimizer
 from unisono.optim.clipping import clip_factor, global_norm, squared_norms
 from unisono.optim.schedules import Schedule
+from unisono.plan.assignment import Teams
 from unisono.plan.blocks import FlatLayout
 from unisono.sync.ownership import OwnedBuffers, OwnedRun
 from unisono.sync.phases import Phases
@@ -34,7 +35,9 @@ class EveryStep:
     Arguments:
         group: the workers.
         flat: where gradients lie.
+        teams: who computes which part of the model.
         count: micro-batches in a step.
+        sharers: workers that share one state, each updating a part of it.
         owned: the runs that this worker updates.
         buffers: the buffers, where this worker commits them.
         journal, optimizer: how a run is committed, and how it is updated.
@@ -44,7 +47,9 @@ class EveryStep:
         self,
         group: Group,
         flat: FlatLayout,
+        teams: Teams,
         count: int,
+        sharers: int,
         owned: Sequence[OwnedRun],
         buffers: OwnedBuffers | None,
         journal: Journal,
@@ -53,7 +58,9 @@ class EveryStep:
     ) -> None:
         self._group = group
         self._flat = flat
+        self._teams = teams
         self._count = count
+        self._sharers = sharers
         self._owned = owned
         self._buffers = buffers
         self._journal = journal
@@ -65,10 +72,10 @@ class EveryStep:
     def conclude(self, step: int, phases: Phases) -> Outcome:
         """Sum, clip, update and commit what this worker owns."""
         phases.enter("wait")
-        cover = self._group.collect(step, self._count)
+        covers = self._group.collect(step, self._count)
         flags = self._group.all_flags()
         phases.enter("reduce")
-        sums = StepSums(cover, self._count, self._flat)
+        sums = StepSums(covers, self._count, self._flat, self._teams)
         snapshot = bool(flags & SNAPSHOT)
         self._optimizer.set_rate(self._rates.schedule, self._rates.scale, step - 1)
         norm = None
@@ -114,9 +121,9 @@ class EveryStep:
 
     def _reduce(self, owned: OwnedRun, sums: StepSums) -> None:
         """The canonical mean of the run's gradient, into its scratch memory."""
-        if sums.complete and not owned.tied:
+        if sums.complete and owned.team is not None:
             for span in owned.spans:
-                sums.mean_span(span)
+                sums.mean_span(span, owned.team)
             return
         for span in owned.spans:
             span.scratch.zero_()
@@ -131,18 +138,13 @@ class EveryStep:
             squares += squared_norms(owned.gradients)
         phases.enter("wait")
         everyone = self._group.owners.all_gather(np.array(squares).tobytes(), f"norm of step {step}")
-        norm = global_norm(square for payload in everyone[: self._owners()] for square in np.frombuffer(payload))
+        norm = global_norm(square for payload in everyone[: self._sharers] for square in np.frombuffer(payload))
         if not np.isfinite(norm):
             raise TrainingError(
                 f"the gradient's norm is {norm} at step {step} though the loss is finite; "
                 "lower the learning rate, or look at the model's numerics"
             )
         return norm
-
-    def _owners(self) -> int:
-        """How many workers' norms make up the whole: one where everyone updates a replica of all blocks."""
-        whole = sum(owned.run.stop - owned.run.first for owned in self._owned) == len(self._flat.blocks)
-        return 1 if whole else self._group.owners.size
 
     def _commit_buffers(self, buffers: OwnedBuffers, sums: StepSums, step: int, snapshot: bool) -> None:
         uses = len(self._flat.uses)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from unisono.comm.arena import Region
 from unisono.comm.journal import Image
 from unisono.optim.blockwise import BlockOptimizer, Stretch, Unit
-from unisono.plan.assignment import Run, UpdateClass
+from unisono.plan.assignment import Run, Teams, UpdateClass
 from unisono.plan.blocks import aligned
 from unisono.state.layout import StateLayout
 from unisono.state.training_state import TrainingState
@@ -27,7 +27,8 @@ class OwnedRun:
         units: what the optimizer updates.
         stretch: all of them as one, where that can be.
         gradients: of each block of the run, in the spans' scratch memory.
-        tied: whether a parameter of it is used under several names.
+        team: whose partials hold the whole of it; None where a parameter is used under several names, or by several
+            teams.
     """
 
     run: Run
@@ -36,7 +37,7 @@ class OwnedRun:
     units: Sequence[Unit]
     stretch: Stretch | None
     gradients: Sequence[Tensor]
-    tied: bool
+    team: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +142,7 @@ class Owner:
         memory: where runs lie.
         originals: the parameters that the user's optimizer was made with, in flat order.
         keep: every run has scratch memory of its own, since clipping comes between its sum and its update.
+        teams: who computes with what.
         joinable: blocks may be updated as one tensor. With more than one thread a kernel divides a tensor by its size,
             wherever that falls, so blocks stay apart.
     """
@@ -149,6 +151,7 @@ class Owner:
     memory: RunMemory
     originals: Sequence[nn.Parameter]
     keep: bool
+    teams: Teams
     joinable: bool
 
     @property
@@ -161,7 +164,6 @@ class Owner:
 
     def prepare(self, runs: Sequence[Run], optimizer: BlockOptimizer) -> list[OwnedRun]:
         """The runs with all that their owner needs; their units are attached to the optimizer."""
-        flat = self._layout.flat
         shared: dict[str, Tensor] = {}
         result = []
         for run in runs:
@@ -174,10 +176,15 @@ class Owner:
             if self._elementwise and self.joinable and len(spans) == 1:
                 stretch = self._stretch(spans[0], run, units[0][0])
                 optimizer.attach(stretch.unit, spans[0].scratch)
-            tied = any(len(flat.uses_of(b.parameter)) > 1 for b in flat.blocks[run.first : run.stop])
             members = [unit for unit, _ in units]
-            result.append(OwnedRun(run, self.memory.image(run), spans, members, stretch, gradients, tied))
+            result.append(OwnedRun(run, self.memory.image(run), spans, members, stretch, gradients, self._team(run)))
         return result
+
+    def _team(self, run: Run) -> int | None:
+        flat = self._layout.flat
+        uses = [flat.uses_of(p) for p in {block.parameter for block in flat.blocks[run.first : run.stop]}]
+        found = {self.teams.uses[of[0]] for of in uses}
+        return found.pop() if len(found) == 1 and all(len(of) == 1 for of in uses) else None
 
     def _spans(self, run: Run, scratch: dict[str, Tensor]) -> list[Span]:
         """The run's gradient, and the memory for its sum: that in ``scratch`` where it is large enough."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from unisono.comm.canonical import Cover, canonical_sum, sum_buffer, sum_scalars
 from unisono.comm.partial import Partial
+from unisono.plan.assignment import Teams
 from unisono.plan.blocks import Block, FlatLayout
 
 
@@ -34,25 +35,37 @@ def add_trees(
 class StepSums:
     """What the partials of one step come to.
 
+    Arguments:
+        covers: of each team.
+        teams: whose partials hold what.
+
     Attributes:
         loss, weight: summed over all micro-batches.
         touched: whether any micro-batch touched each entry (uses, then buffers).
         complete: every partial holds a gradient for every use, so sums need not be taken use by use.
     """
 
-    def __init__(self, cover: Cover, count: int, flat: FlatLayout) -> None:
-        self._cover = cover
+    def __init__(self, covers: Sequence[Cover], count: int, flat: FlatLayout, teams: Teams) -> None:
+        self._covers = covers if len(covers) == teams.count else [covers[0]] * teams.count
         self._count = count
         self._flat = flat
-        self.loss, self.weight = sum_scalars(cover, count)
-        counts = [partial.counts_array() > 0 for _, partial in cover]
-        self.touched: NDArray[np.bool_] = np.logical_or.reduce(counts)
-        self.complete = all(bool(c[: len(flat.uses)].all()) for c in counts)
+        self._teams = teams
+        self.loss, self.weight = sum_scalars(self._covers[teams.loss], count)
+        self.touched: NDArray[np.bool_] = np.zeros(len(teams.uses) + len(teams.buffers), dtype=np.bool_)
+        self.complete = True
+        members = np.array((*teams.uses, *teams.buffers), dtype=np.int64)
+        for team, cover in enumerate(self._covers):
+            own = members == team
+            for _, partial in cover:
+                counts = partial.counts_array() > 0
+                self.touched |= counts & own
+                self.complete = self.complete and bool((counts | ~own)[: len(teams.uses)].all())
 
-    def mean_span(self, span: Span) -> None:
-        """The weighted mean of a span, into its scratch memory; only where the step is `complete`."""
+    def mean_span(self, span: Span, team: int) -> None:
+        """The weighted mean of a span of one team, into its scratch memory; only where the step is `complete`."""
         out = span.scratch
-        total = add_trees(self._cover, self._count, lambda p: p.segments[span.segment][span.start : span.stop], out)
+        cover = self._covers[team]
+        total = add_trees(cover, self._count, lambda p: p.segments[span.segment][span.start : span.stop], out)
         assert total is not None
         if math.frexp(self.weight)[0] == 0.5:  # a power of two: to multiply gives the same bits, in half the time
             torch.mul(total, 1.0 / self.weight, out=out)
@@ -67,7 +80,7 @@ class StepSums:
             def view(partial: Partial, use: int = use) -> Tensor | None:
                 return partial.entries[use].view(-1)[block.start : block.stop] if partial.counts[use] else None
 
-            part = add_trees(self._cover, self._count, view)
+            part = add_trees(self._covers[self._teams.uses[use]], self._count, view)
             if part is not None:
                 total = part if total is None else torch.add(total, part)
         if total is None:
@@ -77,11 +90,11 @@ class StepSums:
 
     def mean_buffer(self, entry: int, out: Tensor) -> None:
         """A buffer's mean over the micro-batches that wrote it; a counter's value after the first of them."""
-
-        uses = len(self._flat.uses)
-        total = sum_buffer(self._cover, entry - uses, self._count)
+        buffer = entry - len(self._flat.uses)
+        cover = self._covers[self._teams.buffers[buffer]]
+        total = sum_buffer(cover, buffer, self._count)
         assert total is not None
-        if self._cover[0][1].first_wins[entry]:
+        if cover[0][1].first_wins[entry]:
             out.copy_(total)
         else:
-            torch.div(total, sum(int(p.counts[entry]) for _, p in self._cover), out=out)
+            torch.div(total, sum(int(p.counts[entry]) for _, p in cover), out=out)

@@ -1,0 +1,145 @@
+"""Tensors between the stages of a pipeline on one host: written once into shared memory, and used there.
+
+A passage leads from one stage to the next, or back, within one replica. It has a slot for each micro-batch of a step;
+a sender takes the first free one, so that as much memory is touched as there are micro-batches under way. The
+receiver's graph stands on the slot's own memory until it is released.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unisono.comm.arena import Region, store_fence
+from unisono.comm.host import HostGroup
+from unisono.comm.partial import torch_dtype
+from unisono.comm.passage_layout import HEAD_BYTES, LINE_BYTES, PassageLayout, Way
+from unisono.errors import GroupError
+from unisono.plan.blocks import aligned
+
+STEP_BITS, MICRO_BATCH_BITS = 30, 20
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """What was received; its memory belongs to the receiver until it calls ``release``.
+
+    Attributes:
+        needed: whether each tensor needs a gradient.
+    """
+
+    tensors: Sequence[Tensor | None]
+    needed: Sequence[bool]
+    release: Callable[[], None]
+
+
+class Passages:
+    """The passages of one replica, for one of its workers.
+
+    Arguments:
+        group: the workers of the host.
+        replica: which one.
+    """
+
+    def __init__(self, group: HostGroup, layout: PassageLayout, replica: int) -> None:
+        self._group = group
+        self._layout = layout
+        self._replica = replica
+        named = group.layout.regions.named
+        self._words = group.arena.words(named["passage words"])
+        self._region: Region = named["passages"]
+
+    def send(
+        self,
+        stage: int,
+        way: Way,
+        step: int,
+        micro_batch: int,
+        tensors: Sequence[Tensor | None],
+        needed: Sequence[bool],
+    ) -> None:
+        """Pass tensors on behind ``stage``, or gradients back to it; they may change once this returns."""
+        first, count = self._layout.words(self._replica, stage, way)
+        slot = next(slot for slot in range(count) if not self._words[first + slot])
+        offset, size_bytes = self._layout.slot(self._replica, stage, way, slot)
+        memory = self._group.arena.bytes(self._region.part(offset, size_bytes))
+        at = HEAD_BYTES
+        entries: list[object] = []
+        for tensor, wanted in zip(tensors, needed, strict=True):
+            if tensor is None:
+                entries.append(None)
+                continue
+            span = _span(tensor)
+            phase = tensor.data_ptr() % LINE_BYTES  # a kernel's last bits can depend on it
+            start, at = at + phase, at + aligned(phase + span * tensor.itemsize, LINE_BYTES)
+            if at > size_bytes:
+                raise GroupError(
+                    f"stage {stage} passes on {at} bytes in micro-batch {micro_batch} of step {step}, more than in the "
+                    "first one; in a pipeline all micro-batches have one shape"
+                )
+            _put(tensor.detach(), memory, start, span)
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            entries.append([dtype, list(tensor.shape), list(tensor.stride()), start, span, wanted])
+        head = json.dumps(entries).encode()
+        memory[: len(head) + 8] = len(head).to_bytes(8, "little") + head
+        store_fence()
+        self._words[first + slot] = self._word(step, micro_batch)
+
+    def receive(self, stage: int, way: Way, step: int, micro_batch: int) -> Arrived:
+        """What was passed on behind ``stage``, or back to it.
+
+        Raises:
+            WaitTimeout, Revoked: as every wait.
+        """
+        first, count = self._layout.words(self._replica, stage, way)
+        wanted = self._word(step, micro_batch)
+        words = self._words
+
+        def ready() -> int | None:
+            return next((slot for slot in range(count) if words[first + slot] == wanted), None)
+
+        what = "activations of stage" if way is Way.ACTIVATIONS else "gradients for stage"
+        operation = f"{what} {stage}, micro-batch {micro_batch} of step {step},"
+        slot = self._group.waiter(ready, operation, lambda: "they have not come; " + self._group.doing())
+        offset, size_bytes = self._layout.slot(self._replica, stage, way, slot)
+        memory = self._group.arena.bytes(self._region.part(offset, size_bytes))
+        length = int.from_bytes(memory[:8], "little")
+        entries = json.loads(bytes(memory[8 : 8 + length]))
+        tensors = [None if entry is None else _take(memory, *entry[:5]) for entry in entries]
+
+        def release() -> None:
+            words[first + slot] = 0
+
+        return Arrived(tensors, [entry is not None and entry[5] for entry in entries], release)
+
+    def _word(self, step: int, micro_batch: int) -> int:
+        step_word = (self._group.generation << STEP_BITS) | step
+        return (step_word << MICRO_BATCH_BITS) | (micro_batch + 1)
+
+
+def _span(tensor: Tensor) -> int:
+    """Elements from a tensor's first to its last, in memory."""
+    if not tensor.numel():
+        return 0
+    return 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _put(tensor: Tensor, memory: memoryview, start: int, span: int) -> None:
+    if not span:
+        return
+    target = torch.frombuffer(memory, dtype=torch.uint8, offset=start, count=span * tensor.itemsize).view(tensor.dtype)
+    if span == tensor.numel() or 0 in tensor.stride():
+        target.copy_(tensor.as_strided((span,), (1,), tensor.storage_offset()))
+    else:
+        target.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
+
+
+def _take(memory: memoryview, dtype: str, shape: list[int], stride: list[int], start: int, span: int) -> Tensor:
+    """A tensor over a slot's memory, with a version counter of its own."""
+    kind = torch_dtype(dtype)
+    if not span:
+        return torch.empty_strided(shape, stride, dtype=kind)
+    flat = torch.frombuffer(memory, dtype=torch.uint8, offset=start, count=span * kind.itemsize).view(kind)
+    return flat.as_strided(shape, stride)

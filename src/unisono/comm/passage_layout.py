@@ -1,0 +1,51 @@
+"""Where the slots of a pipeline's passages lie in the arena."""
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+from unisono.comm.arena import PAGE, Regions
+from unisono.plan.blocks import aligned
+
+HEAD_BYTES = PAGE
+LINE_BYTES = 64
+
+
+class Way(IntEnum):
+    """What a passage carries."""
+
+    ACTIVATIONS = 0
+    GRADIENTS = 1
+
+
+@dataclass(frozen=True, slots=True)
+class PassageLayout:
+    """Where slots lie.
+
+    Attributes:
+        counts: micro-batches of each replica.
+        sizes: bytes of what is passed on behind each stage but the last.
+    """
+
+    counts: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    def _slot_bytes(self, stage: int) -> int:
+        return aligned(HEAD_BYTES + self.sizes[stage], PAGE)
+
+    def add_to(self, regions: Regions) -> None:
+        """Ask for the memory of all passages."""
+        slots = len(Way) * sum(self.counts)
+        regions.add("passage words", 8 * slots * len(self.sizes))
+        regions.add("passages", slots * sum(self._slot_bytes(stage) for stage in range(len(self.sizes))), PAGE)
+
+    def words(self, replica: int, stage: int, way: Way) -> tuple[int, int]:
+        """The first word of a passage behind ``stage``, and how many it has: one a slot."""
+        before = len(Way) * (sum(self.counts) * stage + sum(self.counts[:replica]))
+        return before + way * self.counts[replica], self.counts[replica]
+
+    def slot(self, replica: int, stage: int, way: Way, slot: int) -> tuple[int, int]:
+        """(offset, bytes) of a slot."""
+        first, _ = self.words(replica, stage, way)
+        own = first - len(Way) * sum(self.counts) * stage + slot
+        before = len(Way) * sum(self.counts) * sum(self._slot_bytes(s) for s in range(stage))
+        return before + own * self._slot_bytes(stage), self._slot_bytes(stage)

@@ -34,6 +34,7 @@ from unisono.optim.schedules import Schedule, scale
 from unisono.optim.state_spec import state_spec
 from unisono.parallel.bind import ModelTensors, bind, model_tensors, unbind
 from unisono.parallel.buffers import Buffers
+from unisono.parallel.recompute import Recomputation, blocks
 from unisono.parallel.replicated import Loss, Replica, call, split
 from unisono.parallel.stages import Stages
 from unisono.plan.assignment import Run, Teams, UpdateClass, micro_batches, one_team, owners, runs
@@ -343,6 +344,10 @@ def _replica(
     """The model over the state's values."""
     flat, buffers = prepared.layout.flat, [spec.name for spec in prepared.layout.buffers]
     bound = bind(prepared.model, flat, state.values)
+    recomputation = None
+    if config.layout.recompute != "none":
+        again = blocks(prepared.model, prepared.division)
+        recomputation = Recomputation(prepared.model, again, selective=config.layout.recompute == "selective")
     uses = [(name, parameter) for (name, _), parameter in zip(flat.uses, bound, strict=True)]
     return Replica(
         prepared.model,
@@ -353,6 +358,7 @@ def _replica(
         config.precision,
         device,
         Stages(prepared.model, prepared.division) if prepared.division is not None else None,
+        recomputation,
     )
 
 

@@ -40,6 +40,11 @@ class Layout(Section):
         "1f1b", description="The pipeline's timetable."
     )
     virtual_stages: int = Field(1, ge=1, description="Stages of a pipeline's worker; interleaved has 2 by default.")
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="Blocks of which activations are dropped and computed again in the backward. "
+        "selective: matrix products, attention and convolutions are kept.",
+    )
     cuts: list[str] = Field(
         default_factory=list,
         description="Modules in front of which the model is cut into stages; default: where the slowest is fastest.",

@@ -3,7 +3,7 @@
 The engine executes a timetable (`plan.schedule`) and knows neither the policy nor how many workers there are.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -132,9 +132,7 @@ class Engine:
         elif kind is Kind.BACKWARD:
             self._backward(step, m, stage)
         elif kind is Kind.INPUT:
-            self._phases.enter("compute", m)
-            work = self._under_way[stage, m]
-            self._replica.backward_inputs(work.forwarded, _gradients(work))
+            self._backward_inputs(m, stage)
         elif kind is Kind.WEIGHT:
             self._backward(step, m, stage, weights_only=True)
         else:
@@ -181,17 +179,25 @@ class Engine:
             _compare_made(step, stage, first, forwarded)
         self._under_way[stage, m] = _UnderWay(forwarded, activations)
 
+    def _on_gradient(self, m: int) -> Callable[[int], None] | None:
+        """Who waits for gradients that are final in this worker's sums."""
+        return self._group.on_gradient if m == self._last_micro_batch else None
+
+    def _backward_inputs(self, m: int, stage: int) -> None:
+        self._phases.enter("compute", m)
+        work, chain, opens, final = self._under_way[stage, m], self._chain(m), self._opens(m), self._on_gradient(m)
+        gradients = _gradients(work)
+        self._replica.backward_inputs(work.forwarded, chain, opens=opens, gradients=gradients, on_gradient=final)
+
     def _backward(self, step: int, m: int, stage: int, *, weights_only: bool = False) -> None:
         self._phases.enter("compute", m)
-        work = self._under_way[stage, m]
+        work, chain, opens, final = self._under_way[stage, m], self._chain(m), self._opens(m), self._on_gradient(m)
         leaf = self._share.leaves[m]
-        final = self._group.on_gradient if m == self._last_micro_batch else None
         if weights_only:
-            self._replica.backward_weights(work.forwarded, self._chain(m), opens=leaf.opens, on_gradient=final)
+            self._replica.backward_weights(work.forwarded, chain, opens=opens, on_gradient=final)
         else:
             gradients = _gradients(work)
-            chain = self._chain(m)
-            self._replica.backward(work.forwarded, chain, opens=leaf.opens, gradients=gradients, on_gradient=final)
+            self._replica.backward(work.forwarded, chain, opens=opens, gradients=gradients, on_gradient=final)
         work.computed = True
         self._end_if_over(stage, m)
         if self._first is not None:
@@ -211,6 +217,10 @@ class Engine:
 
     def _chain(self, micro_batch: int) -> list[Partial]:
         return [self._group.partial(b) for b in self._share.leaves[micro_batch].chain]
+
+    def _opens(self, micro_batch: int) -> bool:
+        """Whether the first partial of its chain starts with no value."""
+        return self._share.leaves[micro_batch].opens
 
     def _compare(self, step: int, first: "_LeafCopy", second: "_LeafCopy") -> None:
         """Micro-batch 0 was computed twice from the same state: compare bit by bit."""

@@ -155,9 +155,7 @@ def verify(
     unisono verify configs/lm.yaml --layouts configs/layouts.txt
     """
     if layouts is not None and (workers is not None or hosts > 1):
-        raise ConfigurationError(
-            "--layouts says how many workers there are; leave --workers and --hosts out"
-        )
+        raise ConfigurationError("--layouts says how many workers there are; leave --workers and --hosts out")
     with launcher_here() as launcher:
         from unisono.check.verify import layouts_in, numbers_of_workers
         from unisono.check.verify import verify as check

@@ -13,6 +13,7 @@ from unisono.comm.partial import Partial, add_entry
 from unisono.errors import ConfigurationError, TrainingError
 from unisono.parallel.buffers import Buffers
 from unisono.parallel.entrance import Entrance
+from unisono.parallel.recompute import Recomputation
 from unisono.parallel.split import Rest, first_part, second_part
 from unisono.parallel.stages import Left, Stages
 from unisono.run.rng import Draws, ModuleRandom
@@ -95,6 +96,7 @@ class Replica:
         precision: "fp32", or "bf16" for autocast.
         device: where it computes.
         stages: the model cut into stages; None where this worker computes all of it.
+        recomputation: which of its blocks are computed again in the backward; None for none.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class Replica:
         precision: str,
         device: torch.device,
         stages: Stages | None = None,
+        recomputation: Recomputation | None = None,
     ) -> None:
         self.model = model
         self.buffers = buffers
@@ -116,6 +119,7 @@ class Replica:
         self._device = device
         self._uses = uses
         self._stages = stages
+        self._recomputation = recomputation
         self._last = stages.division.stages - 1 if stages is not None else 0
         self._use_sets = [self._of_stage(stage, [name for name, _ in uses]) for stage in range(self._last + 1)]
         self._buffer_sets = [self._of_stage(stage, buffers.names) for stage in range(self._last + 1)]
@@ -138,8 +142,9 @@ class Replica:
         for handle in self._handles:
             handle.remove()
         self.random.close()
-        if self._stages is not None:
-            self._stages.close()
+        for wrapping in (self._stages, self._recomputation):
+            if wrapping is not None:
+                wrapping.close()
 
     def forward(
         self, step: int, micro_batch: int, batch: object, stage: int = 0, arrived: Sequence[tuple[Tensor, bool]] = ()
@@ -224,8 +229,22 @@ class Replica:
             torch.autograd.backward([root for root, _ in roots], [gradient for _, gradient in roots])
         self._close(forwarded, chain)
 
-    def backward_inputs(self, forwarded: Forwarded, gradients: Sequence[Tensor | None] = ()) -> None:
-        """The first part of a backward: the gradients of what has arrived."""
+    def backward_inputs(
+        self,
+        forwarded: Forwarded,
+        chain: Sequence[Partial],
+        *,
+        opens: bool,
+        gradients: Sequence[Tensor | None] = (),
+        on_gradient: Callable[[int], None] | None = None,
+    ) -> None:
+        """The first part of a backward: the gradients of what has arrived; as `backward`.
+
+        With recomputation it is the whole backward: either part would compute the blocks again.
+        """
+        if self._recomputation is not None:
+            self.backward(forwarded, chain, opens=opens, gradients=gradients, on_gradient=on_gradient)
+            return
         self._resume(forwarded)
         weights = [self._uses[u][1] for u in self._use_sets[forwarded.stage]]
         found, forwarded.rest = first_part(_roots(forwarded, gradients), forwarded.entrance.edges, weights)
@@ -240,7 +259,8 @@ class Replica:
         on_gradient: Callable[[int], None] | None = None,
     ) -> None:
         """The second part of a backward: the gradients of the weights; as `backward`."""
-        assert forwarded.rest is not None
+        if forwarded.rest is None:
+            return
         self._open(forwarded, chain, opens=opens, on_gradient=on_gradient)
         uses = self._use_sets[forwarded.stage]
         second_part(

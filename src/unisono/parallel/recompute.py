@@ -1,0 +1,100 @@
+"""Recomputation: a block's activations are dropped after its forward, and computed again in its backward, bit for bit.
+
+The blocks are the elements of the model's innermost lists of modules that have parts of their own (a transformer's
+layers, a residual network's blocks); where there are none, every module of its outermost sequences. ``selective`` keeps
+the results of matrix products, attention and convolutions, so only what is cheap is computed again.
+
+Sources: Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016; Korthikanti et al., Reducing Activation
+Recomputation in Large Transformer Models, 2022.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from unisono.plan.outline import entered
+from unisono.plan.partition import Division
+
+_DEAR = frozenset(
+    getattr(torch.ops.aten, name)
+    for name in (
+        "mm", "addmm", "bmm", "baddbmm", "addbmm", "linear", "convolution",
+        "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
+    )
+)  # fmt: skip
+
+
+def blocks(model: nn.Module, division: Division | None = None) -> list[str]:
+    """The modules that are computed again as a whole; never one that a stage's end cuts."""
+    lists = [
+        (path, [f"{path}.{name}".lstrip(".") for name, child in module.named_children() if any(child.children())])
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential)
+    ]
+    candidates = {element for _, elements in lists if len(elements) > 1 for element in elements}
+    innermost = {path for path in candidates if not any(other.startswith(f"{path}.") for other in candidates)}
+    if not innermost:
+        looked_into = entered(model)
+        innermost = {path for path, _ in model.named_modules() if path.rpartition(".")[0] in looked_into}
+        innermost -= looked_into
+    cut = _cut_modules(division) if division is not None else set()
+    names = dict(model.named_modules())
+    result: list[str] = []
+    for path in sorted(innermost):
+        if path in cut:
+            result += [f"{path}.{name}" for name, _ in names[path].named_children() if f"{path}.{name}" not in cut]
+        else:
+            result.append(path)
+    return result
+
+
+def _cut_modules(division: Division) -> set[str]:
+    """Modules in whose call a stage ends."""
+    edges = [cut.unit for cut in division.cuts]
+    return {call.path for call in division.outline.calls if any(call.first < edge < call.stop for edge in edges)}
+
+
+class Recomputation:
+    """Blocks of a model that are computed again in the backward.
+
+    Arguments:
+        selective: keep the results of matrix products.
+    """
+
+    def __init__(self, model: nn.Module, paths: list[str], *, selective: bool) -> None:
+        self._wrapped: list[tuple[nn.Module, Any]] = []
+        options: dict[str, Any] = {"use_reentrant": False}
+        if selective:
+            options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+        for path in paths:
+            module = model.get_submodule(path)
+            self._wrapped.append((module, module.__dict__.get("forward")))
+            module.forward = _again(module.forward, options)
+
+    def close(self) -> None:
+        """The model is as it was."""
+        for module, before in self._wrapped:
+            if before is None:
+                del module.forward
+            else:
+                module.forward = before
+        self._wrapped.clear()
+
+
+def _again(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    def recomputed(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, **options, **kwargs)
+
+    return recomputed
+
+
+def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    dear = getattr(operation, "overloadpacket", None) in _DEAR
+    return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,106 +1,44 @@
-"""One worker put together: from the user's objects and the configuration to an engine over shared memory."""
+"""One worker put together: from what was prepared to an engine over shared memory."""
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from unisono.comm.arena import Arena, DeviceMemory, Region
 from unisono.comm.group import Group
 from unisono.comm.host import HostGroup
-from unisono.comm.host_layout import HostLayout, host_layout
 from unisono.comm.journal import Journal
-from unisono.comm.partial import PartialLayout, partial_layout
 from unisono.comm.passage import Passages
-from unisono.comm.passage_layout import LINE_BYTES, PassageLayout
 from unisono.config import TrainingConfig
-from unisono.data.feed import Collate, Dataset, Feed, TrainingFeed
+from unisono.data.feed import Feed, TrainingFeed
 from unisono.engine import Engine, WorkShare, work_share
-from unisono.errors import CheckpointError, ConfigurationError, UnisonoError
-from unisono.evaluation import Evaluator, Metrics
+from unisono.errors import CheckpointError, UnisonoError
+from unisono.evaluation import Evaluator
 from unisono.events import Emitter
-from unisono.launch.membership import join_hosts, place_of, way
+from unisono.launch.membership import join_hosts, place_of
 from unisono.launch.world import World
 from unisono.optim.blockwise import BlockOptimizer
-from unisono.optim.classes import pin_variant, update_class
-from unisono.optim.eager import without_compiler
 from unisono.optim.schedules import Schedule, scale
-from unisono.optim.state_spec import state_spec
-from unisono.parallel.bind import ModelTensors, bind, model_tensors, unbind
+from unisono.parallel.bind import bind, unbind
 from unisono.parallel.buffers import Buffers
+from unisono.parallel.initial import initialise, initialisers, shares
 from unisono.parallel.recompute import Recomputation, blocks
-from unisono.parallel.replicated import Loss, Replica, call, split
+from unisono.parallel.replicated import Replica
 from unisono.parallel.stages import Stages
-from unisono.plan.assignment import Run, Teams, UpdateClass, micro_batches, one_team, owners, runs
-from unisono.plan.blocks import aligned, flat_layout
-from unisono.plan.hosts import Place
-from unisono.plan.mesh import Mesh
-from unisono.plan.outline import Cut, outline
-from unisono.plan.partition import Division, divide
-from unisono.plan.schedule import placement, timetable
-from unisono.run.rng import Isolation, ModuleRandom, derive
+from unisono.plan.assignment import micro_batches
+from unisono.plan.schedule import timetable
+from unisono.preparation import Objects, Prepared, prepare
+from unisono.run.rng import ModuleRandom
 from unisono.run.sampling import Sampler
-from unisono.state.layout import StateLayout, state_layout
 from unisono.state.training_state import TrainingState
 from unisono.sync.every_step import EveryStep, Rates
-from unisono.sync.ownership import OwnedBuffers, Owner, RunMemory, undo_bytes
+from unisono.sync.ownership import OwnedBuffers, Owner, RunMemory
 from unisono.sync.phases import Phases
-
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
-
-
-@dataclass(frozen=True, slots=True)
-class Objects:
-    """What only the user's code can give.
-
-    Attributes:
-        model, loss, data, optimizer, validation, metrics, collate: see `Trainer`.
-        definition: facts to record with the run, a digest of the data for example.
-        summary: the trained model -> what to show at the end.
-        tokens_per_sample: for throughput in tokens, where samples hold them.
-    """
-
-    model: Callable[[], nn.Module]
-    loss: Loss
-    data: Dataset
-    optimizer: OptimizerFactory
-    validation: Dataset | None
-    metrics: Metrics | None
-    collate: Collate | None
-    definition: Callable[[], Mapping[str, Any]] | None = None
-    summary: Callable[[nn.Module], Mapping[str, Any]] | None = None
-    tokens_per_sample: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A model and an optimizer, and all that follows from them and the configuration, before memory is shared.
-
-    Attributes:
-        owned: the runs that each worker of this host updates.
-        mesh: of this host's workers.
-        division, passages: of the model into stages, and the memory between them; None where there is one stage.
-    """
-
-    model: nn.Module
-    tensors: ModelTensors
-    optimizer: Optimizer
-    originals: Sequence[nn.Parameter]
-    update: UpdateClass
-    layout: StateLayout
-    partials: PartialLayout
-    owned: tuple[tuple[Run, ...], ...]
-    host: HostLayout
-    mesh: Mesh
-    teams: Teams
-    division: Division | None
-    passages: PassageLayout | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,99 +70,7 @@ class Worker:
             self.replica.buffers.invalidate()
             self.replica.buffers.reset()
             self.replica.close()
-            unbind(self.prepared.model, self.prepared.layout.flat)
-
-
-def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) -> Prepared:
-    """Build the model and lay everything out; the same in every worker of a host.
-
-    Raises:
-        ConfigurationError: where the objects cannot be trained.
-    """
-    workers, several_hosts = place.hosts.sizes[place.host], len(place.hosts.sizes) > 1
-    with Isolation() as random:
-        random.seed(derive(config.seed, "init"))
-        model = objects.model()
-    if not isinstance(model, nn.Module):
-        raise ConfigurationError(f"the model's factory returned {type(model).__name__}; return a torch.nn.Module")
-    model.to(feed.device)
-    tensors = model_tensors(model)
-    with without_compiler():
-        optimizer = objects.optimizer([p for p, _ in tensors.parameters])
-    if not isinstance(optimizer, Optimizer):
-        raise ConfigurationError(
-            f"the optimizer's factory returned {type(optimizer).__name__}; return a torch.optim.Optimizer"
-        )
-    if config.wire.momentum and any(group.get("momentum") for group in optimizer.param_groups):
-        raise ConfigurationError(
-            f"wire.momentum is {config.wire.momentum} and the optimizer has momentum of its own, which would count "
-            "twice; set the optimizer's to 0"
-        )
-    update = update_class(optimizer)
-    pin_variant(optimizer)
-    specs = tensors.parameter_specs(optimizer)
-    flat = flat_layout(specs)
-    by_name = {uses[0]: p for p, uses in tensors.parameters}
-    originals = [by_name[spec.tensor.name] for spec in flat.parameters]
-    layout = state_layout(flat, state_spec(optimizer, update, flat, originals), tensors.buffer_specs())
-    partials = partial_layout(flat, tensors.buffer_specs())
-    mesh = Mesh(data=workers // config.layout.model_workers, pipeline=config.layout.pipeline)
-    division = _division(model, objects.loss, config, feed) if config.layout.stages > 1 else None
-    teams = _teams(layout, config, division)
-    replicas = mesh.data if config.layout.zero == 0 else 1
-    shares = owners(flat, update, mesh.data // replicas, teams) * replicas
-    owned = tuple(runs(flat, update, share) for share in shares)
-    passages = None
-    if division is not None:
-        first = sum(place.hosts.sizes[: place.host]) // config.layout.model_workers
-        each = micro_batches(config.micro_batches, place.hosts.size // config.layout.model_workers)
-        counts = tuple(len(share) for share in each[first : first + mesh.data])
-        passages = PassageLayout(counts, tuple(_message_bytes(cut) for cut in division.cuts))
-    host = host_layout(
-        slots=workers,
-        blocks=layout.blocks,
-        entries=2 * max(1, (config.micro_batches - 1).bit_length()) + 2,
-        partial_bytes=partials.size_bytes,
-        state_bytes=layout.size_bytes,
-        replicas=replicas,
-        undo_bytes=undo_bytes(layout, [run for share in owned for run in share]),
-        buckets=len(way(config).buckets(flat)) if several_hosts else 0,
-        wire_bytes=way(config).wire_bytes(flat) if several_hosts else 0,
-        passages=passages,
-    )
-    return Prepared(
-        model, tensors, optimizer, originals, update, layout, partials, owned, host, mesh, teams, division, passages
-    )
-
-
-def _division(model: nn.Module, loss: Loss, config: TrainingConfig, feed: Feed) -> Division:
-    """Cut the model into stages, after a rehearsal on the first micro-batch."""
-    inputs, target = split(feed.load(list(range(min(config.micro_batch_size, feed.size))), 0, "rehearsal"))
-
-    def forward() -> object:
-        with torch.autocast(feed.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
-            return loss(call(model, inputs), target)
-
-    return divide(outline(model, forward), config.layout.stages, config.layout.cuts)
-
-
-def _teams(layout: StateLayout, config: TrainingConfig, division: Division | None) -> Teams:
-    """Which worker of a pipeline computes with what."""
-    flat = layout.flat
-    if division is None:
-        return one_team(flat, len(layout.buffers))
-    places = placement(config.layout.schedule, config.layout.pipeline, config.layout.virtual_stages)
-    return Teams(
-        config.layout.pipeline,
-        tuple(places[division.stage_of(name)] for name, _ in flat.uses),
-        tuple(places[division.stage_of(spec.name)] for spec in layout.buffers),
-        places[-1],
-    )
-
-
-def _message_bytes(cut: Cut) -> int:
-    """Memory for what crosses a cut; where each tensor starts in a line is kept."""
-    return sum(aligned(LINE_BYTES + form.size_bytes, LINE_BYTES) for form in cut.forms)
+            unbind(self.prepared.model, self.prepared.layout.flat, copies=self.prepared.copies)
 
 
 def assemble(
@@ -289,9 +135,12 @@ def _worker(
     state = TrainingState(prepared.layout, memory(host.state(mine)))
     snapshot = TrainingState(prepared.layout, memory(host.snapshot()), frozen=state)
     versions = local.arena.words(host.versions(mine))
-    step = _fill(prepared, group, local, state, memory, versions, restore)
+    by_name = config.init == "by_name"
+    bound = bind(prepared.model, prepared.layout.flat, state.values) if by_name else None
+    step = _fill(prepared, config, group, local, state, memory, versions, restore)
+    bound = bound or bind(prepared.model, prepared.layout.flat, state.values)
+    replica = _replica(prepared, objects, config, state, bound, device)
     memories = RunMemory(prepared.layout, state.memory, memory(host.undo(local.slot)), snapshot.memory)
-    replica = _replica(prepared, objects, config, state, device)
     policy = _policy(prepared, config, group, local, state, memories, versions, schedule)
     share, passages = _share(prepared, config, group, local)
     sampler = Sampler(feed.size, config.seed, config.global_batch_size, config.micro_batch_size)
@@ -339,11 +188,15 @@ def _map(descriptor: int | None, size_bytes: int) -> Arena:
 
 
 def _replica(
-    prepared: Prepared, objects: Objects, config: TrainingConfig, state: TrainingState, device: torch.device
+    prepared: Prepared,
+    objects: Objects,
+    config: TrainingConfig,
+    state: TrainingState,
+    bound: Sequence[nn.Parameter],
+    device: torch.device,
 ) -> Replica:
     """The model over the state's values."""
     flat, buffers = prepared.layout.flat, [spec.name for spec in prepared.layout.buffers]
-    bound = bind(prepared.model, flat, state.values)
     recomputation = None
     if config.layout.recompute != "none":
         again = blocks(prepared.model, prepared.division)
@@ -402,6 +255,7 @@ def _fingerprint(prepared: Prepared, config: TrainingConfig, samples: int) -> in
 
 def _fill(
     prepared: Prepared,
+    config: TrainingConfig,
     group: Group,
     local: HostGroup,
     state: TrainingState,
@@ -409,12 +263,15 @@ def _fill(
     versions: memoryview,
     restore: Callable[[Prepared, TrainingState], Restored],
 ) -> int:
-    """Initial values, or those of a checkpoint, by rank 0; all others have copies of its own. Returns the step."""
+    """Initial values, or those of a checkpoint; the first state's, of which all others are copies. Returns the step."""
     step, failure, compression = 0, "", Restored().compression
+    if config.init == "by_name":
+        _initialise(prepared, config, local)
     if group.rank == 0:
         with torch.no_grad():
             for value, parameter in zip(state.values, prepared.originals, strict=True):
-                value.copy_(parameter)
+                if not parameter.is_meta:
+                    value.copy_(parameter)
             for value, (_, buffer) in zip(state.buffers, prepared.tensors.buffers, strict=True):
                 value.copy_(buffer)
         try:
@@ -443,13 +300,13 @@ def _fill(
     return step
 
 
-def describe(prepared: Prepared, run: dict[str, Any], fingerprint: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint records besides tensors (see `state.checkpoint.Description`)."""
-    plain = set(prepared.model.state_dict(keep_vars=True))
-    ties = {name: uses[0] for _, uses in prepared.tensors.parameters for name in uses[1:]}
-    first = {id(buffer): name for name, buffer in prepared.tensors.buffers}
-    for name, buffer in prepared.model.named_buffers(remove_duplicate=False):
-        if name in plain and first.get(id(buffer), name) != name:
-            ties[name] = first[id(buffer)]
-    buffers = tuple(name for name, _ in prepared.tensors.buffers if name in plain)
-    return {"ties": ties, "plain_buffers": buffers, "run": run, "fingerprint": fingerprint}
+def _initialise(prepared: Prepared, config: TrainingConfig, local: HostGroup) -> None:
+    """Each worker of the first state gives some modules their initial values; what holds them follows."""
+    members = initialisers(prepared.model)
+    further = {name for spec in prepared.layout.flat.parameters for name in spec.uses[1:]}
+    own, holding = shares(members, prepared.model, local.size // prepared.host.replicas)
+    if local.rank < len(own):
+        initialise(config.seed, own[local.rank], further)
+    local.barrier("initial values")
+    if local.rank == 0:
+        initialise(config.seed, holding, further)

@@ -200,6 +200,11 @@ class TrainingConfig(Section):
     global_batch_size: int = Field(..., ge=1, description="Samples in a step, over all workers.")
     micro_batch_size: int = Field(..., ge=1, description="Samples computed at once; divides the global batch size.")
     seed: int = Field(0, ge=0, lt=2**63, description="Decides initial values, order of samples and dropout.")
+    init: Literal["stream", "by_name"] = Field(
+        "stream",
+        description="stream: the model's factory makes all values. by_name: the model is built without values, and "
+        "each module makes its own, from seed and name: for models that are whole nowhere.",
+    )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 runs the forward under autocast.")
     threads: int = Field(1, ge=1, description="Intra-op threads of a worker; part of the run, since it changes bits.")
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, or cuda: one device a worker.")

@@ -4,13 +4,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from unisono.assembly import Objects, Prepared
 from unisono.config import TrainingConfig
 from unisono.data.feed import size_of
 from unisono.errors import ConfigurationError
 from unisono.optim.classes import described
+from unisono.preparation import Objects, Prepared
 
-_SETTINGS = ("seed", "global_batch_size", "micro_batch_size", "precision", "clip", "schedule", "scaling")
+_SETTINGS = ("seed", "init", "global_batch_size", "micro_batch_size", "precision", "clip", "schedule", "scaling")
 _FIXED = ("seed", "global_batch_size", "micro_batch_size", "samples")
 """What decides which samples a step uses: it cannot change in the middle of a run."""
 

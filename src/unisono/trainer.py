@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from unisono.assembly import Objects, OptimizerFactory
 from unisono.comm.waiting import wake_on_time
 from unisono.config import Layout, ScheduleConfig, TrainingConfig, more_replicas_than_micro_batches, validate
 from unisono.data.feed import Collate, Dataset
@@ -18,6 +17,7 @@ from unisono.launch.scope import deterministic, interrupts, threads
 from unisono.launch.world import World, this_process
 from unisono.optim.schedules import Schedule
 from unisono.parallel.replicated import Loss
+from unisono.preparation import Objects, OptimizerFactory
 from unisono.training import Job, Result, Training
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unisono.assembly import Objects, Prepared, Restored, Worker, assemble, describe
+from unisono.assembly import Restored, Worker, assemble
 from unisono.comm.group import SNAPSHOT, STOP
 from unisono.comm.wire_state import PREFIX
 from unisono.config import TrainingConfig, to_yaml
@@ -37,6 +37,7 @@ from unisono.launch.world import World, in_notebook
 from unisono.observe.choose import observers
 from unisono.optim.schedules import Schedule, schedule
 from unisono.plan.assignment import UpdateClass
+from unisono.preparation import Objects, Prepared, describe
 from unisono.run.fingerprint import fingerprint
 from unisono.state.checkpoint import DIRECTORY, Description, newest_intact, remove_leftovers, set_aside, steps_in
 from unisono.state.training_state import TrainingState

@@ -86,7 +86,13 @@ def initial_state(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, An
 def state_spec(
     optimizer: Optimizer, update: UpdateClass, flat: FlatLayout, parameters: Sequence[nn.Parameter]
 ) -> OptimizerSpec:
-    """Find the state; ``parameters`` are in flat order."""
+    """Find the state; ``parameters`` are in flat order, with or without values.
+
+    Raises:
+        ConfigurationError: for state that cannot be kept, or cannot be made without values.
+    """
+    if any(p.is_meta for p in parameters):
+        _refuse_what_needs_values(optimizer, update, parameters)
     if update is UpdateClass.ELEMENT:
         kinds: dict[tuple[int, str], nn.Parameter] = {}
         for spec, parameter in zip(flat.parameters, parameters, strict=True):
@@ -104,6 +110,16 @@ def state_spec(
     for state in found:
         _refuse_what_cannot_be_kept(optimizer, state, numbers=update is UpdateClass.COUPLED)
     return OptimizerSpec(update, tensors=tuple(tuple(_specs(state)) for state in found))
+
+
+def _refuse_what_needs_values(optimizer: Optimizer, update: UpdateClass, parameters: Sequence[nn.Parameter]) -> None:
+    early = any(initial_state(optimizer, parameter) for parameter in parameters)
+    if early or update is UpdateClass.COUPLED:
+        why = "makes its state in its constructor" if early else "is of no known class"
+        raise ConfigurationError(
+            f"init is by_name, but optimizer {type(optimizer).__name__} {why}, from values that are not there yet; "
+            "use init=stream, or another optimizer"
+        )
 
 
 def _refuse_what_cannot_be_kept(optimizer: Optimizer, state: dict[str, Any], *, numbers: bool) -> None:
@@ -179,7 +195,8 @@ def _element_state(optimizer: Optimizer, group: int, dtype: str, first: nn.Param
     state = initial_state(optimizer, first)
     numel = first.numel()
     if not state:
-        probe = nn.Parameter(torch.zeros(PROBE_ELEMENTS, dtype=first.dtype, device=first.device))
+        device = "cpu" if first.is_meta else first.device
+        probe = nn.Parameter(torch.zeros(PROBE_ELEMENTS, dtype=first.dtype, device=device))
         probe.grad = torch.zeros_like(probe)
         numel = PROBE_ELEMENTS
         trial = clone(optimizer, [[probe] if g == group else [] for g in range(len(optimizer.param_groups))])

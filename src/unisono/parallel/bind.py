@@ -85,24 +85,22 @@ def bind(model: nn.Module, flat: FlatLayout, values: Sequence[Tensor]) -> list[n
     for spec, value in zip(flat.parameters, values, strict=True):
         for i, name in enumerate(spec.uses):
             module, attribute = _owner(model, name)
-            if i == 0:
-                parameter = getattr(module, attribute)
-                parameter.data = value
-            else:
-                first = by_name[spec.uses[0]]
-                parameter = nn.Parameter(value.new_empty(0), requires_grad=first.requires_grad)
-                parameter.data = value  # and not Parameter(value), which would share the arena's version counter
+            parameter = getattr(module, attribute)
+            if i > 0 or parameter.is_meta:
+                parameter = nn.Parameter(value.new_empty(0), requires_grad=parameter.requires_grad)
                 module.register_parameter(attribute, parameter)
+            parameter.data = value  # and not Parameter(value), which would share the arena's version counter
             by_name[name] = parameter
     return [by_name[name] for name, _ in flat.uses]
 
 
-def unbind(model: nn.Module, flat: FlatLayout) -> None:
-    """Give the model memory of its own again, and tie what was tied."""
+def unbind(model: nn.Module, flat: FlatLayout, *, copies: bool = True) -> None:
+    """Give the model memory of its own again, unless ``copies`` are not wanted, and tie what was tied."""
     for spec in flat.parameters:
         module, attribute = _owner(model, spec.uses[0])
         first = getattr(module, attribute)
-        first.data = first.detach().clone()
+        if copies:
+            first.data = first.detach().clone()
         first.grad = None
         for name in spec.uses[1:]:
             module, attribute = _owner(model, name)

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from unisono.assembly import Objects
 from unisono.config import Config, OptimizerConfig, validate
 from unisono.errors import ConfigurationError
+from unisono.preparation import Objects
 from unisono.tasks.task import Task, make_task
 from unisono.trainer import Trainer
 

@@ -62,17 +62,24 @@ class GPT(nn.Module):
         self.tokens = nn.Embedding(VOCABULARY, width)
         self.positions = nn.Embedding(context, width)
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
+        blocks = [Block(width, heads, dropout) for _ in range(layers)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, VOCABULARY, bias=False)
-        for name, parameter in self.named_parameters():
-            if parameter.dim() > 1:
-                deep = name.endswith(("out.weight", "mlp.2.weight"))
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * layers) if deep else 0.02)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
+        self._deep = {module for block in blocks for module in (block.attention.out, block.mlp[-1])}
+        self.apply(self._init_weights)
         if tied:
             self.head.weight = self.tokens.weight
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initial values of one module; where the residual path is added to, they are smaller the deeper the model."""
+        if isinstance(module, nn.Linear | nn.Embedding):
+            deep = math.sqrt(2 * len(self.blocks)) if module in self._deep else 1.0
+            nn.init.normal_(module.weight, std=0.02 / deep)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(batch, time) of bytes -> (batch, time, 256) of logits."""

@@ -1,0 +1,204 @@
+"""A run laid out before memory is shared: the user's objects, and all that follows from them and the configuration."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from unisono.comm.host_layout import HostLayout, host_layout
+from unisono.comm.partial import PartialLayout, partial_layout
+from unisono.comm.passage_layout import LINE_BYTES, PassageLayout
+from unisono.config import TrainingConfig
+from unisono.data.feed import Collate, Dataset, Feed
+from unisono.errors import ConfigurationError
+from unisono.evaluation import Metrics
+from unisono.launch.membership import way
+from unisono.optim.classes import pin_variant, update_class
+from unisono.optim.eager import without_compiler
+from unisono.optim.state_spec import state_spec
+from unisono.parallel.bind import ModelTensors, model_tensors
+from unisono.parallel.initial import without_values
+from unisono.parallel.replicated import Loss, call, split
+from unisono.plan.assignment import Run, Teams, UpdateClass, micro_batches, one_team, owners, runs
+from unisono.plan.blocks import aligned, flat_layout
+from unisono.plan.hosts import Place
+from unisono.plan.mesh import Mesh
+from unisono.plan.outline import Cut, outline
+from unisono.plan.partition import Division, divide
+from unisono.plan.schedule import placement
+from unisono.run.rng import Isolation, derive
+from unisono.state.layout import StateLayout, state_layout
+from unisono.sync.ownership import undo_bytes
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+
+
+@dataclass(frozen=True, slots=True)
+class Objects:
+    """What only the user's code can give.
+
+    Attributes:
+        model, loss, data, optimizer, validation, metrics, collate: see `Trainer`.
+        definition: facts to record with the run, a digest of the data for example.
+        summary: the trained model -> what to show at the end.
+        tokens_per_sample: for throughput in tokens, where samples hold them.
+    """
+
+    model: Callable[[], nn.Module]
+    loss: Loss
+    data: Dataset
+    optimizer: OptimizerFactory
+    validation: Dataset | None
+    metrics: Metrics | None
+    collate: Collate | None
+    definition: Callable[[], Mapping[str, Any]] | None = None
+    summary: Callable[[nn.Module], Mapping[str, Any]] | None = None
+    tokens_per_sample: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A model and an optimizer, and all that follows from them and the configuration, before memory is shared.
+
+    Attributes:
+        owned: the runs that each worker of this host updates.
+        mesh: of this host's workers.
+        division, passages: of the model into stages, and the memory between them; None where there is one stage.
+        copies: every worker's model has memory of its own when training is over; else it stays in what is shared.
+    """
+
+    model: nn.Module
+    tensors: ModelTensors
+    optimizer: Optimizer
+    originals: Sequence[nn.Parameter]
+    update: UpdateClass
+    layout: StateLayout
+    partials: PartialLayout
+    owned: tuple[tuple[Run, ...], ...]
+    host: HostLayout
+    mesh: Mesh
+    teams: Teams
+    division: Division | None
+    passages: PassageLayout | None
+    copies: bool
+
+
+def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) -> Prepared:
+    """Build the model and lay everything out; the same in every worker of a host.
+
+    Raises:
+        ConfigurationError: where the objects cannot be trained.
+    """
+    workers, several_hosts = place.hosts.sizes[place.host], len(place.hosts.sizes) > 1
+    with Isolation() as random, without_values() if config.init == "by_name" else nullcontext():
+        random.seed(derive(config.seed, "init"))
+        model = objects.model()
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError(f"the model's factory returned {type(model).__name__}; return a torch.nn.Module")
+    model._apply(lambda t: t if t.is_meta else t.to(feed.device))  # type: ignore[no-untyped-call]
+    tensors = model_tensors(model)
+    with without_compiler():
+        optimizer = objects.optimizer([p for p, _ in tensors.parameters])
+    if not isinstance(optimizer, Optimizer):
+        raise ConfigurationError(
+            f"the optimizer's factory returned {type(optimizer).__name__}; return a torch.optim.Optimizer"
+        )
+    if config.wire.momentum and any(group.get("momentum") for group in optimizer.param_groups):
+        raise ConfigurationError(
+            f"wire.momentum is {config.wire.momentum} and the optimizer has momentum of its own, which would count "
+            "twice; set the optimizer's to 0"
+        )
+    update = update_class(optimizer)
+    pin_variant(optimizer)
+    specs = tensors.parameter_specs(optimizer)
+    flat = flat_layout(specs)
+    by_name = {uses[0]: p for p, uses in tensors.parameters}
+    originals = [by_name[spec.tensor.name] for spec in flat.parameters]
+    layout = state_layout(flat, state_spec(optimizer, update, flat, originals), tensors.buffer_specs())
+    partials = partial_layout(flat, tensors.buffer_specs())
+    mesh = Mesh(data=workers // config.layout.model_workers, pipeline=config.layout.pipeline)
+    division = _division(model, objects.loss, config, feed) if config.layout.stages > 1 else None
+    teams = _teams(layout, config, division)
+    replicas = mesh.data if config.layout.zero == 0 else 1
+    shares = owners(flat, update, mesh.data // replicas, teams) * replicas
+    owned = tuple(runs(flat, update, share) for share in shares)
+    passages = None
+    if division is not None:
+        first = sum(place.hosts.sizes[: place.host]) // config.layout.model_workers
+        each = micro_batches(config.micro_batches, place.hosts.size // config.layout.model_workers)
+        counts = tuple(len(share) for share in each[first : first + mesh.data])
+        passages = PassageLayout(counts, tuple(_message_bytes(cut) for cut in division.cuts))
+    host = host_layout(
+        slots=workers,
+        blocks=layout.blocks,
+        entries=2 * max(1, (config.micro_batches - 1).bit_length()) + 2,
+        partial_bytes=partials.size_bytes,
+        state_bytes=layout.size_bytes,
+        replicas=replicas,
+        undo_bytes=undo_bytes(layout, [run for share in owned for run in share]),
+        buckets=len(way(config).buckets(flat)) if several_hosts else 0,
+        wire_bytes=way(config).wire_bytes(flat) if several_hosts else 0,
+        passages=passages,
+    )
+    return Prepared(
+        model=model,
+        tensors=tensors,
+        optimizer=optimizer,
+        originals=originals,
+        update=update,
+        layout=layout,
+        partials=partials,
+        owned=owned,
+        host=host,
+        mesh=mesh,
+        teams=teams,
+        division=division,
+        passages=passages,
+        copies=config.init != "by_name",
+    )
+
+
+def _division(model: nn.Module, loss: Loss, config: TrainingConfig, feed: Feed) -> Division:
+    """Cut the model into stages, after a rehearsal on the first micro-batch."""
+    inputs, target = split(feed.load(list(range(min(config.micro_batch_size, feed.size))), 0, "rehearsal"))
+
+    def forward() -> object:
+        with torch.autocast(feed.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
+            return loss(call(model, inputs), target)
+
+    return divide(outline(model, forward), config.layout.stages, config.layout.cuts)
+
+
+def _teams(layout: StateLayout, config: TrainingConfig, division: Division | None) -> Teams:
+    """Which worker of a pipeline computes with what."""
+    flat = layout.flat
+    if division is None:
+        return one_team(flat, len(layout.buffers))
+    places = placement(config.layout.schedule, config.layout.pipeline, config.layout.virtual_stages)
+    return Teams(
+        config.layout.pipeline,
+        tuple(places[division.stage_of(name)] for name, _ in flat.uses),
+        tuple(places[division.stage_of(spec.name)] for spec in layout.buffers),
+        places[-1],
+    )
+
+
+def _message_bytes(cut: Cut) -> int:
+    """Memory for what crosses a cut; where each tensor starts in a line is kept."""
+    return sum(aligned(LINE_BYTES + form.size_bytes, LINE_BYTES) for form in cut.forms)
+
+
+def describe(prepared: Prepared, run: dict[str, Any], fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint records besides tensors (see `state.checkpoint.Description`)."""
+    plain = set(prepared.model.state_dict(keep_vars=True))
+    ties = {name: uses[0] for _, uses in prepared.tensors.parameters for name in uses[1:]}
+    first = {id(buffer): name for name, buffer in prepared.tensors.buffers}
+    for name, buffer in prepared.model.named_buffers(remove_duplicate=False):
+        if name in plain and first.get(id(buffer), name) != name:
+            ties[name] = first[id(buffer)]
+    buffers = tuple(name for name, _ in prepared.tensors.buffers if name in plain)
+    return {"ties": ties, "plain_buffers": buffers, "run": run, "fingerprint": fingerprint}

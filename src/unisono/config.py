@@ -18,6 +18,9 @@ from unisono.plan.schedule import virtual
 T = TypeVar("T", bound=BaseModel)
 
 
+Schedule = Literal["gpipe", "1f1b", "interleaved", "zb_h1", "zb_v"]
+
+
 class Section(BaseModel):
     """A part of the configuration: frozen, and closed to unknown keys."""
 
@@ -36,9 +39,7 @@ class Layout(Section):
         description="0: every replica keeps and updates a whole state. 1: each block has one owner, who updates it. "
         "2, 3: as 1 on one host, whose workers share one copy of everything.",
     )
-    schedule: Literal["gpipe", "1f1b", "interleaved", "zb_h1", "zb_v"] = Field(
-        "1f1b", description="The pipeline's timetable."
-    )
+    schedule: Schedule = Field("1f1b", description="The pipeline's timetable.")
     virtual_stages: int = Field(1, ge=1, description="Stages of a pipeline's worker; interleaved has 2 by default.")
     recompute: Literal["none", "selective", "full"] = Field(
         "none",
@@ -82,8 +83,8 @@ class Layout(Section):
         if self.data is not None and self.data * each != workers:
             raise ConfigurationError(
                 f"the layout has {self.data * each} workers (data {self.data} x pipeline {self.pipeline}), but "
-                f"{workers} {'are' if workers > 1 else 'is'} there; use {self.data * each} workers, or "
-                f"data={workers // each}"
+                f"{workers} {'are' if workers > 1 else 'is'} there; start {self.data * each} (-n {self.data * each}), "
+                f"or use data={workers // each}"
             )
         return workers // each
 

@@ -194,11 +194,5 @@ def _message_bytes(cut: Cut) -> int:
 
 def describe(prepared: Prepared, run: dict[str, Any], fingerprint: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint records besides tensors (see `state.checkpoint.Description`)."""
-    plain = set(prepared.model.state_dict(keep_vars=True))
-    ties = {name: uses[0] for _, uses in prepared.tensors.parameters for name in uses[1:]}
-    first = {id(buffer): name for name, buffer in prepared.tensors.buffers}
-    for name, buffer in prepared.model.named_buffers(remove_duplicate=False):
-        if name in plain and first.get(id(buffer), name) != name:
-            ties[name] = first[id(buffer)]
-    buffers = tuple(name for name, _ in prepared.tensors.buffers if name in plain)
-    return {"ties": ties, "plain_buffers": buffers, "run": run, "fingerprint": fingerprint}
+    tensors = prepared.tensors
+    return {"ties": dict(tensors.ties), "plain_buffers": tensors.plain_buffers, "run": run, "fingerprint": fingerprint}

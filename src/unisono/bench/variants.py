@@ -127,7 +127,7 @@ def ddp(shape: str, micro_batch: int, steps: int, warmup: int, memory: bool) -> 
     dist.init_process_group("gloo")
     model = nn.parallel.DistributedDataParallel(build(shape))
     result = _loop(model, optimizer(model.parameters()), micro_batch, steps, warmup, memory, lambda x: x.backward())  # type: ignore[no-untyped-call]
-    _end()
+    end_group()
     return result
 
 
@@ -141,7 +141,7 @@ def accelerate(shape: str, micro_batch: int, steps: int, warmup: int, memory: bo
     model = build(shape)
     model, optim = accelerator.prepare(model, optimizer(model.parameters()))
     result = _loop(model, optim, micro_batch, steps, warmup, memory, accelerator.backward)
-    _end()
+    end_group()
     return result
 
 
@@ -157,7 +157,7 @@ def fabric(shape: str, micro_batch: int, steps: int, warmup: int, memory: bool) 
     model = build(shape)
     wrapped, optim = lightning.setup(model, optimizer(model.parameters()))
     result = _loop(wrapped, optim, micro_batch, steps, warmup, memory, lightning.backward)
-    _end()
+    end_group()
     return result
 
 
@@ -172,7 +172,7 @@ def deepspeed(shape: str, micro_batch: int, steps: int, warmup: int, memory: boo
     config = {"train_micro_batch_size_per_gpu": micro_batch, "zero_optimization": {"stage": 1}}
     engine, *_ = ds.initialize(model=model, optimizer=optimizer(model.parameters()), config=config)
     result = _loop(engine, engine, micro_batch, steps, warmup, memory, engine.backward)
-    _end()
+    end_group()
     return result
 
 
@@ -225,7 +225,7 @@ def _result(seconds: list[float], peak: PeakMemory) -> dict[str, Any]:
     return {"step_s": seconds, "peak_bytes": peak.peak_bytes}
 
 
-def _end() -> None:
+def end_group() -> None:
     """End a process group in good order."""
     gc.collect()
     if dist.is_initialized():

@@ -33,6 +33,7 @@ checkpoint_app.command()(checkpoint.verify)
 checkpoint_app.command()(checkpoint.export)
 bench_app.command()(bench.train)
 bench_app.command()(bench.comm)
+bench_app.command()(bench.pipeline)
 bench_app.command()(bench.network)
 
 

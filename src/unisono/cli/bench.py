@@ -77,6 +77,25 @@ def comm(
             typer.echo(json.dumps({"rows": rows}))
 
 
+def pipeline(
+    stages: Annotated[str, typer.Option(help="Workers of a pipeline, for example 2,4,8.")] = "2,4,8",
+    micro_batches: Annotated[str, typer.Option(help="In a step.")] = "4,8,32",
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds of the step with real layers.")] = 3,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare the bubbles of pipeline schedules with theory, and a step with torch.distributed.pipelining: 10 minutes.
+
+    Example: unisono bench pipeline --stages 2,4 --micro-batches 8
+    """
+    with launcher_here() as launcher:
+        from unisono.bench.pipeline import bench
+
+        counts = whole_numbers(stages, "--stages"), whole_numbers(micro_batches, "--micro-batches")
+        found = bench(launcher, *counts, rounds, None if as_json else typer.echo)
+        if as_json:
+            typer.echo(json.dumps(found))
+
+
 def network(
     rate: Annotated[str, typer.Option(help="Of the link between two hosts, as tc writes it.")] = "100mbit",
     steps: Annotated[int, typer.Option(min=20, help="Steps of DDP, and of what loses nothing.")] = 60,

@@ -150,9 +150,9 @@ def verify(
 ) -> None:
     """Prove that a run's result does not depend on its layout: exit code 0 only if all digests are equal.
 
-    Examples: unisono verify configs/images.yaml --workers 1,2,3 --steps 20 --resume-at 7
+    Example: unisono verify configs/images.yaml --workers 1,2,3 --steps 20 --resume-at 7
 
-    unisono verify configs/lm.yaml --layouts configs/layouts.txt
+    In every layout of a file: unisono verify configs/lm.yaml --layouts configs/layouts.txt
     """
     if layouts is not None and (workers is not None or hosts > 1):
         raise ConfigurationError("--layouts says how many workers there are; leave --workers and --hosts out")

@@ -14,6 +14,8 @@ T = TypeVar("T")
 SPIN_S = 100e-6
 FIRST_SLEEP_S = 20e-6
 LONGEST_SLEEP_S = 1e-3
+LATE = 0.02
+"""A wait ends at most this part of its length late, as long as that is less than the longest sleep."""
 
 _PR_SET_TIMERSLACK = 29
 
@@ -47,7 +49,6 @@ class Waiter:
         if result is not None:
             return result
         started = self.clock()
-        pause = FIRST_SLEEP_S
         while True:
             result = ready()
             if result is not None:
@@ -60,8 +61,7 @@ class Waiter:
                     f"{operation} waited {waited:.1f} s (deadline {self.deadline_s:g} s) at {_caller()}; {missing()}"
                 )
             if waited > SPIN_S:
-                self.sleep(pause)
-                pause = min(pause * 1.5, LONGEST_SLEEP_S)
+                self.sleep(min(max(FIRST_SLEEP_S, LATE * waited), LONGEST_SLEEP_S))
 
 
 def revoked(operation: str, cause: str) -> str:

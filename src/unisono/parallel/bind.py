@@ -1,6 +1,6 @@
 """Attaching a model's parameters to memory: the only place where that happens."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -13,10 +13,17 @@ from unisono.plan.blocks import FlatLayout, ParameterSpec, TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class ModelTensors:
-    """A model's parameters, each once, with all names it is used under, and its buffers."""
+    """A model's parameters, each once, with all names it is used under, and its buffers.
+
+    Attributes:
+        plain_buffers: names of those that belong to a plain ``state_dict``.
+        ties: further names of parameters, and of buffers in a plain ``state_dict`` -> the first.
+    """
 
     parameters: tuple[tuple[nn.Parameter, tuple[str, ...]], ...]
     buffers: tuple[tuple[str, Tensor], ...]
+    plain_buffers: tuple[str, ...]
+    ties: Mapping[str, str]
 
     def parameter_specs(self, optimizer: Optimizer) -> list[ParameterSpec]:
         """The parameters as data; what the optimizer does not hold, or what needs no gradient, is not trained.
@@ -64,9 +71,17 @@ def model_tensors(model: nn.Module) -> ModelTensors:
             )
         uses.setdefault(id(parameter), []).append(name)
         objects[id(parameter)] = parameter
+    plain = set(model.state_dict(keep_vars=True))
+    ties = {name: names[0] for names in uses.values() for name in names[1:]}
+    first = {id(buffer): name for name, buffer in model.named_buffers()}
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        if name in plain and first[id(buffer)] != name:
+            ties[name] = first[id(buffer)]
     return ModelTensors(
         parameters=tuple((objects[key], tuple(names)) for key, names in uses.items()),
         buffers=tuple(model.named_buffers()),
+        plain_buffers=tuple(name for name, _ in model.named_buffers() if name in plain),
+        ties=ties,
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils import _pytree as pytree
 
 
 class Entrance:
@@ -14,7 +15,8 @@ class Entrance:
     Attributes:
         tensors: what has arrived; those that need a gradient are results of a node of this stage's own graph, so the
             stage may change them in place as it could if an earlier module had made them.
-        edges: the places in the graph of those that need a gradient, whatever is done to them later.
+        edges: the places in the graph of those that need a gradient, whatever is done to them later. In the first
+            stage, which nothing arrives at, the results of its first module: what the gradients of inputs lead to.
     """
 
     def __init__(self, arrived: Sequence[Tensor], needed: Sequence[bool]) -> None:
@@ -28,6 +30,11 @@ class Entrance:
             self.tensors = [next(results) if wanted else t for t, wanted in zip(arrived, needed, strict=True)]
         members = [tensor for tensor, wanted in zip(self.tensors, needed, strict=True) if wanted]
         self.edges: list[GradientEdge] = [get_gradient_edge(tensor) for tensor in members]
+
+    def begin_at(self, result: object) -> None:
+        """Nothing has arrived; the first module has returned this."""
+        leaves = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.edges = [get_gradient_edge(tensor) for tensor in leaves if tensor.requires_grad and tensor.grad_fn]
 
     def receive(self, gradients: Sequence[Tensor | None]) -> None:
         """The gradients of `edges`, where a backward has not brought them here by itself."""

@@ -165,7 +165,7 @@ class Replica:
             if self._stages is None:
                 result = self._loss(call(self.model, inputs), target)
             else:
-                result = self._stages.run(stage, entrance.tensors, lambda: self._loss(call(self.model, inputs), target))
+                result = self._stages.run(stage, entrance, lambda: self._loss(call(self.model, inputs), target))
         if isinstance(result, Left):
             made, value, weight = result.tensors, 0.0, 0.0
         else:

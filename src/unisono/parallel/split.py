@@ -79,6 +79,14 @@ def first_part(
     finally:
         for handle in handles:
             handle.remove()
+    for branch in rest.branches:  # where the way ends, the node itself has not run
+        ends = [
+            (edge.output_nr, gradient)
+            for edge, gradient in zip(arrived, found, strict=False)
+            if edge.node is branch.node
+        ]
+        if ends:
+            branch.gradients = tuple(dict(ends).get(i) for i in range(1 + max(i for i, _ in ends)))
     rest.ready = dict(zip(several, found[len(arrived) :], strict=True))
     return list(found[: len(arrived)]), rest
 

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from unisono.errors import ConfigurationError
+from unisono.parallel.entrance import Entrance
 from unisono.plan.outline import Call, Cut, TensorForm
 from unisono.plan.partition import Division
 
@@ -38,7 +39,7 @@ class _Run:
     stage: int
     entry: Cut | None
     exit: Cut | None
-    arrived: Sequence[Tensor]
+    entrance: Entrance
     left: Sequence[Tensor] | None = None
     entered: bool = False
     numbers: dict[str, int] = field(default_factory=dict)
@@ -74,18 +75,18 @@ class Stages:
                 module.forward = before
         self._wrapped.clear()
 
-    def run(self, stage: int, arrived: Sequence[Tensor], call: Callable[[], Any]) -> Any:
+    def run(self, stage: int, entrance: Entrance, call: Callable[[], Any]) -> Any:
         """What ``call``, which calls the model, returns in the last stage; `Left` in the others.
 
         Arguments:
-            arrived: what the stage before has passed on.
+            entrance: what the stage before has passed on.
         """
         cuts = self.division.cuts
         run = _Run(
             stage,
             entry=cuts[stage - 1] if stage else None,
             exit=cuts[stage] if stage < len(cuts) else None,
-            arrived=arrived,
+            entrance=entrance,
         )
         self._run = run
         try:
@@ -121,7 +122,10 @@ class Stages:
                 return self._stand_in(run, call)
             elif run.known:
                 args, kwargs = _with_arrived(run, args, kwargs)
-            return forward(*args, **kwargs)
+            result = forward(*args, **kwargs)
+            if run.entry is None and not run.entrance.edges and call.stop == call.first + 1:
+                run.entrance.begin_at(result)
+            return result
 
         return staged
 
@@ -137,7 +141,7 @@ class Stages:
     def _enter(self, run: _Run, cut: Cut, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """The stage begins: what has arrived takes the place of what stands in for it."""
         leaves, form = pytree.tree_flatten((args, kwargs))
-        for i, tensor in zip(cut.leaves, run.arrived, strict=True):
+        for i, tensor in zip(cut.leaves, run.entrance.tensors, strict=True):
             if isinstance(leaves[i], FakeTensor):
                 run.known[id(leaves[i])] = tensor
                 run.stand_ins.append(leaves[i])  # alive, so that no other has its identity

@@ -53,7 +53,10 @@ class Layout(Section):
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> Self:
-        virtual(self.schedule, self.virtual_stages)
+        try:
+            virtual(self.schedule, self.virtual_stages)
+        except ConfigurationError as error:
+            raise ValueError(str(error)) from None
         return self
 
     @property

@@ -27,7 +27,7 @@ from unisono.plan.assignment import Run, Teams, UpdateClass, micro_batches, one_
 from unisono.plan.blocks import aligned, flat_layout
 from unisono.plan.hosts import Place
 from unisono.plan.mesh import Mesh
-from unisono.plan.outline import Cut, outline
+from unisono.plan.outline import Cut, Outline, outline
 from unisono.plan.partition import Division, divide
 from unisono.plan.schedule import placement
 from unisono.run.rng import Isolation, derive
@@ -121,7 +121,10 @@ def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) 
     layout = state_layout(flat, state_spec(optimizer, update, flat, originals), tensors.buffer_specs())
     partials = partial_layout(flat, tensors.buffer_specs())
     mesh = Mesh(data=workers // config.layout.model_workers, pipeline=config.layout.pipeline)
-    division = _division(model, objects.loss, config, feed) if config.layout.stages > 1 else None
+    division = None
+    if config.layout.stages > 1:
+        found = rehearse(model, objects.loss, config, feed)
+        division = divide(found, config.layout.stages, config.layout.cuts)
     teams = _teams(layout, config, division)
     replicas = mesh.data if config.layout.zero == 0 else 1
     shares = owners(flat, update, mesh.data // replicas, teams) * replicas
@@ -162,15 +165,15 @@ def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) 
     )
 
 
-def _division(model: nn.Module, loss: Loss, config: TrainingConfig, feed: Feed) -> Division:
-    """Cut the model into stages, after a rehearsal on the first micro-batch."""
+def rehearse(model: nn.Module, loss: Loss, config: TrainingConfig, feed: Feed) -> Outline:
+    """What a rehearsal on the first micro-batch finds of a model."""
     inputs, target = split(feed.load(list(range(min(config.micro_batch_size, feed.size))), 0, "rehearsal"))
 
     def forward() -> object:
         with torch.autocast(feed.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
             return loss(call(model, inputs), target)
 
-    return divide(outline(model, forward), config.layout.stages, config.layout.cuts)
+    return outline(model, forward)
 
 
 def _teams(layout: StateLayout, config: TrainingConfig, division: Division | None) -> Teams:

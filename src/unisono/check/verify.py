@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,19 +21,20 @@ class Trial:
 
     Attributes:
         name: for the reader.
-        layout: what is set of the configuration's section.
+        layout: in place of the configuration's.
         hosts: sets of workers that share no memory.
+        where: it was asked for, for an error; empty for nothing to say.
     """
 
     name: str
-    layout: Mapping[str, Any]
+    layout: Layout
     hosts: int = 1
+    where: str = ""
 
     @property
     def workers(self) -> int:
         """How many it takes."""
-        layout = Layout.model_validate(self.layout)
-        return (layout.data or 1) * layout.model_workers
+        return (self.layout.data or 1) * self.layout.model_workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,7 @@ def numbers_of_workers(config: Config, workers: Sequence[int], hosts: int) -> li
             raise ConfigurationError(more_replicas_than_micro_batches(replicas, config.micro_batches, each))
         if each < count < hosts:
             raise ConfigurationError(f"{count} workers cannot be on {hosts} hosts; give --workers from {hosts}")
-        layout = config.layout.model_copy(update={"data": replicas}).model_dump(mode="json")
+        layout = config.layout.model_copy(update={"data": replicas})
         trials.append(Trial(str(count), layout, hosts if count > each else 1))
     return trials
 
@@ -136,7 +137,7 @@ def layouts_in(path: Path, config: Config) -> list[Trial]:
             raise ConfigurationError(
                 f"{where}: {more_replicas_than_micro_batches(replicas, config.micro_batches, each)}"
             )
-        trials.append(Trial(name, layout.model_dump(mode="json")))
+        trials.append(Trial(name, layout, where=where))
     if not trials:
         raise ConfigurationError(f"{path} holds no layout; give one a line, data=2 pipeline=2 for example")
     return trials
@@ -192,7 +193,7 @@ def _train(
     data = config.model_dump(mode="json")
     decay = config.schedule.decay_steps or config.steps  # the schedule is part of the run, however few steps are taken
     data["schedule"] = {**data["schedule"], "decay_steps": decay}
-    data["layout"] = dict(trial.layout)
+    data["layout"] = trial.layout.model_dump(mode="json")
     data["observe"] = {"progress": False, "tensorboard": False, "report": False}
     data |= {"steps": steps, "run_dir": run_dir, "checkpoint": {}, "validation": {}}
     settings = validate(Config, data, "verify").model_dump(mode="json")

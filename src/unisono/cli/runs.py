@@ -62,6 +62,10 @@ def train(
             count = workers_here(settings, workers or here.slots, here.nodes)
         else:
             count = choose_workers(settings, workers)
+        if settings.layout.stages > 1:
+            from unisono.check.layouts import refuse_what_does_not_fit
+
+            refuse_what_does_not_fit(settings, {"": settings.layout})
         as_json = as_json or here.number > 0
         run_dir = next_run_dir(settings.run_dir, settings.task, resume=resume) if here.number == 0 else ELSEWHERE
         settings = settings.model_copy(update={"run_dir": str(run_dir)})
@@ -157,6 +161,7 @@ def verify(
     if layouts is not None and (workers is not None or hosts > 1):
         raise ConfigurationError("--layouts says how many workers there are; leave --workers and --hosts out")
     with launcher_here() as launcher:
+        from unisono.check.layouts import refuse_what_does_not_fit
         from unisono.check.verify import layouts_in, numbers_of_workers
         from unisono.check.verify import verify as check
         from unisono.config import load
@@ -167,6 +172,7 @@ def verify(
         else:
             numbers = whole_numbers(workers or "1,2,3,4", "--workers")
             trials, what = numbers_of_workers(settings, numbers, hosts), "numbers of workers"
+        refuse_what_does_not_fit(settings, {trial.where: trial.layout for trial in trials})
         if settings.preload:
             launcher.preload(settings.preload)
         report = check(launcher, settings, trials, steps, resume_at, None if as_json else typer.echo, what)

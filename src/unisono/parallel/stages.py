@@ -141,11 +141,12 @@ class Stages:
     def _enter(self, run: _Run, cut: Cut, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """The stage begins: what has arrived takes the place of what stands in for it."""
         leaves, form = pytree.tree_flatten((args, kwargs))
-        for i, tensor in zip(cut.leaves, run.entrance.tensors, strict=True):
-            if isinstance(leaves[i], FakeTensor):
-                run.known[id(leaves[i])] = tensor
-                run.stand_ins.append(leaves[i])  # alive, so that no other has its identity
-            leaves[i] = tensor
+        for places, tensor in zip(cut.leaves, run.entrance.tensors, strict=True):
+            for i in places:
+                if isinstance(leaves[i], FakeTensor):
+                    run.known[id(leaves[i])] = tensor
+                    run.stand_ins.append(leaves[i])  # alive, so that no other has its identity
+                leaves[i] = tensor
         run.entered = True
         args, kwargs = pytree.tree_unflatten(leaves, form)
         return args, kwargs
@@ -153,7 +154,7 @@ class Stages:
     def _leave(self, run: _Run, cut: Cut, args: Any, kwargs: Any) -> list[Tensor]:
         """The stage ends: what the next one needs."""
         leaves = pytree.tree_leaves(_with_arrived(run, args, kwargs))
-        left = [leaves[i] for i in cut.leaves]
+        left = [leaves[places[0]] for places in cut.leaves]
         for tensor in left:
             if not isinstance(tensor, Tensor) or isinstance(tensor, FakeTensor):
                 raise ConfigurationError(

@@ -91,14 +91,14 @@ class Cut:
     Attributes:
         unit: the first one behind the cut.
         path, number: the call whose arguments travel.
-        leaves: which of its flattened arguments travel.
-        forms: of those.
+        leaves: which of its flattened arguments travel: the places of each tensor, which may be given several times.
+        forms: of those tensors.
     """
 
     unit: int
     path: str
     number: int
-    leaves: tuple[int, ...]
+    leaves: tuple[tuple[int, ...], ...]
     forms: tuple[TensorForm, ...]
 
 
@@ -241,7 +241,7 @@ class _Rehearsal:
         if key not in self._saved:
             self._saved.add(key)
             self._kept.append(storage)
-            self._now.saved_bytes += form_of(tensor).size_bytes
+            self._now.saved_bytes += storage.nbytes()
         return tensor
 
     def _noting(self, path: str, forward: Callable[..., Any], *, whole: bool) -> Callable[..., Any]:
@@ -292,7 +292,7 @@ class _Rehearsal:
         self._kept.append(tensors)
 
     def between(self, args: Any, result: Any) -> None:
-        """Code outside of units has called a function of torch."""
+        """Code outside of units has called a function of torch, on more than a tensor's form."""
         if self._inside_unit:
             return
         used = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, FakeTensor)]
@@ -350,13 +350,14 @@ class _Rehearsal:
             later = next((inner for inner in use.inside if inner.time >= call.time), None)
             if later is None or not older <= given & set(filter(None, later.given)):
                 return None
-        travels = [
-            (i, form)
-            for i, (key, form) in enumerate(zip(call.given, call.forms, strict=True))
-            if key is not None and form is not None and key not in self._state
-        ]
-        leaves, forms = tuple(i for i, _ in travels), tuple(form for _, form in travels)
-        return Cut(call.first, call.path, call.number, leaves, forms) if travels else None
+        places: dict[int, list[int]] = {}
+        forms: dict[int, TensorForm] = {}
+        for i, (key, form) in enumerate(zip(call.given, call.forms, strict=True)):
+            if key is not None and form is not None and key not in self._state:
+                places.setdefault(key, []).append(i)
+                forms[key] = form
+        leaves = tuple(tuple(found) for found in places.values())
+        return Cut(call.first, call.path, call.number, leaves, tuple(forms.values())) if leaves else None
 
 
 def _is_looked_at(path: str, entered: set[str]) -> bool:
@@ -412,5 +413,7 @@ class _Between(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        self.rehearsal.between((args, kwargs), result)
+        writes = getattr(func, "__name__", "") == "__setitem__"
+        if writes or any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
+            self.rehearsal.between((args, kwargs), result)
         return result

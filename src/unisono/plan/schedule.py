@@ -106,6 +106,7 @@ def timetable(schedule: str, workers: int, micro_batches: Sequence[int], virtual
     F0 F1 B0 F2 B1 B2
     F0 B0 F1 B1 F2 B2
     """
+    virtual(schedule, virtual_stages)
     m, places = len(micro_batches), placement(schedule, workers, virtual_stages)
     if schedule == "gpipe":
         lists = [_gpipe(r, m) for r in range(workers)]
@@ -173,9 +174,10 @@ def _zero_bubble(r: int, p: int, m: int) -> list[Action]:
 def _zero_bubble_v(p: int, m: int) -> list[list[Action]]:
     """ZB-V: worker r has stages r and 2p - 1 - r, so the first to begin is the last to end; the memory of 1F1B.
 
-    Found by letting equal parts of work run: of what a worker can do, inputs' gradients come first, then the later
-    stage's forward, and weights' gradients where nothing else can be done. Source: Qi et al., Pipeline Parallelism with
-    Controllable Memory, 2024.
+    Found by letting equal parts of work run: of what a worker can do, inputs' gradients come first, then forwards, and
+    weights' gradients where nothing else can be done; the oldest micro-batch first.
+
+    Source: Qi et al., Pipeline Parallelism with Controllable Memory, 2024.
     """
     stages = 2 * p
     places = placement("zb_v", p)
@@ -191,17 +193,17 @@ def _zero_bubble_v(p: int, m: int) -> list[list[Action]]:
         for r in range(p):
             mine = [s for s in range(stages) if places[s] == r]
             held = sum(counts[Kind.FORWARD][s] - counts[Kind.WEIGHT][s] for s in mine)
-            ready: list[tuple[int, int, Action]] = []
+            ready: list[tuple[int, int, int, Action]] = []
             for s in mine:
                 f, i, w = (counts[kind][s] for kind in (Kind.FORWARD, Kind.INPUT, Kind.WEIGHT))
                 if i < f and over(Kind.FORWARD, i, s) and (s == stages - 1 or over(Kind.INPUT, i, s + 1)):
-                    ready.append((0, -s, Action(Kind.INPUT, i, s)))
+                    ready.append((0, i, -s, Action(Kind.INPUT, i, s)))
                 if f < m and held < 2 * p and (s == 0 or over(Kind.FORWARD, f, s - 1)):
-                    ready.append((1, -s, Action(Kind.FORWARD, f, s)))
+                    ready.append((1, f, -s, Action(Kind.FORWARD, f, s)))
                 if w < i and over(Kind.INPUT, w, s):
-                    ready.append((2, -s, Action(Kind.WEIGHT, w, s)))
+                    ready.append((2, w, -s, Action(Kind.WEIGHT, w, s)))
             if ready:
-                action = min(ready, key=lambda item: item[:2])[2]
+                action = min(ready, key=lambda item: item[:3])[3]
                 result[r].append(action)
                 done[action] = time + 1
                 counts[action.kind][action.stage] += 1

@@ -57,6 +57,7 @@ class Evaluator:
     def evaluate(self, step: int) -> dict[str, float]:
         """Means over all samples, the same in every worker: ``loss``, and the metrics."""
         self._group.enter("validation", step)
+        self._replica.buffers.invalidate()  # other workers may have committed some
         count = -(-self.samples // self._batch_size)
         share = micro_batches(count, self._group.size)[self._group.rank]
         with _evaluating(self._replica.model):

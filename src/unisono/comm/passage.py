@@ -137,9 +137,9 @@ def _put(tensor: Tensor, memory: memoryview, start: int, span: int) -> None:
 
 
 def _take(memory: memoryview, dtype: str, shape: list[int], stride: list[int], start: int, span: int) -> Tensor:
-    """A tensor over a slot's memory, with a version counter of its own."""
+    """A tensor over a slot's memory: no view of another, so that autograd lets it be changed in place."""
     kind = torch_dtype(dtype)
     if not span:
         return torch.empty_strided(shape, stride, dtype=kind)
-    flat = torch.frombuffer(memory, dtype=torch.uint8, offset=start, count=span * kind.itemsize).view(kind)
-    return flat.as_strided(shape, stride)
+    flat = torch.frombuffer(memory, dtype=kind, offset=start, count=span)
+    return flat.set_(flat.untyped_storage(), 0, shape, stride)

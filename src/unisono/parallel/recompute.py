@@ -36,12 +36,15 @@ def blocks(model: nn.Module, division: Division | None = None) -> list[str]:
         for path, module in model.named_modules()
         if isinstance(module, nn.ModuleList | nn.Sequential)
     ]
-    candidates = {element for _, elements in lists if len(elements) > 1 for element in elements}
+    candidates = {element for _, elements in lists for element in elements}
     innermost = {path for path in candidates if not any(other.startswith(f"{path}.") for other in candidates)}
     if not innermost:
         looked_into = entered(model)
-        innermost = {path for path, _ in model.named_modules() if path.rpartition(".")[0] in looked_into}
-        innermost -= looked_into
+        children = {path: m for path, m in model.named_modules() if path.rpartition(".")[0] in looked_into}
+        kept = {
+            path for path, module in children.items() if getattr(module, "inplace", False)
+        }  # its input would be lost
+        innermost = set(children) - looked_into - kept
     cut = _cut_modules(division) if division is not None else set()
     names = dict(model.named_modules())
     result: list[str] = []
@@ -50,7 +53,7 @@ def blocks(model: nn.Module, division: Division | None = None) -> list[str]:
             result += [f"{path}.{name}" for name, _ in names[path].named_children() if f"{path}.{name}" not in cut]
         else:
             result.append(path)
-    return result
+    return [path for path in result if not getattr(names[path], "inplace", False)]  # they write over their input
 
 
 def _cut_modules(division: Division) -> set[str]:

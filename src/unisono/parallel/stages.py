@@ -98,6 +98,11 @@ class Stages:
         if run.entry is not None and not run.entered:
             raise ConfigurationError(_other_order(run.entry))
         if run.exit is None:
+            if any(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves(result)):
+                raise ConfigurationError(
+                    "the loss needs values that an earlier stage of the pipeline has and the last one has not; "
+                    "let it use the model's output, or cut the model elsewhere (layout.cuts)"
+                )
             return result
         if run.left is None:
             raise ConfigurationError(_other_order(run.exit))

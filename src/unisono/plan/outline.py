@@ -197,6 +197,7 @@ class _Rehearsal:
         self._entered = entered(model)
         self._time = 0
         self._units: list[Unit] = []
+        self._callers: dict[str, set[int]] = {}  # of each unit: the calls that it is called in
         self._calls: list[_OpenCall] = []
         self._open: list[_OpenCall] = []
         self._uses: list[_Use] = []
@@ -268,6 +269,7 @@ class _Rehearsal:
 
     def _unit(self, call: _OpenCall, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         self._use(frozenset(key for key in call.given if key is not None), tuple(self._open))
+        self._callers.setdefault(call.path, set()).add(self._open[-2].time if len(self._open) > 1 else 0)
         before = (self._now.flops, self._now.saved_bytes)
         self._inside_unit = True
         try:
@@ -288,7 +290,7 @@ class _Rehearsal:
         self._time += 1
         for tensor in tensors:
             if isinstance(tensor, FakeTensor):
-                self._made[id(tensor)] = self._time
+                self._made.setdefault(id(tensor), self._time)
         self._kept.append(tensors)
 
     def between(self, args: Any, result: Any) -> None:
@@ -304,7 +306,7 @@ class _Rehearsal:
             made = frozenset(id(tensor) for tensor in used if id(tensor) not in self._state)
             self._use(made, tuple(self._open))
         results = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-        self._make([tensor for tensor in results if id(tensor) not in self._made])
+        self._make(results)
 
     def result(self) -> Outline:
         """What was found."""
@@ -312,7 +314,8 @@ class _Rehearsal:
         homes = self._homes()
         spans: dict[str, tuple[int, int]] = {}
         for i, unit in enumerate(self._units):  # a module that is called several times stays in one stage
-            spans[unit.path] = (spans.get(unit.path, (i, i))[0], i)
+            if not self._may_be_everywhere(unit.path):
+                spans[unit.path] = (spans.get(unit.path, (i, i))[0], i)
         for name, needed in self._needed.items():
             spans[name] = (min(homes[name], *needed), max(homes[name], *needed))
         together = [span for span in spans.values() if span[1] > span[0]]
@@ -324,6 +327,15 @@ class _Rehearsal:
             if cut is not None:
                 cuts.append(cut)
         return Outline(tuple(self._units), calls, tuple(cuts), homes)
+
+    def _may_be_everywhere(self, path: str) -> bool:
+        """Whether the calls of a module may be in different stages: of one that holds nothing, a dropout for example.
+
+        Its random numbers are keyed by the number of the call, so every stage must see all its calls, or none.
+        """
+        module = self._model.get_submodule(path)
+        holds = next(module.parameters(), None) is not None or next(module.buffers(), None) is not None
+        return not holds and len(self._callers[path]) == 1
 
     def _homes(self) -> dict[str, int]:
         """The unit that every parameter and buffer belongs to."""

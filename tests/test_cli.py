@@ -180,11 +180,13 @@ def test_help_is_quick_and_has_examples() -> None:
         ["train"],
         ["run"],
         ["verify"],
+        ["plan"],
         ["doctor"],
         ["report"],
         ["checkpoint", "export"],
         ["bench", "train"],
         ["bench", "comm"],
+        ["bench", "pipeline"],
         ["bench", "network"],
     ):
         assert "Example: unisono" in unisono(*command, "--help").stdout, command
@@ -265,6 +267,19 @@ def test_verify_refuses_what_cannot_be(place: Path) -> None:
     ):
         done = unisono("verify", "small.yaml", *words, cwd=place)
         assert done.returncode == 2 and expected in done.stderr
+
+
+def test_plan_says_what_a_layout_is_made_of() -> None:
+    words = ["configs/lm.yaml", "options.layers=6", "layout.pipeline=3", "layout.data=1", "layout.schedule=zb_h1"]
+    found = json.loads(unisono("plan", *words, "--profile", "--json").stdout)
+    assert len(found["stages"]) == len(found["workers"]) == 3 and found["fits"]
+    assert sum(stage["parameters"] for stage in found["stages"]) == sum(r["parameters"] for r in found["profile"])
+    assert sum(stage["flops"] for stage in found["stages"]) == sum(row["flops"] for row in found["profile"])
+    assert found["total_bytes"] == sum(sum(worker["bytes"].values()) for worker in found["workers"])
+    text = unisono("plan", *words).stdout
+    assert "stage 2: from blocks." in text and "fits in" in text
+    refused = unisono("plan", "configs/lm.yaml", "layout.pipeline=40")
+    assert refused.returncode == 2 and "the layout has 40 stages, but the model can be cut into 8 at most" in refused.stderr
 
 
 def test_doctor_is_content() -> None:

@@ -52,6 +52,28 @@ def test_a_killed_worker_ends_the_others_clearly(pool: LocalLauncher, rank: int,
     assert len(descendants(os.getpid())) == 1  # the fork server
 
 
+PIPELINE = {"pipeline": 2, "schedule": "zb_h1"}
+
+
+@pytest.mark.parametrize("phase", ["compute", "wait", "update"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_worker_of_a_pipeline_ends_the_others_clearly(pool: LocalLauncher, rank: int, phase: str) -> None:
+    with pytest.raises(WorkerFailed, match=rf"worker {rank} of 2 .* was killed by SIGKILL; the others have been ended"):
+        fail(pool, 2, rank=rank, how="kill", phase=phase, layout=PIPELINE)
+
+
+@pytest.mark.parametrize(
+    ("rank", "expected"),
+    [
+        (0, r"activations of stage 0, micro-batch 0 of step 2, waited 1.\d s .*rank 0: compute of step 2"),
+        (1, r"gradients for stage 0, micro-batch 0 of step 2, waited 1.\d s .*rank 1: compute of step 2"),
+    ],
+)
+def test_a_stage_that_hangs_is_named_by_the_other(pool: LocalLauncher, rank: int, expected: str) -> None:
+    with pytest.raises(UnisonoError, match=expected):
+        fail(pool, 2, rank=rank, how="sleep", deadline_s=1.0, layout=PIPELINE)
+
+
 def test_an_exception_comes_once_with_rank_and_traceback(pool: LocalLauncher) -> None:
     with pytest.raises(WorkerFailed) as caught:
         fail(pool, 3, rank=1, how="raise")

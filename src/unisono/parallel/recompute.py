@@ -16,17 +16,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from unisono.plan.outline import entered
+from unisono.plan.outline import DEAR, entered
 from unisono.plan.partition import Division
-
-_DEAR = frozenset(
-    getattr(torch.ops.aten, name)
-    for name in (
-        "mm", "addmm", "bmm", "baddbmm", "addbmm", "linear", "convolution",
-        "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
-    )
-)  # fmt: skip
 
 
 def blocks(model: nn.Module, division: Division | None = None) -> list[str]:
@@ -99,5 +90,5 @@ def _again(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[...
 
 
 def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    dear = getattr(operation, "overloadpacket", None) in _DEAR
+    dear = getattr(operation, "overloadpacket", None) in DEAR
     return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE

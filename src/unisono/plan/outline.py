@@ -20,6 +20,15 @@ from torch.utils.flop_counter import flop_registry
 
 from unisono.errors import ConfigurationError
 
+DEAR = frozenset(
+    getattr(torch.ops.aten, name)
+    for name in (
+        "mm", "addmm", "bmm", "baddbmm", "addbmm", "linear", "convolution",
+        "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
+    )
+)  # fmt: skip
+"""Operations whose results selective recomputation keeps: matrix products, attention, convolutions."""
 FLOPS_A_BYTE = 10
 """Operations in the time in which a core moves a byte: layers without products cost by what they move."""
 
@@ -52,14 +61,17 @@ class Unit:
     Attributes:
         path: the module's name.
         flops: of its forward.
-        saved_bytes: what its forward keeps for the backward, what earlier units keep anyway left out.
+        saved_bytes: what its forward, and code up to the next unit, keep for the backward, what earlier units keep
+            anyway left out.
         moved_bytes: of its results.
+        dear_bytes: of the results of its matrix products, attention and convolutions.
     """
 
     path: str
     flops: int
     saved_bytes: int
     moved_bytes: int
+    dear_bytes: int
 
     @property
     def cost(self) -> int:
@@ -75,6 +87,7 @@ class Call:
         path, number: the module's name, and which of its calls.
         first, stop: the units that are called in it.
         results: what it returns, `TensorForm` in place of tensors.
+        given_bytes: of the tensors that it is called with.
     """
 
     path: str
@@ -82,6 +95,7 @@ class Call:
     first: int
     stop: int
     results: Any
+    given_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +202,7 @@ class _Use:
 class _Cost:
     flops: int = 0
     saved_bytes: int = 0
+    dear_bytes: int = 0
 
 
 class _Rehearsal:
@@ -206,6 +221,7 @@ class _Rehearsal:
         self._state: dict[int, str] = {}  # identity -> name of a parameter or buffer
         self._needed: dict[str, list[int]] = {}
         self._inside_unit = False
+        self._last_unit = ("", 0)
         self._now = _Cost()
         self._saved: set[int] = set()
 
@@ -270,18 +286,29 @@ class _Rehearsal:
     def _unit(self, call: _OpenCall, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         self._use(frozenset(key for key in call.given if key is not None), tuple(self._open))
         self._callers.setdefault(call.path, set()).add(self._open[-2].time if len(self._open) > 1 else 0)
-        before = (self._now.flops, self._now.saved_bytes)
         self._inside_unit = True
+        self._end_unit()
         try:
             with self._mode:
                 result = forward(*args, **kwargs)
         finally:
             self._inside_unit = False
         tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-        cost = self._now.flops - before[0], self._now.saved_bytes - before[1]
-        self._units.append(Unit(call.path, *cost, sum(form_of(tensor).size_bytes for tensor in tensors)))
+        self._last_unit = (call.path, sum(form_of(tensor).size_bytes for tensor in tensors))
+        self._units.append(self._costed())
         self._make(tensors)
         return result
+
+    def _costed(self) -> Unit:
+        now = self._now
+        path, moved_bytes = self._last_unit
+        return Unit(path, now.flops, now.saved_bytes, moved_bytes, now.dear_bytes)
+
+    def _end_unit(self) -> None:
+        """What has been counted up to here belongs to the unit before."""
+        if self._units:
+            self._units[-1] = self._costed()
+            self._now.flops = self._now.saved_bytes = self._now.dear_bytes = 0
 
     def _use(self, tensors: frozenset[int], inside: tuple[_OpenCall, ...]) -> None:
         self._uses.append(_Use(self._time, len(self._units), tensors, inside))
@@ -310,7 +337,11 @@ class _Rehearsal:
 
     def result(self) -> Outline:
         """What was found."""
-        calls = tuple(Call(c.path, c.number, c.first, c.stop, c.results) for c in self._calls)
+        self._end_unit()
+        calls = tuple(
+            Call(c.path, c.number, c.first, c.stop, c.results, sum(form.size_bytes for form in c.forms if form))
+            for c in self._calls
+        )
         homes = self._homes()
         spans: dict[str, tuple[int, int]] = {}
         for i, unit in enumerate(self._units):  # a module that is called several times stays in one stage
@@ -413,6 +444,9 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         count = flop_registry.get(func._overloadpacket)
         if count is not None:
             self._cost.flops += count(*args, **(kwargs or {}), out_val=result)
+        if func._overloadpacket in DEAR:
+            leaves = pytree.tree_leaves(result)
+            self._cost.dear_bytes += sum(form_of(leaf).size_bytes for leaf in leaves if isinstance(leaf, Tensor))
         return result
 
 

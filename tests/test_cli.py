@@ -279,7 +279,10 @@ def test_plan_says_what_a_layout_is_made_of() -> None:
     text = unisono("plan", *words).stdout
     assert "stage 2: from blocks." in text and "fits in" in text
     refused = unisono("plan", "configs/lm.yaml", "layout.pipeline=40")
-    assert refused.returncode == 2 and "the layout has 40 stages, but the model can be cut into 8 at most" in refused.stderr
+    assert (
+        refused.returncode == 2
+        and "the layout has 40 stages, but the model can be cut into 8 at most" in refused.stderr
+    )
 
 
 def test_doctor_is_content() -> None:

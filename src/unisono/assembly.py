@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ from unisono.preparation import Objects, Prepared, prepare
 from unisono.run.rng import ModuleRandom
 from unisono.run.sampling import Sampler
 from unisono.state.training_state import TrainingState
+from unisono.state.weights import matched, weights
 from unisono.sync.every_step import EveryStep, Rates
 from unisono.sync.ownership import OwnedBuffers, Owner, RunMemory
 from unisono.sync.phases import Phases
@@ -275,6 +277,8 @@ def _fill(
             for value, (_, buffer) in zip(state.buffers, prepared.tensors.buffers, strict=True):
                 value.copy_(buffer)
         try:
+            if config.start_from is not None:
+                _take_weights(prepared, Path(config.start_from), state)
             restored = restore(prepared, state)
             step, compression = restored.step, restored.compression
         except UnisonoError as error:  # of which all hear, so that none waits
@@ -310,3 +314,22 @@ def _initialise(prepared: Prepared, config: TrainingConfig, local: HostGroup) ->
     local.barrier("initial values")
     if local.rank == 0:
         initialise(config.seed, holding, further)
+
+
+def _take_weights(prepared: Prepared, path: Path, state: TrainingState) -> None:
+    """Begin with weights that are given, in place of initial values; buffers that are not among them stay."""
+    source = weights(path)
+    uses = {spec.tensor.name: spec.uses for spec in prepared.layout.flat.parameters}
+    places = dict(zip(uses, state.values, strict=True))
+    plain = set(prepared.tensors.plain_buffers)
+    for spec, value in zip(prepared.layout.buffers, state.buffers, strict=True):
+        if spec.name in plain and any(key.endswith(spec.name) for key in source.keys):
+            uses[spec.name], places[spec.name] = (spec.name,), value
+    for name, tensor in matched(source, uses).tensors():
+        target = places[name]
+        if tensor.shape != target.shape:
+            raise CheckpointError(
+                f"{name} is {tuple(tensor.shape)} in {path} and {tuple(target.shape)} in the model; the weights are of "
+                "another model"
+            )
+        target.copy_(tensor)

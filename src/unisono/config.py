@@ -209,6 +209,11 @@ class TrainingConfig(Section):
         description="stream: the model's factory makes all values. by_name: the model is built without values, and "
         "each module makes its own, from seed and name: for models that are whole nowhere.",
     )
+    start_from: str | None = Field(
+        None,
+        description="Weights to begin with: a state_dict, a safetensors file, a directory of Hugging Face or of "
+        "torch.distributed.checkpoint, or a checkpoint of another run.",
+    )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 runs the forward under autocast.")
     threads: int = Field(1, ge=1, description="Intra-op threads of a worker; part of the run, since it changes bits.")
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, or cuda: one device a worker.")

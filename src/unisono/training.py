@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -39,7 +39,15 @@ from unisono.optim.schedules import Schedule, schedule
 from unisono.plan.assignment import UpdateClass
 from unisono.preparation import Objects, Prepared, describe
 from unisono.run.fingerprint import fingerprint
-from unisono.state.checkpoint import DIRECTORY, Description, newest_intact, remove_leftovers, set_aside, steps_in
+from unisono.state.checkpoint import (
+    DIRECTORY,
+    Description,
+    newest_intact,
+    remove_leftovers,
+    set_aside,
+    steps_in,
+    stream,
+)
 from unisono.state.training_state import TrainingState
 from unisono.state.writer import CheckpointWriter, Retention
 from unisono.sync.policy import Outcome
@@ -209,7 +217,7 @@ class Training:
         if not self._job.resume:
             return Restored()
         assert self._run_dir is not None
-        path, manifest, tensors, damaged = newest_intact(self._run_dir / DIRECTORY)
+        path, manifest, damaged = newest_intact(self._run_dir / DIRECTORY)
         changed = differences(self._definition(prepared), manifest.run, path)
         changed += fingerprint(self._config.threads, self._device).differences(manifest.fingerprint)
         if changed:
@@ -217,13 +225,14 @@ class Training:
             self._notices.append(Notice(text))
         for aside in damaged:
             set_aside(aside)
-        state.load(tensors)
+        compression: dict[str, Tensor] = {}
+        state.load(manifest.tensors, _aside(stream(path), compression))
         best = manifest.best or {}
         self._best, self._worse = best.get("value"), int(best.get("worse", 0))
         if self._writer is not None:
             self._writer.best_step = best.get("step")
         self._notices.append(Resumed(manifest.step, str(path), list(damaged.values())))
-        return Restored(manifest.step, {name: t for name, t in tensors.items() if name.startswith(PREFIX)})
+        return Restored(manifest.step, compression)
 
     def _definition(self, prepared: Prepared) -> dict[str, Any]:
         if self._recorded is None:
@@ -384,3 +393,12 @@ class Training:
         group = self._assembled.group
         wire = self._config.wire.inexact if group.size > group.owners.size else None
         return "; ".join(filter(None, (wire, group.unlike))) or None
+
+
+def _aside(tensors: Iterable[tuple[str, Tensor]], compression: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """A checkpoint's tensors, without the memory of compression, which is put aside."""
+    for name, tensor in tensors:
+        if name.startswith(PREFIX):
+            compression[name] = tensor
+        else:
+            yield name, tensor

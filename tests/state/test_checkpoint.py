@@ -86,7 +86,7 @@ def test_the_newest_intact_one_is_used_and_damage_is_told(tmp_path: Path) -> Non
     for step in (1, 2, 3):
         save(tmp_path, step, tensors().items(), ABOUT)
     (path_of(tmp_path, 3) / NAME).write_text("{")
-    path, manifest, _, damaged = newest_intact(tmp_path)
+    path, manifest, damaged = newest_intact(tmp_path)
     assert manifest.step == 2 and path == path_of(tmp_path, 2)
     assert list(damaged) == [path_of(tmp_path, 3)] and "is damaged" in damaged[path_of(tmp_path, 3)]
     shutil.rmtree(path_of(tmp_path, 1))

@@ -194,21 +194,23 @@ def _checked(path: Path, name: str, file: SavedFile) -> bytes:
     return data
 
 
-def load(path: Path) -> tuple[Manifest, dict[str, Tensor]]:
-    """A checkpoint's tensors by name, checked.
+def stream(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """A checkpoint's tensors, one file of them in memory at a time, each file checked as it is read.
 
     Raises:
         CheckpointError: where a byte is damaged or missing.
     """
-    manifest = read(path)
-    tensors: dict[str, Tensor] = {}
-    for name, file in manifest.files.items():
-        tensors.update(safetensors.torch.load(_checked(path, name, file)))
-    return manifest, tensors
+    for name, file in read(path).files.items():
+        yield from safetensors.torch.load(_checked(path, name, file)).items()
 
 
-def newest_intact(directory: Path) -> tuple[Path, Manifest, dict[str, Tensor], dict[Path, str]]:
-    """The newest checkpoint that is intact, loaded, and the newer ones that are not, with the reason.
+def load(path: Path) -> tuple[Manifest, dict[str, Tensor]]:
+    """All of a checkpoint's tensors by name; as `stream`."""
+    return read(path), dict(stream(path))
+
+
+def newest_intact(directory: Path) -> tuple[Path, Manifest, dict[Path, str]]:
+    """The newest checkpoint that is intact, and the newer ones that are not, with the reason.
 
     Raises:
         CheckpointError: where there is none.
@@ -217,10 +219,8 @@ def newest_intact(directory: Path) -> tuple[Path, Manifest, dict[str, Tensor], d
     for step in steps_in(directory):
         path = path_of(directory, step)
         try:
-            manifest, tensors = load(path)
+            return path, verify(path), damaged
         except CheckpointError as error:
             damaged[path] = str(error)
-            continue
-        return path, manifest, tensors, damaged
     reason = "; ".join(damaged.values()) if damaged else "there is none"
     raise CheckpointError(f"no intact checkpoint in {directory}: {reason}; start the run without --resume")

@@ -1,6 +1,6 @@
 """A training state in memory: named views of values, optimizer state and buffers over one region of bytes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -138,42 +138,56 @@ class TrainingState:
         if self._numbers is not None:
             yield f"{OPTIMIZER}/numbers", self._numbers
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take every value from named tensors, those that `named_tensors` gave."""
+    def load(self, names: Collection[str], tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Take every value from named tensors, those that `named_tensors` gave; they may come one by one.
+
+        Arguments:
+            names: of all that will come.
+
+        Raises:
+            CheckpointError: for what is missing, or has another form.
+        """
+        targets = self._targets(names)
+        missing = next((name for name in targets if name not in names), None)
+        if missing is not None:
+            raise CheckpointError(f"the checkpoint has no {missing}; it belongs to another model or optimizer")
+        for name, source in tensors:
+            for target in targets.get(name, ()):
+                if source.shape != target.shape or source.dtype != target.dtype:
+                    raise CheckpointError(
+                        f"{name} is {source.dtype} {tuple(source.shape)} in the checkpoint and {target.dtype} "
+                        f"{tuple(target.shape)} in this run; resume with the model and optimizer it was made with"
+                    )
+                target.copy_(source)
+
+    def _targets(self, names: Collection[str]) -> dict[str, list[Tensor]]:
+        """Where each tensor of a checkpoint goes; of a parameter without optimizer state, only its values."""
         flat, spec = self.layout.flat, self.layout.optimizer
+        result: dict[str, list[Tensor]] = {}
+        with_state = {name.split("/", 1)[1].rpartition("/")[0] for name in names if name.startswith(f"{OPTIMIZER}/")}
+        blocks: dict[int, list[int]] = {}
+        for i, block in enumerate(flat.blocks):
+            blocks.setdefault(block.parameter, []).append(i)
         for p, parameter in enumerate(flat.parameters):
             name = parameter.tensor.name
-            self._take(tensors, f"{PARAMETER}/{name}", self.values[p])
-            blocks = [i for i, block in enumerate(flat.blocks) if block.parameter == p]
-            has_state = any(key.startswith(f"{OPTIMIZER}/{name}/") for key in tensors)
-            for block in blocks:
-                self.present(block)[0] = int(has_state)
-            if not has_state or parameter.group is None:
+            result[f"{PARAMETER}/{name}"] = [self.values[p]]
+            for index in blocks.get(p, ()):
+                self.present(index)[0] = int(name in with_state)
+            if name not in with_state or parameter.group is None:
                 continue
             if spec.update is UpdateClass.ELEMENT:
                 for key, dtype in self._state_of(p).elements:
-                    self._take(tensors, f"{OPTIMIZER}/{name}/{key}", self.element_state(key, dtype, p))
+                    result[f"{OPTIMIZER}/{name}/{key}"] = [self.element_state(key, dtype, p)]
                 for key, dtype in self._state_of(p).scalars:
-                    for block in blocks:
-                        self._take(tensors, f"{OPTIMIZER}/{name}/{key}", self.scalar(key, dtype, block))
+                    result[f"{OPTIMIZER}/{name}/{key}"] = [self.scalar(key, dtype, i) for i in blocks.get(p, ())]
             else:
                 for key, tensor in self.parameter_state(p).items():
-                    self._take(tensors, f"{OPTIMIZER}/{name}/{key}", tensor)
+                    result[f"{OPTIMIZER}/{name}/{key}"] = [tensor]
         for buffer, tensor in zip(self.layout.buffers, self.buffers, strict=True):
-            self._take(tensors, f"{BUFFER}/{buffer.name}", tensor)
+            result[f"{BUFFER}/{buffer.name}"] = [tensor]
         if self._numbers is not None:
-            self._take(tensors, f"{OPTIMIZER}/numbers", self._numbers)
-
-    def _take(self, tensors: Mapping[str, Tensor], name: str, target: Tensor) -> None:
-        source = tensors.get(name)
-        if source is None:
-            raise CheckpointError(f"the checkpoint has no {name}; it belongs to another model or optimizer")
-        if source.shape != target.shape or source.dtype != target.dtype:
-            raise CheckpointError(
-                f"{name} is {source.dtype} {tuple(source.shape)} in the checkpoint and {target.dtype} "
-                f"{tuple(target.shape)} in this run; resume with the model and optimizer it was made with"
-            )
-        target.copy_(source)
+            result[f"{OPTIMIZER}/numbers"] = [self._numbers]
+        return result
 
     def digest(self, step: int) -> str:
         """The digest of this state as the one after ``step``."""

@@ -167,6 +167,11 @@ class Trainer:
                 f"layout.pipeline is {config.layout.pipeline} over {len(world.hosts.sizes)} hosts; a pipeline's "
                 "workers share memory so far: use one host, or layout.pipeline=1"
             )
+        if config.layout.zero > 1 and len(world.hosts.sizes) > 1:
+            raise ConfigurationError(
+                f"layout.zero is {config.layout.zero} over {len(world.hosts.sizes)} hosts; every host holds the whole "
+                "state so far: use layout.zero=1"
+            )
         if config.layout.stages > 1 and config.device != "cpu":
             raise ConfigurationError(
                 f"layout.pipeline is {config.layout.pipeline} with device {config.device}; a pipeline's workers share "

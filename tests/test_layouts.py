@@ -40,6 +40,7 @@ def test_layouts_that_are_stopped_and_resumed_in_another(tmp_path: Path) -> None
     file = tmp_path / "layouts.txt"
     file.write_text(
         "data=2 pipeline=2\npipeline=3 schedule=zb_v  # a comment\n\ndata=3 zero=0 recompute=full\ndata=1\n"
+        "pipeline=2 recompute=auto memory_gib=0.01\n"
     )
     words = [*GPT, "init=by_name", "--layouts", str(file), "--steps", "4", "--resume-at", "2", "--json"]
     report = json.loads(verify("configs/lm.yaml", *words).stdout)

@@ -21,6 +21,7 @@ from unisono.engine import Engine, WorkShare, work_share
 from unisono.errors import CheckpointError, UnisonoError
 from unisono.evaluation import Evaluator
 from unisono.events import Emitter
+from unisono.footprint import chosen_recomputation
 from unisono.launch.membership import join_hosts, place_of
 from unisono.launch.world import World
 from unisono.optim.blockwise import BlockOptimizer
@@ -33,7 +34,7 @@ from unisono.parallel.replicated import Replica
 from unisono.parallel.stages import Stages
 from unisono.plan.assignment import micro_batches
 from unisono.plan.schedule import timetable
-from unisono.preparation import Objects, Prepared, prepare
+from unisono.preparation import Objects, Prepared, prepare, rehearse
 from unisono.run.rng import ModuleRandom
 from unisono.run.sampling import Sampler
 from unisono.state.training_state import TrainingState
@@ -141,7 +142,7 @@ def _worker(
     bound = bind(prepared.model, prepared.layout.flat, state.values) if by_name else None
     step = _fill(prepared, config, group, local, state, memory, versions, restore)
     bound = bound or bind(prepared.model, prepared.layout.flat, state.values)
-    replica = _replica(prepared, objects, config, state, bound, device)
+    replica = _replica(prepared, objects, config, state, bound, feed)
     memories = RunMemory(prepared.layout, state.memory, memory(host.undo(local.slot)), snapshot.memory)
     policy = _policy(prepared, config, group, local, state, memories, versions, schedule)
     share, passages = _share(prepared, config, group, local)
@@ -195,23 +196,27 @@ def _replica(
     config: TrainingConfig,
     state: TrainingState,
     bound: Sequence[nn.Parameter],
-    device: torch.device,
+    feed: Feed,
 ) -> Replica:
     """The model over the state's values."""
     flat, buffers = prepared.layout.flat, [spec.name for spec in prepared.layout.buffers]
+    recompute: str = config.layout.recompute
+    if recompute == "auto":
+        found = prepared.division.outline if prepared.division else rehearse(prepared.model, objects.loss, config, feed)
+        recompute = chosen_recomputation(prepared, found, config)
     recomputation = None
-    if config.layout.recompute != "none":
+    if recompute != "none":
         again = blocks(prepared.model, prepared.division)
-        recomputation = Recomputation(prepared.model, again, selective=config.layout.recompute == "selective")
+        recomputation = Recomputation(prepared.model, again, selective=recompute == "selective")
     uses = [(name, parameter) for (name, _), parameter in zip(flat.uses, bound, strict=True)]
     return Replica(
         prepared.model,
         uses,
         Buffers(prepared.model, buffers, state.buffers),
-        ModuleRandom(prepared.model, config.seed, device),
+        ModuleRandom(prepared.model, config.seed, feed.device),
         objects.loss,
         config.precision,
-        device,
+        feed.device,
         Stages(prepared.model, prepared.division) if prepared.division is not None else None,
         recomputation,
     )

@@ -41,10 +41,13 @@ class Layout(Section):
     )
     schedule: Schedule = Field("1f1b", description="The pipeline's timetable.")
     virtual_stages: int = Field(1, ge=1, description="Stages of a pipeline's worker; interleaved has 2 by default.")
-    recompute: Literal["none", "selective", "full"] = Field(
+    recompute: Literal["none", "selective", "full", "auto"] = Field(
         "none",
         description="Blocks of which activations are dropped and computed again in the backward. "
-        "selective: matrix products, attention and convolutions are kept.",
+        "selective: matrix products, attention and convolutions are kept. auto: the least that fits.",
+    )
+    memory_gib: float | None = Field(
+        None, gt=0, description="Memory that a host's workers may take together, for recompute: auto; default: all."
     )
     cuts: list[str] = Field(
         default_factory=list,

@@ -1,24 +1,20 @@
 """``unisono plan``: what a layout is made of, before any worker starts: stages, waits, memory; a model's profile."""
 
-import os
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 
-from unisono.comm.partial import item_size
 from unisono.config import Config
 from unisono.data.feed import Feed
-from unisono.engine import work_share
 from unisono.errors import ConfigurationError
 from unisono.events import readable
-from unisono.parallel.recompute import blocks
+from unisono.footprint import chosen_recomputation, edges_of, footprint, memory_bytes
 from unisono.plan.assignment import micro_batches
 from unisono.plan.hosts import Hosts, Place
-from unisono.plan.memory import KINDS, ModelState, activations, most_activations, worker_memory
+from unisono.plan.memory import KINDS
 from unisono.plan.outline import Outline
-from unisono.plan.schedule import in_flight, timetable
+from unisono.plan.schedule import timetable
 from unisono.plan.timing import timing
 from unisono.preparation import Prepared, prepare, rehearse
 from unisono.tasks.job import objects_of
@@ -34,14 +30,16 @@ class Plan:
         stages: for each: the module it begins with, its parameters, and operations of a forward of a micro-batch.
         bubble: the part of the time that the timetable's workers wait, where parts of work are equal.
         micro_batches: in a step.
-        machine_bytes: memory of this machine.
+        recompute: as configured, or as chosen where that is automatic.
+        limit_bytes: memory that there is.
     """
 
     workers: list[dict[str, Any]]
     stages: list[dict[str, Any]]
     bubble: float
     micro_batches: int
-    machine_bytes: int
+    recompute: str
+    limit_bytes: int
 
     @property
     def total_bytes(self) -> int:
@@ -56,13 +54,17 @@ class Plan:
             "micro_batches": self.micro_batches,
             "workers": self.workers,
             "total_bytes": self.total_bytes,
-            "machine_bytes": self.machine_bytes,
-            "fits": self.total_bytes <= self.machine_bytes,
+            "recompute": self.recompute,
+            "limit_bytes": self.limit_bytes,
+            "fits": self.total_bytes <= self.limit_bytes,
         }
 
     def as_text(self) -> str:
         """For a reader."""
-        lines = [f"{self.micro_batches} micro-batches in a step; workers wait {self.bubble:.1%} of the time"]
+        lines = [
+            f"{self.micro_batches} micro-batches in a step; workers wait {self.bubble:.1%} of the time; recompute "
+            f"{self.recompute}"
+        ]
         for i, stage in enumerate(self.stages):
             begins = f"from {stage['begins']}" if stage["begins"] else "from the beginning"
             lines.append(
@@ -71,47 +73,23 @@ class Plan:
         lines.append("worker  " + "".join(f"{kind:>13}" for kind in KINDS))
         for rank, worker in enumerate(self.workers):
             lines.append(f"{rank:>6}  " + "".join(f"{readable(worker['bytes'][kind]):>13}" for kind in KINDS))
-        fits = "fits" if self.total_bytes <= self.machine_bytes else "DOES NOT FIT"
-        lines.append(f"{readable(self.total_bytes)} in all; {fits} in {readable(self.machine_bytes)} of this machine")
+        fits = "fits" if self.total_bytes <= self.limit_bytes else "DOES NOT FIT"
+        lines.append(f"{readable(self.total_bytes)} in all; {fits} in {readable(self.limit_bytes)}")
         return "\n".join(lines)
 
 
 def plan(prepared: Prepared, found: Outline, config: Config) -> Plan:
     """What a configuration's layout is made of, on one host."""
     layout, mesh = config.layout, prepared.mesh
-    edges = prepared.division.edges if prepared.division is not None else (0, len(found.units))
-    again = blocks(prepared.model, prepared.division)
-    each = [activations(found, range(a, b), layout.recompute, again) for a, b in pairwise(edges)]
-    states = [_state(prepared, team) for team in range(mesh.pipeline)]
-    sharers = mesh.data // prepared.host.replicas
-    shares = micro_batches(config.micro_batches, mesh.data)
+    recompute = chosen_recomputation(prepared, found, config)
     workers = []
-    for rank in range(mesh.size):
+    for rank, used in enumerate(footprint(prepared, found, config, recompute)):
         at = mesh.coordinates(rank)
-        own = shares[at["data"]]
-        table = timetable(layout.schedule, layout.pipeline, own, layout.virtual_stages)
-        actions = table.workers[at["pipeline"]]
-        kept = dict(enumerate(each))
-        message = prepared.passages.sizes if prepared.passages is not None else ()
-        stages = sorted({action.stage for action in actions})
-        received = sum(message[stage - 1] for stage in stages if stage > 0)
-        workers.append(
-            {
-                "replica": at["data"],
-                "pipeline": at["pipeline"],
-                "stages": stages,
-                "bytes": worker_memory(
-                    states[at["pipeline"]],
-                    sharers=sharers,
-                    partials=work_share(own, config.micro_batches).buffers,
-                    activation_bytes=most_activations(actions, kept),
-                    message_bytes=2 * received * in_flight(actions) // max(1, len(stages)),
-                    clips=config.clip is not None,
-                ),
-            }
-        )
-    first = timetable(layout.schedule, layout.pipeline, shares[0], layout.virtual_stages)
-    return Plan(workers, _stages(prepared, found, edges), timing(first).bubble, config.micro_batches, _machine_bytes())
+        workers.append({"replica": at["data"], "pipeline": at["pipeline"], "bytes": used})
+    own = micro_batches(config.micro_batches, mesh.data)[0]
+    bubble = timing(timetable(layout.schedule, layout.pipeline, own, layout.virtual_stages)).bubble
+    stages = _stages(prepared, found)
+    return Plan(workers, stages, bubble, config.micro_batches, recompute, memory_bytes(layout))
 
 
 def prepared_without_values(config: Config, workers: int) -> tuple[Prepared, Outline]:
@@ -128,7 +106,8 @@ def prepared_without_values(config: Config, workers: int) -> tuple[Prepared, Out
     return prepared, rehearse(prepared.model, objects.loss, config, feed)
 
 
-def _stages(prepared: Prepared, found: Outline, edges: tuple[int, ...]) -> list[dict[str, Any]]:
+def _stages(prepared: Prepared, found: Outline) -> list[dict[str, Any]]:
+    edges = edges_of(prepared, found)
     sizes = {spec.tensor.name: spec.tensor.numel for spec in prepared.layout.flat.parameters}
     division = prepared.division
     return [
@@ -139,38 +118,6 @@ def _stages(prepared: Prepared, found: Outline, edges: tuple[int, ...]) -> list[
         }
         for i in range(len(edges) - 1)
     ]
-
-
-def _state(prepared: Prepared, team: int) -> ModelState:
-    flat, teams = prepared.layout.flat, prepared.teams
-    of_parameter: dict[int, int] = {}
-    for own, (_, parameter) in zip(teams.uses, flat.uses, strict=True):
-        of_parameter.setdefault(parameter, own)
-    parameter_bytes = optimizer_bytes = largest = 0
-    for p, spec in enumerate(flat.parameters):
-        if of_parameter.get(p, 0) == team:
-            size_bytes = spec.tensor.numel * item_size(spec.tensor.dtype)
-            parameter_bytes += size_bytes
-            largest = max(largest, size_bytes)
-            optimizer_bytes += _optimizer_bytes(prepared, p) if spec.group is not None else 0
-    gradient_bytes = sum(
-        flat.parameters[p].tensor.numel * item_size(flat.parameters[p].tensor.dtype)
-        for own, (_, p) in zip(teams.uses, flat.uses, strict=True)
-        if own == team
-    )
-    buffer_bytes = sum(spec.numel * item_size(spec.dtype) for spec in prepared.layout.buffers)
-    return ModelState(parameter_bytes, gradient_bytes, optimizer_bytes, largest, buffer_bytes)
-
-
-def _optimizer_bytes(prepared: Prepared, parameter: int) -> int:
-    spec, optimizer = prepared.layout.flat.parameters[parameter], prepared.layout.optimizer
-    if optimizer.tensors:
-        return sum(kept.numel * item_size(kept.dtype) for kept in optimizer.tensors[parameter])
-    return spec.tensor.numel * sum(item_size(dtype) for _, dtype in optimizer.element_keys(spec.tensor.dtype))
-
-
-def _machine_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def profile(prepared: Prepared, found: Outline) -> list[dict[str, Any]]:

@@ -8,7 +8,6 @@ Sources: Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016; Korth
 Recomputation in Large Transformer Models, 2022.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from unisono.plan.outline import DEAR, entered
 from unisono.plan.partition import Division
+from unisono.plan.wrapping import Forward, Wrapping
 
 
 def blocks(model: nn.Module, division: Division | None = None) -> list[str]:
@@ -61,26 +61,19 @@ class Recomputation:
     """
 
     def __init__(self, model: nn.Module, paths: list[str], *, selective: bool) -> None:
-        self._wrapped: list[tuple[nn.Module, Any]] = []
+        self._wrapping = Wrapping()
         options: dict[str, Any] = {"use_reentrant": False}
         if selective:
             options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
         for path in paths:
-            module = model.get_submodule(path)
-            self._wrapped.append((module, module.__dict__.get("forward")))
-            module.forward = _again(module.forward, options)
+            self._wrapping.add(model.get_submodule(path), partial(_again, options))
 
     def close(self) -> None:
         """The model is as it was."""
-        for module, before in self._wrapped:
-            if before is None:
-                del module.forward
-            else:
-                module.forward = before
-        self._wrapped.clear()
+        self._wrapping.close()
 
 
-def _again(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+def _again(options: dict[str, Any], forward: Forward) -> Forward:
     def recomputed(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)

@@ -8,6 +8,7 @@ positions and all that depends on the input alone are computed where they are ne
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from unisono.errors import ConfigurationError
 from unisono.parallel.entrance import Entrance
 from unisono.plan.outline import Call, Cut, TensorForm
 from unisono.plan.partition import Division
+from unisono.plan.wrapping import Forward, Wrapping
 
 
 class _StageDone(BaseException):
@@ -60,20 +62,13 @@ class Stages:
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._calls = {(call.path, call.number): call for call in _outermost(division)}
         self._run: _Run | None = None
-        self._wrapped: list[tuple[nn.Module, Any]] = []
+        self._wrapping = Wrapping()
         for path in sorted({path for path, _ in self._calls}):
-            module = model.get_submodule(path)
-            self._wrapped.append((module, module.__dict__.get("forward")))
-            module.forward = self._staged(path, module.forward)
+            self._wrapping.add(model.get_submodule(path), partial(self._staged, path))
 
     def close(self) -> None:
         """The model is as it was."""
-        for module, before in self._wrapped:
-            if before is None:
-                del module.forward
-            else:
-                module.forward = before
-        self._wrapped.clear()
+        self._wrapping.close()
 
     def run(self, stage: int, entrance: Entrance, call: Callable[[], Any]) -> Any:
         """What ``call``, which calls the model, returns in the last stage; `Left` in the others.
@@ -108,7 +103,7 @@ class Stages:
             raise ConfigurationError(_other_order(run.exit))
         return Left(run.left)
 
-    def _staged(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def _staged(self, path: str, forward: Forward) -> Forward:
         def staged(*args: Any, **kwargs: Any) -> Any:
             run = self._run
             if run is None:

@@ -8,6 +8,7 @@ to be among that call's arguments: only those travel to the next stage.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from unisono.errors import ConfigurationError
+from unisono.plan.wrapping import Wrapping
 
 DEAR = frozenset(
     getattr(torch.ops.aten, name)
@@ -228,7 +230,7 @@ class _Rehearsal:
     @contextmanager
     def on_fakes(self) -> Iterator[None]:
         """The model's parameters and buffers are fakes, and its calls are noted."""
-        wrapped: list[tuple[nn.Module, Any]] = []
+        wrapping = Wrapping()
         fakes = _with_fakes(self._model, self._mode, self._state, self._saved)
         random = torch.random.fork_rng(devices=[])
         counting = _Counting(self._now)
@@ -237,15 +239,10 @@ class _Rehearsal:
             try:
                 for path, module in list(self._model.named_modules()):
                     if path and _is_looked_at(path, self._entered):
-                        wrapped.append((module, module.__dict__.get("forward")))
-                        module.forward = self._noting(path, module.forward, whole=path not in self._entered)
+                        wrapping.add(module, partial(self._noting, path, whole=path not in self._entered))
                 yield
             finally:
-                for module, before in wrapped:
-                    if before is None:
-                        del module.forward
-                    else:
-                        module.forward = before
+                wrapping.close()
 
     def where(self) -> str:
         """Where the rehearsal is, for an error."""

@@ -1,0 +1,94 @@
+"""The memory of every worker of a host, by kind: a prepared run's numbers put into the model of `plan.memory`."""
+
+import os
+from itertools import pairwise
+
+from unisono.comm.partial import item_size
+from unisono.config import Layout, TrainingConfig
+from unisono.parallel.recompute import blocks
+from unisono.plan.assignment import micro_batches
+from unisono.plan.memory import ModelState, activations, most_activations, worker_memory
+from unisono.plan.outline import Outline
+from unisono.plan.schedule import in_flight, timetable
+from unisono.preparation import Prepared
+from unisono.run.summation import accumulation
+
+
+def memory_bytes(layout: Layout) -> int:
+    """What a host's workers may take: as configured, or the machine's memory."""
+    if layout.memory_gib is not None:
+        return int(layout.memory_gib * 2**30)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def chosen_recomputation(prepared: Prepared, found: Outline, config: TrainingConfig) -> str:
+    """As configured; where that is automatic, the least that fits, or all of it."""
+    if config.layout.recompute != "auto":
+        return config.layout.recompute
+    for recompute in ("none", "selective"):
+        used = footprint(prepared, found, config, recompute)
+        if sum(sum(kinds.values()) for kinds in used) <= memory_bytes(config.layout):
+            return recompute
+    return "full"
+
+
+def edges_of(prepared: Prepared, found: Outline) -> tuple[int, ...]:
+    """The first unit of each stage, and the end."""
+    return prepared.division.edges if prepared.division is not None else (0, len(found.units))
+
+
+def footprint(prepared: Prepared, found: Outline, config: TrainingConfig, recompute: str) -> list[dict[str, int]]:
+    """Bytes by kind of each worker of a host, in order of rank."""
+    layout, mesh = config.layout, prepared.mesh
+    again = blocks(prepared.model, prepared.division)
+    each = [activations(found, range(a, b), recompute, again) for a, b in pairwise(edges_of(prepared, found))]
+    states = [_state(prepared, team) for team in range(mesh.pipeline)]
+    shares = micro_batches(config.micro_batches, mesh.data)
+    messages = prepared.passages.sizes if prepared.passages is not None else ()
+    result = []
+    for rank in range(mesh.size):
+        at = mesh.coordinates(rank)
+        own = shares[at["data"]]
+        actions = timetable(layout.schedule, layout.pipeline, own, layout.virtual_stages).workers[at["pipeline"]]
+        stages = {action.stage for action in actions}
+        received = sum(messages[stage - 1] for stage in stages if stage > 0)
+        _, partials = accumulation(own.start, own.stop, config.micro_batches)
+        result.append(
+            worker_memory(
+                states[at["pipeline"]],
+                sharers=mesh.data // prepared.host.replicas,
+                partials=partials,
+                activation_bytes=most_activations(actions, dict(enumerate(each))),
+                message_bytes=2 * received * in_flight(actions) // max(1, len(stages)),
+                clips=config.clip is not None,
+            )
+        )
+    return result
+
+
+def _state(prepared: Prepared, team: int) -> ModelState:
+    flat, teams = prepared.layout.flat, prepared.teams
+    of_parameter: dict[int, int] = {}
+    for own, (_, parameter) in zip(teams.uses, flat.uses, strict=True):
+        of_parameter.setdefault(parameter, own)
+    parameter_bytes = optimizer_bytes = largest = 0
+    for p, spec in enumerate(flat.parameters):
+        if of_parameter.get(p, 0) == team:
+            size_bytes = spec.tensor.numel * item_size(spec.tensor.dtype)
+            parameter_bytes += size_bytes
+            largest = max(largest, size_bytes)
+            optimizer_bytes += _optimizer_bytes(prepared, p) if spec.group is not None else 0
+    gradient_bytes = sum(
+        flat.parameters[p].tensor.numel * item_size(flat.parameters[p].tensor.dtype)
+        for own, (_, p) in zip(teams.uses, flat.uses, strict=True)
+        if own == team
+    )
+    buffer_bytes = sum(spec.numel * item_size(spec.dtype) for spec in prepared.layout.buffers)
+    return ModelState(parameter_bytes, gradient_bytes, optimizer_bytes, largest, buffer_bytes)
+
+
+def _optimizer_bytes(prepared: Prepared, parameter: int) -> int:
+    spec, optimizer = prepared.layout.flat.parameters[parameter], prepared.layout.optimizer
+    if optimizer.tensors:
+        return sum(kept.numel * item_size(kept.dtype) for kept in optimizer.tensors[parameter])
+    return spec.tensor.numel * sum(item_size(dtype) for _, dtype in optimizer.element_keys(spec.tensor.dtype))

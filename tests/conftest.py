@@ -20,6 +20,7 @@ def one_thread() -> None:
 def pool() -> Iterator[LocalLauncher]:
     """A fork server that every test starts its workers from: torch is imported once."""
     with LocalLauncher() as launcher:
+        launcher.preload(["torch._dynamo"])  # which pipelines and recomputation need: 0.8 s in every worker
         yield launcher
     assert children(os.getpid()) == [], "a test has left a process behind"
 

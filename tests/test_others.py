@@ -20,7 +20,7 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
 @pytest.fixture(scope="module")
 def models_pool() -> Any:
     with LocalLauncher() as launcher:
-        launcher.preload(["tests.others"])
+        launcher.preload(["torch._dynamo", "tests.others"])
         yield launcher
 
 

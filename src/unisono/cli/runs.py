@@ -54,7 +54,7 @@ def train(
     with launchers(hosts, nnodes, node_rank, rendezvous, secret_file) as here:
         from unisono.config import load, to_yaml
         from unisono.launch.local import STANDARD_ERROR, STANDARD_OUTPUT
-        from unisono.launch.runs import choose_workers, next_run_dir, workers_here
+        from unisono.launch.runs import choose_workers, next_run_dir, preloads, workers_here
 
         settings = load(config, overrides or [])
         launcher = here.launcher
@@ -73,8 +73,7 @@ def train(
             settings = settings.model_copy(update={"observe": settings.observe.model_copy(update={"progress": False})})
         else:
             typer.echo(to_yaml(settings, defaults=False) + f"# all keys: {run_dir / 'config.yaml'}\n")
-        if settings.preload:
-            launcher.preload(settings.preload)
+        launcher.preload(preloads(settings, [settings.layout]))
         if here.number:
             typer.echo(f"unisono: host {here.number} of {here.nodes}; progress and records are on host 0", err=True)
         arguments = {"config": settings.model_dump(mode="json"), "resume": resume}
@@ -165,6 +164,7 @@ def verify(
         from unisono.check.verify import layouts_in, numbers_of_workers
         from unisono.check.verify import verify as check
         from unisono.config import load
+        from unisono.launch.runs import preloads
 
         settings = load(config, overrides or [])
         if layouts is not None:
@@ -173,8 +173,7 @@ def verify(
             numbers = whole_numbers(workers or "1,2,3,4", "--workers")
             trials, what = numbers_of_workers(settings, numbers, hosts), "numbers of workers"
         refuse_what_does_not_fit(settings, {trial.where: trial.layout for trial in trials})
-        if settings.preload:
-            launcher.preload(settings.preload)
+        launcher.preload(preloads(settings, [trial.layout for trial in trials]))
         report = check(launcher, settings, trials, steps, resume_at, None if as_json else typer.echo, what)
         typer.echo(json.dumps(report.as_dict()) if as_json else report.as_text())
         if not report.equal:

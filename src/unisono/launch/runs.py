@@ -3,13 +3,16 @@
 import fcntl
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
-from unisono.config import Config, more_replicas_than_micro_batches
+from unisono.config import Config, Layout, more_replicas_than_micro_batches
 from unisono.errors import ConfigurationError
 from unisono.launch.launcher import shares_memory
 
 ROOT = Path("runs")
+_COMPILER = "torch._dynamo"
+"""What fake tensors and activation checkpointing import when they are first used: 0.8 s in every worker."""
 
 
 def cores() -> int:
@@ -20,6 +23,12 @@ def cores() -> int:
 def default_workers() -> int:
     """One worker a core, where workers can share memory."""
     return cores() if shares_memory() else 1
+
+
+def preloads(config: Config, layouts: Iterable[Layout]) -> list[str]:
+    """What workers should share already imported: the user's modules, and what the layouts need."""
+    wanted = any(layout.stages > 1 or layout.recompute != "none" for layout in layouts)
+    return [*config.preload, *([_COMPILER] if wanted else [])]
 
 
 def choose_workers(config: Config, wanted: int | None = None) -> int:

@@ -55,6 +55,8 @@ def test_layouts_that_are_stopped_and_resumed_in_another(tmp_path: Path) -> None
         ("zero=4", "zero = 4"),
         ("pipeline=2 schedule=2f2b", "schedule = '2f2b'"),
         ("pipeline=2 virtual_stages=3", "virtual_stages is 3 and schedule 1f1b has 1 stage a worker"),
+        ("cuts=[a", "the value of 'cuts=[a' is not valid YAML"),
+        ("cuts=[blocks.1]", "cuts are given and pipeline is 1"),
         ("data 2", "'data' is not of the form key=value"),
         ("pipeline=20", "the layout has 20 stages, but the model can be cut into"),
         ("pipeline=2 cuts=[blocks.99]", "the model cannot be cut in front of 'blocks.99'; it can in front of"),

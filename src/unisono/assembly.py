@@ -174,10 +174,10 @@ def _share(
     layout = config.layout
     replica, worker = divmod(group.rank, layout.model_workers)
     own = micro_batches(config.micro_batches, group.size // layout.model_workers)[replica]
-    if prepared.passages is None:
-        return work_share(own, config.micro_batches), None
     table = timetable(layout.schedule, layout.pipeline, own, layout.virtual_stages)
-    passages = Passages(local, prepared.passages, prepared.mesh.coordinates(local.rank)["data"])
+    passages = None
+    if prepared.passages is not None:
+        passages = Passages(local, prepared.passages, prepared.mesh.coordinates(local.rank)["data"])
     return work_share(own, config.micro_batches, table.workers[worker]), passages
 
 
@@ -328,7 +328,7 @@ def _take_weights(prepared: Prepared, path: Path, state: TrainingState) -> None:
     places = dict(zip(uses, state.values, strict=True))
     plain = set(prepared.tensors.plain_buffers)
     for spec, value in zip(prepared.layout.buffers, state.buffers, strict=True):
-        if spec.name in plain and any(key.endswith(spec.name) for key in source.keys):
+        if spec.name in plain and any(f".{key}".endswith(f".{spec.name}") for key in source.keys):
             uses[spec.name], places[spec.name] = (spec.name,), value
     for name, tensor in matched(source, uses).tensors():
         target = places[name]

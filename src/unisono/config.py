@@ -56,6 +56,8 @@ class Layout(Section):
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> Self:
+        if self.cuts and self.pipeline == 1:
+            raise ValueError("cuts are given and pipeline is 1; set pipeline to as many workers as there are stages")
         try:
             virtual(self.schedule, self.virtual_stages)
         except ConfigurationError as error:

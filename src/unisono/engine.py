@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from unisono.comm.forms import LINE_BYTES, alike
 from unisono.comm.group import Group
 from unisono.comm.partial import Partial
 from unisono.comm.passage import Arrived, Passages
@@ -16,7 +17,7 @@ from unisono.comm.passage_layout import Way
 from unisono.data.feed import TrainingFeed
 from unisono.errors import ImpureRunError
 from unisono.parallel.replicated import Forwarded, Replica
-from unisono.plan.schedule import Action, Kind, data_parallel
+from unisono.plan.schedule import Action, Kind
 from unisono.run.summation import Leaf, accumulation
 from unisono.sync.phases import Phases
 from unisono.sync.policy import Outcome, Policy
@@ -31,15 +32,14 @@ class WorkShare:
     buffers: int
 
 
-def work_share(micro_batches: range, count: int, actions: Sequence[Action] | None = None) -> WorkShare:
+def work_share(micro_batches: range, count: int, actions: Sequence[Action]) -> WorkShare:
     """The share of a worker that computes ``micro_batches`` of the ``count`` in a step.
 
     Arguments:
-        actions: its timetable; default: that of a worker who computes the whole model.
+        actions: its timetable.
     """
     leaves, buffers = accumulation(micro_batches.start, micro_batches.stop, count)
-    timetable = data_parallel(micro_batches) if actions is None else tuple(actions)
-    return WorkShare(timetable, {leaf.micro_batch: leaf for leaf in leaves}, buffers)
+    return WorkShare(tuple(actions), {leaf.micro_batch: leaf for leaf in leaves}, buffers)
 
 
 @dataclass(slots=True)
@@ -169,7 +169,8 @@ class Engine:
             tensors = [tensor for tensor in activations.tensors if tensor is not None]
             arrived = list(zip(tensors, activations.needed, strict=True))
         if check_purity:
-            first = self._replica.forward(step, m, batch, stage, [(tensor.clone(), n) for tensor, n in arrived])
+            copies = [(alike(tensor, tensor, tensor.data_ptr() % LINE_BYTES), needed) for tensor, needed in arrived]
+            first = self._replica.forward(step, m, batch, stage, copies)
             if len(self._stages) == 1 and self._passages is None:
                 self._replica.backward(first, self._chain(m), opens=True)
                 self._first = _copy(self._chain(m)[0])

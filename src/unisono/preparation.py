@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from unisono.comm.forms import LINE_BYTES
 from unisono.comm.host_layout import HostLayout, host_layout
 from unisono.comm.partial import PartialLayout, partial_layout
-from unisono.comm.passage_layout import LINE_BYTES, PassageLayout
+from unisono.comm.passage_layout import PassageLayout
 from unisono.config import TrainingConfig
 from unisono.data.feed import Collate, Dataset, Feed
 from unisono.errors import ConfigurationError

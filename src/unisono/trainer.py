@@ -164,8 +164,8 @@ class Trainer:
             raise ConfigurationError(more_replicas_than_micro_batches(replicas, config.micro_batches, each))
         if config.layout.stages > 1 and len(world.hosts.sizes) > 1:
             raise ConfigurationError(
-                f"layout.pipeline is {config.layout.pipeline} over {len(world.hosts.sizes)} hosts; a pipeline's "
-                "workers share memory so far: use one host, or layout.pipeline=1"
+                f"the layout has {config.layout.stages} stages and {len(world.hosts.sizes)} hosts; a pipeline's "
+                "workers share memory so far: use one host, or layout.pipeline=1 with layout.schedule=1f1b"
             )
         if config.layout.zero > 1 and len(world.hosts.sizes) > 1:
             raise ConfigurationError(
@@ -174,8 +174,8 @@ class Trainer:
             )
         if config.layout.stages > 1 and config.device != "cpu":
             raise ConfigurationError(
-                f"layout.pipeline is {config.layout.pipeline} with device {config.device}; a pipeline's workers share "
-                "memory so far: use device cpu, or layout.pipeline=1"
+                f"the layout has {config.layout.stages} stages and device {config.device}; a pipeline's workers share "
+                "memory so far: use device cpu, or layout.pipeline=1 with layout.schedule=1f1b"
             )
         if config.device.startswith("cuda") and not torch.cuda.is_available():
             raise ConfigurationError(f"device {config.device} is not there; use device cpu")

@@ -6,10 +6,11 @@ from torch import Tensor
 
 from tests.comm.test_host import PARTIALS
 from unisono.comm.arena import Arena
+from unisono.comm.forms import LINE_BYTES
 from unisono.comm.host import HostGroup
 from unisono.comm.host_layout import host_layout
 from unisono.comm.passage import Passages
-from unisono.comm.passage_layout import LINE_BYTES, PassageLayout, Way
+from unisono.comm.passage_layout import PassageLayout, Way
 from unisono.errors import GroupError, WaitTimeout
 
 LAYOUT = PassageLayout((3, 2), (20_000, 4_000))
@@ -29,6 +30,7 @@ TENSORS = {
     "transposed": BASE.view(6, 40).t(),
     "channels last": BASE.view(2, 3, 5, 8).contiguous(memory_format=torch.channels_last),
     "a slice": BASE.view(6, 40)[:, 3:9],
+    "a slice that spans more than a slot": torch.arange(40_000.0).view(4, 10_000)[:, 5:9],
     "an expanded one": BASE[:6].view(6, 1).expand(6, 5),
     "off a line": BASE[3:100],
     "a scalar": torch.tensor(3.5),
@@ -92,8 +94,14 @@ def test_writing_to_one_leaves_the_others_alone() -> None:
 
 def test_a_message_that_is_larger_than_the_first_is_refused() -> None:
     sender, _ = passages()
-    with pytest.raises(GroupError, match=r"stage 1 passes on .* in micro-batch 0 of step 1.*have one shape"):
+    with pytest.raises(GroupError, match=r"stage 1 passes on .* in micro-batch 0 of step 1.*all have the same"):
         sender.send(1, Way.ACTIVATIONS, 1, 0, [torch.ones(5000)], [False])
+
+
+def test_too_many_tensors_are_refused() -> None:
+    sender, _ = passages()
+    with pytest.raises(GroupError, match="stage 1 passes on 200 tensors"):
+        sender.send(1, Way.ACTIVATIONS, 1, 0, [torch.ones(1, 1, 1)[:0]] * 200, [False] * 200)
 
 
 def test_waiting_ends_with_the_stage_the_micro_batch_and_the_step() -> None:

@@ -71,6 +71,90 @@ class EncoderDecoder(nn.Module):
         return result
 
 
+class Passing(nn.Module):
+    """One parameter is given to every block; another is used by the head, which holds the embedding in a list."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, width)
+        self.bias = nn.Parameter(torch.linspace(-1, 1, width))
+        self.blocks = nn.ModuleList(Adding(width) for _ in range(3))
+        self.last = nn.Linear(width, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x, self.bias)
+        result: Tensor = self.last(x)
+        return result
+
+
+class Adding(nn.Module):
+    """A layer with a bias that it is given."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        return torch.tanh(self.inner(x) + bias)
+
+
+class Sharing(nn.Module):
+    """An activation is one module, called at the top and inside blocks; masks are kept when they are first needed."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.act = nn.GELU()
+        self.first = nn.Linear(6, width)
+        self.blocks = nn.ModuleList(Caching(width, self.act) for _ in range(3))
+        self.last = nn.Linear(width, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.first(x))
+        for block in self.blocks:
+            x = self.act(block(x))
+        result: Tensor = self.last(self.act(x))
+        return result
+
+
+class Caching(nn.Module):
+    """Two layers around a shared activation, and a mask that is made at the first call."""
+
+    def __init__(self, width: int, act: nn.Module) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(width, width), act, nn.Linear(width, width))
+        self.mask: Tensor | None = None
+        self.register_buffer("scale", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mask is None:
+            self.mask = torch.ones(x.shape[1])
+            self.scale = torch.full((x.shape[1],), 0.5)
+        y: Tensor = self.inner(x) * self.mask * self.scale
+        return y
+
+
+class Functional(nn.Module):
+    """Random numbers are drawn between modules that draw none."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, width), nn.Linear(width, width), nn.Linear(width, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.dropout(torch.relu(self.a(x)), 0.3)
+        x = nn.functional.dropout(torch.relu(self.b(x)), 0.3)
+        result: Tensor = self.c(x)
+        return result
+
+
+def albert() -> nn.Module:
+    """One layer under three names."""
+    layer = nn.Linear(6, 6)
+    return nn.Sequential(nn.Linear(6, 6), layer, nn.ReLU(), layer, nn.ReLU(), nn.Linear(6, 4))
+
+
 class Skipping(nn.Module):
     """What an early layer made is used by code near the end."""
 

@@ -7,7 +7,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.parallel.models import Deep, EncoderDecoder, Skipping, Twice
+from tests.parallel.models import (
+    Caching,
+    Deep,
+    EncoderDecoder,
+    Functional,
+    Passing,
+    Sharing,
+    Skipping,
+    Twice,
+    albert,
+)
 from unisono.errors import ConfigurationError
 from unisono.plan.outline import Outline, outline
 from unisono.plan.partition import balanced, divide
@@ -45,6 +55,28 @@ def test_a_value_that_skips_modules_cannot_be_cut_through() -> None:
 
 def test_a_module_that_is_called_twice_stays_in_one_stage() -> None:
     assert places(Twice()) == ["shared", "layers.1", "layers.2", "last"]
+
+
+def test_a_parameter_that_several_modules_are_given_stays_in_one_stage() -> None:
+    assert places(Passing()) == ["blocks.0", "last"]
+
+
+def test_random_numbers_are_not_drawn_on_both_sides_of_a_cut_from_one_state() -> None:
+    assert places(Functional()) == ["c"]
+
+
+def test_a_module_under_several_names_has_one_home() -> None:
+    found = rehearsed(albert())
+    assert [cut.path for cut in found.cuts] == ["1", "4", "5"] and found.homes["3.weight"] == found.homes[
+        "1.weight"
+    ] == 1
+
+
+def test_what_a_model_keeps_for_later_is_not_of_the_rehearsal() -> None:
+    model = Sharing()
+    rehearsed(model)
+    block = model.blocks[0]
+    assert isinstance(block, Caching) and block.mask is None and block.scale is None
 
 
 def test_parameters_of_the_model_itself_belong_where_they_are_used() -> None:

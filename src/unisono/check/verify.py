@@ -147,7 +147,10 @@ def _setting(word: str, where: str) -> tuple[str, Any]:
     key, separator, value = word.partition("=")
     if not separator or not key:
         raise ConfigurationError(f"{where}: {word!r} is not of the form key=value, data=2 for example")
-    return key, yaml.safe_load(value)
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"{where}: the value of {word!r} is not valid YAML") from error
 
 
 def verify(

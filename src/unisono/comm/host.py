@@ -162,7 +162,7 @@ class HostGroup:
 
         def absent() -> str:
             lost = missing(published(self.teams[len(covers)]), count)
-            of = f" by the workers of stage {len(covers)}" if len(self.teams) > 1 else ""
+            of = f" by worker {len(covers)} of the pipelines" if len(self.teams) > 1 else ""
             return f"micro-batches {_ranges(lost)} of step {step} are not published{of}; {self.doing()}"
 
         self.waiter(ready, f"collect of step {step}", absent)
@@ -306,6 +306,7 @@ class HostGroup:
             self._memory,
             self.waiter,
             self.names,
+            [[slot for slot in team if slot in members] for team in self.teams],
         )
         self.header.generation = generation
         return group

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from unisono.comm.arena import Region, store_fence
+from unisono.comm.forms import LINE_BYTES, alike, span
 from unisono.comm.host import HostGroup
 from unisono.comm.partial import torch_dtype
-from unisono.comm.passage_layout import HEAD_BYTES, LINE_BYTES, PassageLayout, Way
+from unisono.comm.passage_layout import HEAD_BYTES, PassageLayout, Way
 from unisono.errors import GroupError
 from unisono.plan.blocks import aligned
 
@@ -71,18 +72,24 @@ class Passages:
             if tensor is None:
                 entries.append(None)
                 continue
-            span = _span(tensor)
             phase = tensor.data_ptr() % LINE_BYTES  # a kernel's last bits can depend on it
-            start, at = at + phase, at + aligned(phase + span * tensor.itemsize, LINE_BYTES)
+            packed = _is_loose(tensor)
+            elements = tensor.numel() if packed else span(tensor)
+            start, at = at + phase, at + aligned(phase + elements * tensor.itemsize, LINE_BYTES)
             if at > size_bytes:
                 raise GroupError(
-                    f"stage {stage} passes on {at} bytes in micro-batch {micro_batch} of step {step}, more than in the "
-                    "first one; in a pipeline all micro-batches have one shape"
+                    f"stage {stage} passes on {at} bytes in micro-batch {micro_batch} of step {step}, and there is "
+                    f"room for {size_bytes}, after the first micro-batch's shapes; in a pipeline all have the same"
                 )
-            _put(tensor.detach(), memory, start, span)
+            _put(tensor.detach(), memory, start, packed=packed)
             dtype = str(tensor.dtype).removeprefix("torch.")
-            entries.append([dtype, list(tensor.shape), list(tensor.stride()), start, span, wanted])
+            entries.append([dtype, list(tensor.shape), list(tensor.stride()), start, packed, wanted])
         head = json.dumps(entries).encode()
+        if len(head) + 8 > HEAD_BYTES:
+            raise GroupError(
+                f"stage {stage} passes on {len(entries)} tensors, whose forms take {len(head)} bytes of "
+                f"{HEAD_BYTES - 8}; cut the model elsewhere (layout.cuts)"
+            )
         memory[: len(head) + 8] = len(head).to_bytes(8, "little") + head
         store_fence()
         self._words[first + slot] = self._word(step, micro_batch)
@@ -107,7 +114,7 @@ class Passages:
         memory = self._group.arena.bytes(self._region.part(offset, size_bytes))
         length = int.from_bytes(memory[:8], "little")
         entries = json.loads(bytes(memory[8 : 8 + length]))
-        tensors = [None if entry is None else _take(memory, *entry[:5]) for entry in entries]
+        tensors = [None if entry is None else _taken(memory, *entry[:5]) for entry in entries]
 
         def release() -> None:
             words[first + slot] = 0
@@ -119,27 +126,31 @@ class Passages:
         return (step_word << MICRO_BATCH_BITS) | (micro_batch + 1)
 
 
-def _span(tensor: Tensor) -> int:
-    """Elements from a tensor's first to its last, in memory."""
+def _is_loose(tensor: Tensor) -> bool:
+    """Whether there is other memory between a tensor's elements: it travels without."""
+    return 0 not in tensor.stride() and span(tensor) > tensor.numel()
+
+
+def _put(tensor: Tensor, memory: memoryview, start: int, *, packed: bool) -> None:
     if not tensor.numel():
-        return 0
-    return 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-def _put(tensor: Tensor, memory: memoryview, start: int, span: int) -> None:
-    if not span:
         return
-    target = torch.frombuffer(memory, dtype=torch.uint8, offset=start, count=span * tensor.itemsize).view(tensor.dtype)
-    if span == tensor.numel() or 0 in tensor.stride():
-        target.copy_(tensor.as_strided((span,), (1,), tensor.storage_offset()))
+    elements = tensor.numel() if packed else span(tensor)
+    raw = torch.frombuffer(memory, dtype=torch.uint8, offset=start, count=elements * tensor.itemsize)
+    target = raw.view(tensor.dtype)
+    if packed:
+        target.view(tensor.shape).copy_(tensor)
     else:
-        target.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
+        target.copy_(tensor.as_strided((elements,), (1,), tensor.storage_offset()))
 
 
-def _take(memory: memoryview, dtype: str, shape: list[int], stride: list[int], start: int, span: int) -> Tensor:
+def _taken(memory: memoryview, dtype: str, shape: list[int], stride: list[int], start: int, packed: bool) -> Tensor:
     """A tensor over a slot's memory: no view of another, so that autograd lets it be changed in place."""
     kind = torch_dtype(dtype)
-    if not span:
+    form = torch.empty_strided(shape, stride, dtype=kind, device="meta")
+    if not form.numel():
         return torch.empty_strided(shape, stride, dtype=kind)
-    flat = torch.frombuffer(memory, dtype=kind, offset=start, count=span)
+    elements = form.numel() if packed else span(form)
+    flat = torch.frombuffer(memory, dtype=kind, offset=start, count=elements)
+    if packed:
+        return alike(flat.view(shape), form, start % LINE_BYTES)
     return flat.set_(flat.untyped_storage(), 0, shape, stride)

@@ -7,7 +7,6 @@ from unisono.comm.arena import PAGE, Regions
 from unisono.plan.blocks import aligned
 
 HEAD_BYTES = PAGE
-LINE_BYTES = 64
 
 
 class Way(IntEnum):

@@ -103,7 +103,7 @@ def bind(model: nn.Module, flat: FlatLayout, values: Sequence[Tensor]) -> list[n
             parameter = getattr(module, attribute)
             if i > 0 or parameter.is_meta:
                 parameter = nn.Parameter(value.new_empty(0), requires_grad=parameter.requires_grad)
-                module.register_parameter(attribute, parameter)
+                setattr(module, attribute, parameter)  # a recurrent module keeps a list of its own
             parameter.data = value  # and not Parameter(value), which would share the arena's version counter
             by_name[name] = parameter
     return [by_name[name] for name, _ in flat.uses]

@@ -127,6 +127,8 @@ class Replica:
         self._chain: Sequence[Partial] = ()
         self._on_gradient: Callable[[int], None] | None = None
         self._seen = bytearray(len(uses))
+        self._stage = 0
+        self._stage_of = {u: stage for stage, members in enumerate(self._use_sets) for u in members}
         self._takes = [self._take(u) for u in range(len(uses))]
         self._handles = [
             cast(Any, p).register_post_accumulate_grad_hook(self._take_own(u)) for u, (_, p) in enumerate(uses)
@@ -290,6 +292,7 @@ class Replica:
             entries = [*uses, *(len(self._uses) + b for b in buffers)]
             chain[0].clear(entries, scalars=forwarded.stage == self._last)
         self._chain = chain
+        self._stage = forwarded.stage
         self._on_gradient = on_gradient
         self._seen = bytearray(len(self._uses))
 
@@ -325,6 +328,11 @@ class Replica:
                 raise ConfigurationError(
                     f"the gradient of {name} came twice in one backward; with activation checkpointing, "
                     "pass use_reentrant=False"
+                )
+            if self._stage_of[use] != self._stage:
+                raise ConfigurationError(
+                    f"{name} is used in stage {self._stage} of the pipeline and belongs to stage "
+                    f"{self._stage_of[use]}; use it in one of them alone, or cut the model elsewhere (layout.cuts)"
                 )
             self._seen[use] = 1
             if len(self._chain) == 1 and not self._chain[0].counts[use] and not gradient.is_sparse:

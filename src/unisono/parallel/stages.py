@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from unisono.errors import ConfigurationError
 from unisono.parallel.entrance import Entrance
-from unisono.plan.outline import Call, Cut, TensorForm
+from unisono.plan.outline import Call, Cut, TensorForm, next_key
 from unisono.plan.partition import Division
 from unisono.plan.wrapping import Forward, Wrapping
 
@@ -44,7 +44,8 @@ class _Run:
     entrance: Entrance
     left: Sequence[Tensor] | None = None
     entered: bool = False
-    numbers: dict[str, int] = field(default_factory=dict)
+    calls: list[tuple[str, dict[str, int]]] = field(default_factory=lambda: [("", {})])  # under way: key, what it calls
+    inside: bool = False  # a module that lies within one stage is under way
     known: dict[int, Tensor] = field(default_factory=dict)  # what stands in for it -> what has arrived
     stand_ins: list[Tensor] = field(default_factory=list)
 
@@ -60,10 +61,14 @@ class Stages:
     def __init__(self, model: nn.Module, division: Division) -> None:
         self.division = division
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self._calls = {(call.path, call.number): call for call in _outermost(division)}
+        self._calls = {call.key: call for call in _outermost(division)}
+        entries = {cut.key for cut in division.cuts}
+        self._above = {
+            call.key for call in self._calls.values() if _is_above_a_cut(division, call, call.key in entries)
+        }
         self._run: _Run | None = None
         self._wrapping = Wrapping()
-        for path in sorted({path for path, _ in self._calls}):
+        for path in sorted({call.path for call in self._calls.values()}):
             self._wrapping.add(model.get_submodule(path), partial(self._staged, path))
 
     def close(self) -> None:
@@ -106,28 +111,41 @@ class Stages:
     def _staged(self, path: str, forward: Forward) -> Forward:
         def staged(*args: Any, **kwargs: Any) -> Any:
             run = self._run
-            if run is None:
+            if run is None or run.inside:
                 return forward(*args, **kwargs)
-            number = run.numbers.get(path, 0)
-            run.numbers[path] = number + 1
-            call = self._calls.get((path, number))
+            key = next_key(*_here(run, path))
+            call = self._calls.get(key)
             if call is None:
                 return forward(*args, **kwargs)
-            if run.exit is not None and (path, number) == (run.exit.path, run.exit.number):
+            if run.exit is not None and key == run.exit.key:
                 run.left = self._leave(run, run.exit, args, kwargs)
                 raise _StageDone
-            if run.entry is not None and (path, number) == (run.entry.path, run.entry.number):
+            if run.entry is not None and key == run.entry.key:
                 args, kwargs = self._enter(run, run.entry, args, kwargs)
             elif run.entry is not None and call.stop <= run.entry.unit:
                 return self._stand_in(run, call)
             elif run.known:
                 args, kwargs = _with_arrived(run, args, kwargs)
-            result = forward(*args, **kwargs)
+            result = self._call(run, call, forward, args, kwargs)
             if run.entry is None and not run.entrance.edges and call.stop == call.first + 1:
                 run.entrance.begin_at(result)
             return result
 
         return staged
+
+    def _call(self, run: _Run, call: Call, forward: Forward, args: Any, kwargs: Any) -> Any:
+        """Call a module: one that lies within the stage as a whole, another with an eye on what it calls."""
+        if any(call.first < cut.unit < call.stop for cut in self.division.cuts) or call.key in self._above:
+            run.calls.append((call.key, {}))
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                run.calls.pop()
+        run.inside = True
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            run.inside = False
 
     def _stand_in(self, run: _Run, call: Call) -> Any:
         """What a module of an earlier stage returns here."""
@@ -164,6 +182,12 @@ class Stages:
         return left
 
 
+def _here(run: _Run, path: str) -> tuple[str, str, dict[str, int]]:
+    """Where a module is called: what `next_key` asks for."""
+    within, counts = run.calls[-1]
+    return within, path, counts
+
+
 def _with_arrived(run: _Run, args: Any, kwargs: Any) -> tuple[Any, Any]:
     """Arguments with values where they have arrived."""
     args, kwargs = pytree.tree_map_only(FakeTensor, lambda leaf: run.known.get(id(leaf), leaf), (args, kwargs))
@@ -186,7 +210,7 @@ def _outermost(division: Division) -> list[Call]:
         if call.first < covered or call.first == call.stop:
             continue
         result.append(call)
-        entry = any((cut.path, cut.number) == (call.path, call.number) for cut in division.cuts)
+        entry = any(cut.key == call.key for cut in division.cuts)
         if not any(call.first < edge < call.stop for edge in edges) and not _is_above_a_cut(division, call, entry):
             covered = call.stop
     return result

@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from unisono.errors import ConfigurationError
-from unisono.plan.wrapping import Wrapping
+from unisono.plan.wrapping import Forward, Wrapping
+from unisono.run.rng import may_draw
 
 DEAR = frozenset(
     getattr(torch.ops.aten, name)
@@ -86,14 +87,15 @@ class Call:
     """A call of a module, of a unit or of one that units are called in.
 
     Attributes:
-        path, number: the module's name, and which of its calls.
+        path: the module's name.
+        key: which of its calls: the call that it is made in, and the calls of that module there so far.
         first, stop: the units that are called in it.
         results: what it returns, `TensorForm` in place of tensors.
         given_bytes: of the tensors that it is called with.
     """
 
     path: str
-    number: int
+    key: str
     first: int
     stop: int
     results: Any
@@ -106,14 +108,14 @@ class Cut:
 
     Attributes:
         unit: the first one behind the cut.
-        path, number: the call whose arguments travel.
+        path, key: the call whose arguments travel.
         leaves: which of its flattened arguments travel: the places of each tensor, which may be given several times.
         forms: of those tensors.
     """
 
     unit: int
     path: str
-    number: int
+    key: str
     leaves: tuple[tuple[int, ...], ...]
     forms: tuple[TensorForm, ...]
 
@@ -158,6 +160,18 @@ def outline(model: nn.Module, forward: Callable[[], object]) -> Outline:
     return rehearsal.result()
 
 
+def next_key(within: str, path: str, counts: dict[str, int]) -> str:
+    """The key of a module's next call.
+
+    Arguments:
+        within: the key of the call that it is made in, empty for none.
+        counts: the calls of each module there so far; counted on.
+    """
+    number = counts.get(path, 0)
+    counts[path] = number + 1
+    return f"{within} > {path} {number}"
+
+
 def entered(model: nn.Module) -> set[str]:
     """Modules that are looked into: those that hold a list or a sequence of modules with parameters."""
     found = {""}
@@ -174,13 +188,15 @@ class _OpenCall:
     """A call that is under way, or over: `Call`, with the identities of what it was given."""
 
     path: str
-    number: int
+    key: str
     first: int
     time: int
+    draws: int
     given: list[int | None]
     forms: list[TensorForm | None]
     stop: int = 0
     results: Any = None
+    calls: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +238,9 @@ class _Rehearsal:
         self._kept: list[object] = []  # so that identities stay unique
         self._state: dict[int, str] = {}  # identity -> name of a parameter or buffer
         self._needed: dict[str, list[int]] = {}
+        self._top_calls: dict[str, int] = {}
+        self._keyed = 0  # how often random state has been keyed anew
+        self._draws: list[tuple[int, int]] = []  # by code between units: when, and after how many keys
         self._inside_unit = False
         self._last_unit = ("", 0)
         self._now = _Cost()
@@ -233,7 +252,7 @@ class _Rehearsal:
         wrapping = Wrapping()
         fakes = _with_fakes(self._model, self._mode, self._state, self._saved)
         random = torch.random.fork_rng(devices=[])
-        counting = _Counting(self._now)
+        counting = _Counting(self._now, self._draw)
         hooks = torch.autograd.graph.saved_tensors_hooks(self._save, lambda tensor: tensor)
         with fakes, random, hooks, torch.enable_grad(), counting, _Between(self):
             try:
@@ -258,7 +277,12 @@ class _Rehearsal:
             self._now.saved_bytes += storage.nbytes()
         return tensor
 
-    def _noting(self, path: str, forward: Callable[..., Any], *, whole: bool) -> Callable[..., Any]:
+    def _counts(self) -> dict[str, int]:
+        return self._open[-1].calls if self._open else self._top_calls
+
+    def _noting(self, path: str, forward: Forward, *, whole: bool) -> Forward:
+        keys_random_state = may_draw(self._model.get_submodule(path))
+
         def noted(*args: Any, **kwargs: Any) -> Any:
             if self._inside_unit:
                 return forward(*args, **kwargs)
@@ -266,14 +290,16 @@ class _Rehearsal:
             leaves = pytree.tree_leaves((args, kwargs))
             fakes = [leaf if isinstance(leaf, FakeTensor) else None for leaf in leaves]
             given = [None if fake is None else id(fake) for fake in fakes]
-            number = sum(call.path == path for call in self._calls)
             forms = [None if fake is None else form_of(fake) for fake in fakes]
-            call = _OpenCall(path, number, len(self._units), self._time, given, forms)
+            key = next_key(self._open[-1].key if self._open else "", path, self._counts())
+            call = _OpenCall(path, key, len(self._units), self._time, self._keyed, given, forms)
+            self._keyed += keys_random_state
             self._kept.append(leaves)
             self._calls.append(call)
             self._open.append(call)
             result = self._unit(call, forward, args, kwargs) if whole else forward(*args, **kwargs)
             self._open.pop()
+            self._keyed += keys_random_state
             call.stop = len(self._units)
             call.results = pytree.tree_map_only(Tensor, form_of, result)
             return result
@@ -307,6 +333,12 @@ class _Rehearsal:
             self._units[-1] = self._costed()
             self._now.flops = self._now.saved_bytes = self._now.dear_bytes = 0
 
+    def _draw(self) -> None:
+        """A random number is drawn."""
+        if not self._inside_unit:
+            self._time += 1
+            self._draws.append((self._time, self._keyed))
+
     def _use(self, tensors: frozenset[int], inside: tuple[_OpenCall, ...]) -> None:
         self._uses.append(_Use(self._time, len(self._units), tensors, inside))
 
@@ -318,13 +350,14 @@ class _Rehearsal:
         self._kept.append(tensors)
 
     def between(self, args: Any, result: Any) -> None:
-        """Code outside of units has called a function of torch, on more than a tensor's form."""
-        if self._inside_unit:
-            return
+        """A function of torch has been called, on more than a tensor's form."""
         used = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, FakeTensor)]
+        here = len(self._units) if self._inside_unit else max(len(self._units) - 1, 0)
         for tensor in used:
             if id(tensor) in self._state:
-                self._needed.setdefault(self._state[id(tensor)], []).append(max(len(self._units) - 1, 0))
+                self._needed.setdefault(self._state[id(tensor)], []).append(here)
+        if self._inside_unit:
+            return
         self._time += 1
         if used:
             made = frozenset(id(tensor) for tensor in used if id(tensor) not in self._state)
@@ -336,7 +369,7 @@ class _Rehearsal:
         """What was found."""
         self._end_unit()
         calls = tuple(
-            Call(c.path, c.number, c.first, c.stop, c.results, sum(form.size_bytes for form in c.forms if form))
+            Call(c.path, c.key, c.first, c.stop, c.results, sum(form.size_bytes for form in c.forms if form))
             for c in self._calls
         )
         homes = self._homes()
@@ -344,7 +377,10 @@ class _Rehearsal:
         for i, unit in enumerate(self._units):  # a module that is called several times stays in one stage
             if not self._may_be_everywhere(unit.path):
                 spans[unit.path] = (spans.get(unit.path, (i, i))[0], i)
+        parameters = {name for name, _ in self._model.named_parameters(remove_duplicate=False)}
         for name, needed in self._needed.items():
+            if name not in parameters:  # buffers are everywhere
+                continue
             spans[name] = (min(homes[name], *needed), max(homes[name], *needed))
         together = [span for span in spans.values() if span[1] > span[0]]
         cuts = []
@@ -371,15 +407,27 @@ class _Rehearsal:
         for i, unit in enumerate(self._units):
             of_unit.setdefault(unit.path, i)
         homes: dict[str, int] = {}
-        for name in self._state.values():
+        for name in dict.fromkeys(self._state.values()):
             path = name.rpartition(".")[0]
             while path and path not in of_unit:
                 path = path.rpartition(".")[0]
             homes[name] = of_unit[path] if path in of_unit else min(self._needed.get(name, [0]))
+        first = {id(module): path for path, module in self._model.named_modules()}
+        for path, module in self._model.named_modules(remove_duplicate=False):  # further names of one module
+            for key in (*module._parameters, *module._buffers):
+                own = f"{first[id(module)]}.{key}".lstrip(".")
+                if own in homes:
+                    homes.setdefault(f"{path}.{key}".lstrip("."), homes[own])
         return homes
 
     def _cut(self, call: _OpenCall) -> Cut | None:
-        """The cut in front of a call, where what is needed behind it is among the call's arguments."""
+        """The cut in front of a call, where what is needed behind it is among the call's arguments.
+
+        Nor may code between modules draw random numbers on both sides of it from one state.
+        """
+        before, behind = ({keys for time, keys in self._draws if (time < call.time) == side} for side in (True, False))
+        if call.draws in before & behind:
+            return None
         given = set(filter(None, call.given))
         for use in self._uses:
             if use.time < call.time:
@@ -397,7 +445,7 @@ class _Rehearsal:
                 places.setdefault(key, []).append(i)
                 forms[key] = form
         leaves = tuple(tuple(found) for found in places.values())
-        return Cut(call.first, call.path, call.number, leaves, tuple(forms.values())) if leaves else None
+        return Cut(call.first, call.path, call.key, leaves, tuple(forms.values())) if leaves else None
 
 
 def _is_looked_at(path: str, entered: set[str]) -> bool:
@@ -408,7 +456,7 @@ def _is_looked_at(path: str, entered: set[str]) -> bool:
 @contextmanager
 def _with_fakes(model: nn.Module, mode: FakeTensorMode, names: dict[int, str], storages: set[int]) -> Iterator[None]:
     """Every name of a parameter or buffer holds a fake of its own; ``names`` and ``storages`` receive who they are."""
-    replaced: list[tuple[dict[str, Any], str, Any]] = []
+    kept = [(table, dict(table)) for module in model.modules() for table in _tables(module)]
     try:
         for path, module in model.named_modules():
             for table in (module._parameters, module._buffers):
@@ -419,28 +467,35 @@ def _with_fakes(model: nn.Module, mode: FakeTensorMode, names: dict[int, str], s
                         fake: Tensor = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
                     if isinstance(tensor, nn.Parameter):
                         fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
-                    replaced.append((table, key, tensor))
                     table[key] = fake
                     names[id(fake)] = f"{path}.{key}" if path else key
                     storages.add(fake.untyped_storage()._cdata)
         yield
     finally:
-        for table, key, tensor in replaced:
-            table[key] = tensor
+        for table, entries in kept:  # what the model's code has kept on its modules is of fakes
+            table.clear()
+            table.update(entries)
+
+
+def _tables(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    return module._parameters, module._buffers, module.__dict__  # the last one holds the others
 
 
 class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts operations."""
 
-    def __init__(self, cost: _Cost) -> None:
+    def __init__(self, cost: _Cost, drawn: Callable[[], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._cost = cost
+        self._drawn = drawn
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         count = flop_registry.get(func._overloadpacket)
         if count is not None:
             self._cost.flops += count(*args, **(kwargs or {}), out_val=result)
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self._drawn()
         if func._overloadpacket in DEAR:
             leaves = pytree.tree_leaves(result)
             self._cost.dear_bytes += sum(form_of(leaf).size_bytes for leaf in leaves if isinstance(leaf, Tensor))

@@ -105,6 +105,11 @@ class Draws:
 _LEFT = derive("a module was left")
 
 
+def may_draw(module: nn.Module) -> bool:
+    """Whether a module's random state is keyed when it is entered and left."""
+    return type(module) not in _NEVER_DRAW
+
+
 class ModuleRandom:
     """Keys the random state of a model's modules by (seed, step, micro-batch, module name, call number).
 
@@ -127,7 +132,7 @@ class ModuleRandom:
         self._inside: list[int] = []  # seeds of the modules that are under way
         self._handles: list[RemovableHandle] = []
         for name, module in model.named_modules():
-            if type(module) not in _NEVER_DRAW:
+            if may_draw(module):
                 self._handles.append(module.register_forward_pre_hook(self._hook(derive("module", name))))
                 if name:
                     self._handles.append(module.register_forward_hook(self._leave))

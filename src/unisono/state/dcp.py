@@ -16,8 +16,22 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from unisono.errors import CheckpointError
 
 METADATA = ".metadata"
-_ROOMS = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-_PLAIN = {
+_METADATA = "torch.distributed.checkpoint.metadata"
+_KNOWN = {
+    *(
+        (_METADATA, name)
+        for name in (
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
     ("collections", "OrderedDict"),
@@ -64,6 +78,6 @@ class _Restricted(pickle.Unpickler):
             CheckpointError: for one that the metadata has no need of.
         """
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if module in _ROOMS or (module, name) in _PLAIN or dtype:
+        if (module, name) in _KNOWN or dtype:
             return super().find_class(module, name)
         raise CheckpointError(f"the metadata holds {module}.{name}, which may be unsafe and is not read")

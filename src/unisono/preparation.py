@@ -28,8 +28,9 @@ from unisono.plan.assignment import Run, Teams, UpdateClass, micro_batches, one_
 from unisono.plan.blocks import aligned, flat_layout
 from unisono.plan.hosts import Place
 from unisono.plan.mesh import Mesh
-from unisono.plan.outline import Cut, Outline, outline
+from unisono.plan.outline import Cut, Outline
 from unisono.plan.partition import Division, divide
+from unisono.plan.rehearsal import outline
 from unisono.plan.schedule import placement
 from unisono.run.rng import Isolation, derive
 from unisono.state.layout import StateLayout, state_layout

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from tests.parallel.models import Deep
 from unisono.parallel.recompute import Recomputation, blocks
-from unisono.plan.outline import outline
 from unisono.plan.partition import divide
+from unisono.plan.rehearsal import outline
 from unisono.run.rng import ModuleRandom
 from unisono.tasks.images import Images
 from unisono.tasks.lm import GPT

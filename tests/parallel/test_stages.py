@@ -10,8 +10,8 @@ from tests.parallel.models import Deep, EncoderDecoder, Functional, Passing, Sha
 from unisono.parallel.entrance import Entrance
 from unisono.parallel.split import first_part, second_part
 from unisono.parallel.stages import Left, Stages
-from unisono.plan.outline import outline
 from unisono.plan.partition import divide
+from unisono.plan.rehearsal import outline
 from unisono.run.rng import ModuleRandom
 from unisono.tasks.images import Images
 from unisono.tasks.lm import GPT

@@ -7,8 +7,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from unisono.parallel.recompute import Recomputation, blocks
 from unisono.plan.memory import Activations, ModelState, activations, most_activations, worker_memory
-from unisono.plan.outline import outline
 from unisono.plan.partition import divide
+from unisono.plan.rehearsal import outline
 from unisono.plan.schedule import SCHEDULES, timetable
 from unisono.tasks.images import Images
 from unisono.tasks.lm import GPT

@@ -227,15 +227,6 @@ def _with_messages(actions: Iterable[Action], stages: int) -> Iterator[Action]:
             yield Action(Kind.GIVE_GRADIENT, i, s)
 
 
-def data_parallel(micro_batches: Sequence[int]) -> tuple[Action, ...]:
-    """Forward and backward of each micro-batch in turn: one activation memory, whatever their number.
-
-    >>> " ".join(map(str, data_parallel(range(2))))
-    'F0 B0 F1 B1'
-    """
-    return timetable("1f1b", 1, micro_batches).workers[0]
-
-
 def in_flight(actions: Iterable[Action]) -> int:
     """The most forwards of a worker, over all its stages, whose backward is not over.
 

@@ -19,8 +19,9 @@ from tests.parallel.models import (
     albert,
 )
 from unisono.errors import ConfigurationError
-from unisono.plan.outline import Outline, outline
+from unisono.plan.outline import Outline
 from unisono.plan.partition import balanced, divide
+from unisono.plan.rehearsal import outline
 from unisono.tasks.lm import GPT
 
 INPUT = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))

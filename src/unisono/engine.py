@@ -29,7 +29,6 @@ class WorkShare:
 
     actions: tuple[Action, ...]
     leaves: Mapping[int, Leaf]
-    buffers: int
 
 
 def work_share(micro_batches: range, count: int, actions: Sequence[Action]) -> WorkShare:
@@ -38,8 +37,8 @@ def work_share(micro_batches: range, count: int, actions: Sequence[Action]) -> W
     Arguments:
         actions: its timetable.
     """
-    leaves, buffers = accumulation(micro_batches.start, micro_batches.stop, count)
-    return WorkShare(tuple(actions), {leaf.micro_batch: leaf for leaf in leaves}, buffers)
+    leaves, _ = accumulation(micro_batches.start, micro_batches.stop, count)
+    return WorkShare(tuple(actions), {leaf.micro_batch: leaf for leaf in leaves})
 
 
 @dataclass(slots=True)

@@ -96,28 +96,12 @@ def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) 
         ConfigurationError: where the objects cannot be trained.
     """
     workers, several_hosts = place.hosts.sizes[place.host], len(place.hosts.sizes) > 1
-    with Isolation() as random, without_values() if config.init == "by_name" else nullcontext():
-        random.seed(derive(config.seed, "init"))
-        model = objects.model()
-    if not isinstance(model, nn.Module):
-        raise ConfigurationError(f"the model's factory returned {type(model).__name__}; return a torch.nn.Module")
-    model._apply(lambda t: t if t.is_meta else t.to(feed.device))  # type: ignore[no-untyped-call]
+    model = _model(objects, config, feed.device)
     tensors = model_tensors(model)
-    with without_compiler():
-        optimizer = objects.optimizer([p for p, _ in tensors.parameters])
-    if not isinstance(optimizer, Optimizer):
-        raise ConfigurationError(
-            f"the optimizer's factory returned {type(optimizer).__name__}; return a torch.optim.Optimizer"
-        )
-    if config.wire.momentum and any(group.get("momentum") for group in optimizer.param_groups):
-        raise ConfigurationError(
-            f"wire.momentum is {config.wire.momentum} and the optimizer has momentum of its own, which would count "
-            "twice; set the optimizer's to 0"
-        )
+    optimizer = _optimizer(objects, config, tensors)
     update = update_class(optimizer)
     pin_variant(optimizer)
-    specs = tensors.parameter_specs(optimizer)
-    flat = flat_layout(specs)
+    flat = flat_layout(tensors.parameter_specs(optimizer))
     by_name = {uses[0]: p for p, uses in tensors.parameters}
     originals = [by_name[spec.tensor.name] for spec in flat.parameters]
     layout = state_layout(flat, state_spec(optimizer, update, flat, originals), tensors.buffer_specs())
@@ -131,12 +115,7 @@ def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) 
     replicas = mesh.data if config.layout.zero == 0 else 1
     shares = owners(flat, update, mesh.data // replicas, teams) * replicas
     owned = tuple(runs(flat, update, share) for share in shares)
-    passages = None
-    if division is not None:
-        first = sum(place.hosts.sizes[: place.host]) // config.layout.model_workers
-        each = micro_batches(config.micro_batches, place.hosts.size // config.layout.model_workers)
-        counts = tuple(len(share) for share in each[first : first + mesh.data])
-        passages = PassageLayout(counts, tuple(_message_bytes(cut) for cut in division.cuts))
+    passages = _passages(config, place, mesh, division) if division is not None else None
     host = host_layout(
         slots=workers,
         blocks=layout.blocks,
@@ -167,6 +146,33 @@ def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) 
     )
 
 
+def _model(objects: Objects, config: TrainingConfig, device: torch.device) -> nn.Module:
+    """The model, built under the run's seed."""
+    with Isolation() as random, without_values() if config.init == "by_name" else nullcontext():
+        random.seed(derive(config.seed, "init"))
+        model = objects.model()
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError(f"the model's factory returned {type(model).__name__}; return a torch.nn.Module")
+    model._apply(lambda t: t if t.is_meta else t.to(device))  # type: ignore[no-untyped-call]
+    return model
+
+
+def _optimizer(objects: Objects, config: TrainingConfig, tensors: ModelTensors) -> Optimizer:
+    """The optimizer of the model's parameters."""
+    with without_compiler():
+        optimizer = objects.optimizer([p for p, _ in tensors.parameters])
+    if not isinstance(optimizer, Optimizer):
+        raise ConfigurationError(
+            f"the optimizer's factory returned {type(optimizer).__name__}; return a torch.optim.Optimizer"
+        )
+    if config.wire.momentum and any(group.get("momentum") for group in optimizer.param_groups):
+        raise ConfigurationError(
+            f"wire.momentum is {config.wire.momentum} and the optimizer has momentum of its own, which would count "
+            "twice; set the optimizer's to 0"
+        )
+    return optimizer
+
+
 def rehearse(model: nn.Module, loss: Loss, config: TrainingConfig, feed: Feed) -> Outline:
     """What a rehearsal on the first micro-batch finds of a model."""
     inputs, target = split(feed.load(list(range(min(config.micro_batch_size, feed.size))), 0, "rehearsal"))
@@ -190,6 +196,14 @@ def _teams(layout: StateLayout, config: TrainingConfig, division: Division | Non
         tuple(places[division.stage_of(spec.name)] for spec in layout.buffers),
         places[-1],
     )
+
+
+def _passages(config: TrainingConfig, place: Place, mesh: Mesh, division: Division) -> PassageLayout:
+    """The memory between the stages of this host's replicas."""
+    first = sum(place.hosts.sizes[: place.host]) // config.layout.model_workers
+    each = micro_batches(config.micro_batches, place.hosts.size // config.layout.model_workers)
+    counts = tuple(len(share) for share in each[first : first + mesh.data])
+    return PassageLayout(counts, tuple(_message_bytes(cut) for cut in division.cuts))
 
 
 def _message_bytes(cut: Cut) -> int:

@@ -95,8 +95,9 @@ def test_a_dataset_that_raises_names_worker_and_sample(pool: LocalLauncher) -> N
         pool.run(call, 2)
 
 
-def test_an_interrupted_run_stops_in_good_order(pool: LocalLauncher, tmp_path: Path) -> None:
-    ending = fail(pool, 2, rank=1, how="interrupt", step=4, run_dir=str(tmp_path))
+@pytest.mark.parametrize("layout", [{}, PIPELINE], ids=["replicas", "a pipeline"])
+def test_an_interrupted_run_stops_in_good_order(pool: LocalLauncher, tmp_path: Path, layout: dict[str, Any]) -> None:
+    ending = fail(pool, 2, rank=1, how="interrupt", step=4, run_dir=str(tmp_path), layout=layout)
     assert [(r["step"], r["reason"]) for r in ending.results] in ([(4, "stopped")] * 2, [(5, "stopped")] * 2)
     assert (tmp_path / "checkpoints" / f"step-0000000{ending.results[0]['step']}").is_dir()
 

@@ -26,7 +26,7 @@ class Plan:
     """A layout as numbers.
 
     Attributes:
-        workers: for each: its replica, its place in the pipeline, its modules, and its bytes by kind.
+        workers: for each: its replica, its place in the pipeline, and its bytes by kind.
         stages: for each: the module it begins with, its parameters, and operations of a forward of a micro-batch.
         bubble: the part of the time that the timetable's workers wait, where parts of work are equal.
         micro_batches: in a step.

@@ -1,7 +1,7 @@
 """A model on one worker, whole or in stages: a micro-batch's forward and backward, its gradient's way into the sums."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -163,7 +163,7 @@ class Replica:
         draws = self.random.enter(step - 1, micro_batch)
         inputs, target = split(batch)
         entrance = Entrance([tensor for tensor, _ in arrived], [needed for _, needed in arrived])
-        with torch.autocast(self._device.type, dtype=torch.bfloat16) if self._autocast else nullcontext():
+        with self._precision():
             if self._stages is None:
                 result = self._loss(call(self.model, inputs), target)
             else:
@@ -174,6 +174,10 @@ class Replica:
             made, value, weight = self._lost(result, step, micro_batch)
         self._check_versions()
         return Forwarded(micro_batch, stage, made, entrance, value, weight, self.buffers.gather(), draws)
+
+    def _precision(self) -> AbstractContextManager[object]:
+        """Autocast, entered once for each micro-batch."""
+        return torch.autocast(self._device.type, dtype=torch.bfloat16) if self._autocast else nullcontext()
 
     def _lost(self, result: object, step: int, micro_batch: int) -> tuple[Sequence[Tensor], float, float]:
         loss, weight = loss_and_weight(result)
@@ -198,11 +202,7 @@ class Replica:
         self.buffers.reset()
         self.random.enter(key, micro_batch)
         inputs, target = split(batch)
-        if self._autocast:
-            with torch.autocast(self._device.type, dtype=torch.bfloat16):
-                output = call(self.model, inputs)
-                result = self._loss(output, target)
-        else:
+        with self._precision():
             output = call(self.model, inputs)
             result = self._loss(output, target)
         loss, weight = loss_and_weight(result)

@@ -62,10 +62,7 @@ class Stages:
         self.division = division
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._calls = {call.key: call for call in _outermost(division)}
-        entries = {cut.key for cut in division.cuts}
-        self._above = {
-            call.key for call in self._calls.values() if _is_above_a_cut(division, call, call.key in entries)
-        }
+        self._cut = {call.key for call in self._calls.values() if _is_cut(division, call)}
         self._run: _Run | None = None
         self._wrapping = Wrapping()
         for path in sorted({call.path for call in self._calls.values()}):
@@ -135,7 +132,7 @@ class Stages:
 
     def _call(self, run: _Run, call: Call, forward: Forward, args: Any, kwargs: Any) -> Any:
         """Call a module: one that lies within the stage as a whole, another with an eye on what it calls."""
-        if any(call.first < cut.unit < call.stop for cut in self.division.cuts) or call.key in self._above:
+        if call.key in self._cut:
             run.calls.append((call.key, {}))
             try:
                 return forward(*args, **kwargs)
@@ -203,19 +200,19 @@ def _other_order(cut: Cut) -> str:
 
 def _outermost(division: Division) -> list[Call]:
     """The calls at which a stage may begin, end or stand in: those outside of any call that lies within one stage."""
-    edges = [cut.unit for cut in division.cuts]
     result: list[Call] = []
     covered = 0
     for call in division.outline.calls:
         if call.first < covered or call.first == call.stop:
             continue
         result.append(call)
-        entry = any(cut.key == call.key for cut in division.cuts)
-        if not any(call.first < edge < call.stop for edge in edges) and not _is_above_a_cut(division, call, entry):
+        if not _is_cut(division, call):
             covered = call.stop
     return result
 
 
-def _is_above_a_cut(division: Division, call: Call, entry: bool) -> bool:
-    """Whether a stage begins at a call inside this one that is its first."""
-    return not entry and any(cut.unit == call.first for cut in division.cuts)
+def _is_cut(division: Division, call: Call) -> bool:
+    """Whether a stage begins at a call inside this one."""
+    return any(
+        call.first < cut.unit < call.stop or (call.first == cut.unit and call.key != cut.key) for cut in division.cuts
+    )

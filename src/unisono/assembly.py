@@ -1,5 +1,6 @@
 """One worker put together: from what was prepared to an engine over shared memory."""
 
+import functools
 import hashlib
 import json
 import os
@@ -14,7 +15,9 @@ from unisono.comm.arena import Arena, DeviceMemory, Region
 from unisono.comm.group import Group
 from unisono.comm.host import HostGroup
 from unisono.comm.journal import Journal
+from unisono.comm.partial import Partial
 from unisono.comm.passage import Passages
+from unisono.comm.tensor_group import ArenaTensorGroup
 from unisono.config import TrainingConfig
 from unisono.data.feed import Feed, TrainingFeed
 from unisono.engine import Engine, WorkShare, work_share
@@ -32,9 +35,10 @@ from unisono.parallel.initial import initialise, initialisers, shares
 from unisono.parallel.recompute import Recomputation, blocks
 from unisono.parallel.replicated import Replica
 from unisono.parallel.stages import Stages
+from unisono.parallel.tensor import TensorParallel
 from unisono.plan.assignment import micro_batches
 from unisono.plan.schedule import timetable
-from unisono.preparation import Objects, Prepared, prepare, rehearse
+from unisono.preparation import Objects, Prepared, crews_of, prepare, rehearse
 from unisono.run.rng import ModuleRandom
 from unisono.run.sampling import Sampler
 from unisono.state.training_state import TrainingState
@@ -109,7 +113,7 @@ def assemble(
         config.deadline_s,
         memory=memory,
         names=place.local_name,
-        teams=[[mesh.rank(data=d, pipeline=r) for d in range(mesh.data)] for r in range(mesh.pipeline)],
+        teams=crews_of(mesh),
     )
     local.assemble(_fingerprint(prepared, config, feed.size))
     group = join_hosts(prepared.layout, config, local, place, world, device, feed.size) if several else local
@@ -142,7 +146,8 @@ def _worker(
     bound = bind(prepared.model, prepared.layout.flat, state.values) if by_name else None
     step = _fill(prepared, config, group, local, state, memory, versions, restore)
     bound = bound or bind(prepared.model, prepared.layout.flat, state.values)
-    replica = _replica(prepared, objects, config, state, bound, feed)
+    tensor = _tensor(prepared, local, loss_parallel=config.layout.loss_parallel)
+    replica = _replica(prepared, objects, config, state, bound, feed, tensor)
     memories = RunMemory(prepared.layout, state.memory, memory(host.undo(local.slot)), snapshot.memory)
     policy = _policy(prepared, config, group, local, state, memories, versions, schedule)
     share, passages = _share(prepared, config, group, local)
@@ -156,6 +161,7 @@ def _worker(
         share,
         Phases(group, listeners),
         names,
+        group.partial if tensor is None else _partials(prepared, local, tensor),
         passages,
     )
     evaluator = None
@@ -177,8 +183,28 @@ def _share(
     table = timetable(layout.schedule, layout.pipeline, own, layout.virtual_stages)
     passages = None
     if prepared.passages is not None:
-        passages = Passages(local, prepared.passages, prepared.mesh.coordinates(local.rank)["data"])
-    return work_share(own, config.micro_batches, table.workers[worker]), passages
+        at = prepared.mesh.coordinates(local.rank)
+        passages = Passages(local, prepared.passages, at["data"] * layout.tensor + at["tensor"])
+    return work_share(own, config.micro_batches, table.workers[worker // layout.tensor]), passages
+
+
+def _tensor(prepared: Prepared, local: HostGroup, *, loss_parallel: bool) -> TensorParallel | None:
+    """This worker's part of the layers that several divide."""
+    if prepared.tensor is None:
+        return None
+    crews = [crew for team in crews_of(prepared.mesh) for crew in team]
+    number = next(i for i, crew in enumerate(crews) if local.rank in crew)
+    group = ArenaTensorGroup(local, crews[number], prepared.host.meeting(number))
+    proven = prepared.tensor
+    return TensorParallel(prepared.model, proven.plan, proven.findings, group, loss_parallel=loss_parallel)
+
+
+def _partials(prepared: Prepared, local: HostGroup, tensor: TensorParallel) -> Callable[[int], Partial]:
+    """This worker's buffers for sums: its part of those that it divides lies in the crew's first worker's."""
+    first = local.slot - tensor.group.rank
+    names = [name for name, _ in prepared.layout.flat.uses]
+    cuts = {use: tensor.parts[name] for use, name in enumerate(names) if name in tensor.parts}
+    return functools.cache(lambda entry: local.partial(entry).part(local.view(first, entry), cuts))
 
 
 def _map(descriptor: int | None, size_bytes: int) -> Arena:
@@ -197,6 +223,7 @@ def _replica(
     state: TrainingState,
     bound: Sequence[nn.Parameter],
     feed: Feed,
+    tensor: TensorParallel | None,
 ) -> Replica:
     """The model over the state's values."""
     flat, buffers = prepared.layout.flat, [spec.name for spec in prepared.layout.buffers]
@@ -208,7 +235,8 @@ def _replica(
     if recompute != "none":
         again = blocks(prepared.model, prepared.division)
         recomputation = Recomputation(prepared.model, again, selective=recompute == "selective")
-    uses = [(name, parameter) for (name, _), parameter in zip(flat.uses, bound, strict=True)]
+    local = tensor.local if tensor is not None else {}
+    uses = [(name, local.get(name, parameter)) for (name, _), parameter in zip(flat.uses, bound, strict=True)]
     return Replica(
         prepared.model,
         uses,
@@ -219,6 +247,7 @@ def _replica(
         feed.device,
         Stages(prepared.model, prepared.division) if prepared.division is not None else None,
         recomputation,
+        tensor,
     )
 
 

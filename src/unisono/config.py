@@ -34,6 +34,22 @@ class Layout(Section):
         None, ge=1, description="Replicas that share the micro-batches; default: as many as there are workers for."
     )
     pipeline: int = Field(1, ge=1, description="Workers of a replica, each with some of its layers.")
+    tensor: int = Field(1, ge=1, description="Workers that divide each layer's matrices among them.")
+    sequence_parallel: bool = Field(
+        False,
+        description="Between divided layers, norms and dropout work on a part of the sequence each; "
+        "needs tensor of at least 2.",
+    )
+    loss_parallel: bool = Field(
+        False,
+        description="The model's last layer is divided by classes, and the cross-entropy is computed from the parts; "
+        "needs tensor of at least 2.",
+    )
+    tensor_plan: dict[str, str] = Field(
+        default_factory=dict,
+        description="Modules -> colwise, rowwise, embedding_rowwise, colwise_gather_output; `*` is one part of a name. "
+        "Default: the model's `_tp_plan`, or what follows from its flow of values.",
+    )
     zero: Literal[0, 1, 2, 3] = Field(
         1,
         description="0: every replica keeps and updates a whole state. 1: each block has one owner, who updates it. "
@@ -58,6 +74,9 @@ class Layout(Section):
     def _schedule_fits(self) -> Self:
         if self.cuts and self.pipeline == 1:
             raise ValueError("cuts are given and pipeline is 1; set pipeline to as many workers as there are stages")
+        for name in ("sequence_parallel", "loss_parallel", "tensor_plan"):
+            if getattr(self, name) and self.tensor == 1:
+                raise ValueError(f"{name} is given and tensor is 1; set tensor to as many workers as divide each layer")
         try:
             virtual(self.schedule, self.virtual_stages)
         except ConfigurationError as error:
@@ -67,12 +86,19 @@ class Layout(Section):
     @property
     def model_workers(self) -> int:
         """Workers that compute one replica together."""
-        return self.pipeline
+        return self.pipeline * self.tensor
 
     @property
     def stages(self) -> int:
         """Parts into which the model is cut."""
         return self.pipeline * virtual(self.schedule, self.virtual_stages)
+
+    @property
+    def rounding(self) -> tuple[object, ...]:
+        """What changes the order of sums inside a layer: layouts that agree in it give the same bits."""
+        if self.tensor == 1:
+            return ()
+        return self.tensor, self.sequence_parallel, self.loss_parallel, tuple(sorted(self.tensor_plan.items()))
 
     def replicas(self, workers: int) -> int:
         """How many replicas a number of workers makes.
@@ -83,18 +109,27 @@ class Layout(Section):
         each = self.model_workers
         fewer, more = workers - workers % each, workers + -workers % each
         if workers % each:
+            axes = ", ".join(f"layout.{name}={size}" for name, size in self._axes().items())
             near = f"{fewer} or {more}" if fewer else f"{more}"
             raise ConfigurationError(
-                f"{workers} worker{'s' * (workers > 1)} cannot make replicas of {each} (layout.pipeline="
-                f"{self.pipeline}); use {near} workers, or another layout"
+                f"{workers} worker{'s' * (workers > 1)} cannot make replicas of {each} ({axes}); "
+                f"use {near} workers, or another layout"
             )
         if self.data is not None and self.data * each != workers:
             raise ConfigurationError(
-                f"the layout has {self.data * each} workers (data {self.data} x pipeline {self.pipeline}), but "
+                f"the layout has {self.data * each} workers (data {self.data} x {self._replica()}), but "
                 f"{workers} {'are' if workers > 1 else 'is'} there; start {self.data * each} (-n {self.data * each}), "
                 f"or use data={workers // each}"
             )
         return workers // each
+
+    def _replica(self) -> str:
+        """What a replica's workers are, in words."""
+        return " x ".join(f"{name} {size}" for name, size in self._axes().items())
+
+    def _axes(self) -> dict[str, int]:
+        """The axes of a replica: the pipeline's, and others that are longer than 1."""
+        return {"pipeline": self.pipeline} | ({"tensor": self.tensor} if self.tensor > 1 else {})
 
 
 class WireConfig(Section):

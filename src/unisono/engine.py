@@ -72,6 +72,7 @@ class Engine:
     Arguments:
         passages: to the other stages of a pipeline; None where there are none.
         names: of all entries of a partial.
+        partial: this worker's buffers, by number.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Engine:
         share: WorkShare,
         phases: Phases,
         names: list[str],
+        partial: Callable[[int], Partial],
         passages: Passages | None = None,
     ) -> None:
         self._group = group
@@ -92,6 +94,7 @@ class Engine:
         self._share = share
         self._phases = phases
         self._names = names
+        self._partial = partial
         self._passages = passages
         self._stages = {action.stage for action in share.actions}
         self._last_micro_batch = max((action.micro_batch for action in share.actions), default=-1)
@@ -216,7 +219,7 @@ class Engine:
             del self._under_way[stage, m]
 
     def _chain(self, micro_batch: int) -> list[Partial]:
-        return [self._group.partial(b) for b in self._share.leaves[micro_batch].chain]
+        return [self._partial(b) for b in self._share.leaves[micro_batch].chain]
 
     def _opens(self, micro_batch: int) -> bool:
         """Whether the first partial of its chain starts with no value."""

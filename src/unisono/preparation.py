@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,8 +24,10 @@ from unisono.optim.state_spec import state_spec
 from unisono.parallel.bind import ModelTensors, model_tensors
 from unisono.parallel.initial import without_values
 from unisono.parallel.replicated import Loss, call, split
+from unisono.parallel.tensor_trial import ProvenPlan, proven_plan
 from unisono.plan.assignment import Run, Teams, UpdateClass, micro_batches, one_team, owners, runs
 from unisono.plan.blocks import aligned, flat_layout
+from unisono.plan.flow import flow
 from unisono.plan.hosts import Place
 from unisono.plan.mesh import Mesh
 from unisono.plan.outline import Cut, Outline
@@ -70,6 +72,7 @@ class Prepared:
         owned: the runs that each worker of this host updates.
         mesh: of this host's workers.
         division, passages: of the model into stages, and the memory between them; None where there is one stage.
+        tensor: what the tensor-parallel workers divide; None where there is one.
         copies: every worker's model has memory of its own when training is over; else it stays in what is shared.
     """
 
@@ -86,6 +89,7 @@ class Prepared:
     teams: Teams
     division: Division | None
     passages: PassageLayout | None
+    tensor: ProvenPlan | None
     copies: bool
 
 
@@ -106,14 +110,15 @@ def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) 
     originals = [by_name[spec.tensor.name] for spec in flat.parameters]
     layout = state_layout(flat, state_spec(optimizer, update, flat, originals), tensors.buffer_specs())
     partials = partial_layout(flat, tensors.buffer_specs())
-    mesh = Mesh(data=workers // config.layout.model_workers, pipeline=config.layout.pipeline)
+    mesh = Mesh(workers // config.layout.model_workers, config.layout.pipeline, config.layout.tensor)
     division = None
     if config.layout.stages > 1:
         found = rehearse(model, objects.loss, config, feed)
         division = divide(found, config.layout.stages, config.layout.cuts)
     teams = _teams(layout, config, division)
     replicas = mesh.data if config.layout.zero == 0 else 1
-    shares = owners(flat, update, mesh.data // replicas, teams) * replicas
+    members = [sum(crews, ()) for crews in crews_of(replace(mesh, data=mesh.data // replicas))]
+    shares = owners(flat, update, members, teams) * replicas
     owned = tuple(runs(flat, update, share) for share in shares)
     passages = _passages(config, place, mesh, division) if division is not None else None
     host = host_layout(
@@ -127,6 +132,8 @@ def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) 
         buckets=len(way(config).buckets(flat)) if several_hosts else 0,
         wire_bytes=way(config).wire_bytes(flat) if several_hosts else 0,
         passages=passages,
+        crews=mesh.data * mesh.pipeline if mesh.tensor > 1 else 0,
+        crew=mesh.tensor,
     )
     return Prepared(
         model=model,
@@ -142,6 +149,7 @@ def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) 
         teams=teams,
         division=division,
         passages=passages,
+        tensor=tensor_parallel_plan(model, objects.loss, config, feed) if mesh.tensor > 1 else None,
         copies=config.init != "by_name",
     )
 
@@ -175,13 +183,38 @@ def _optimizer(objects: Objects, config: TrainingConfig, tensors: ModelTensors) 
 
 def rehearse(model: nn.Module, loss: Loss, config: TrainingConfig, feed: Feed) -> Outline:
     """What a rehearsal on the first micro-batch finds of a model."""
+    return outline(model, _forward(model, loss, config, feed))
+
+
+def tensor_parallel_plan(model: nn.Module, loss: Loss, config: TrainingConfig, feed: Feed) -> ProvenPlan:
+    """What tensor-parallel workers divide of a model."""
+    found = flow(model, _forward(model, loss, config, feed))
+    layout = config.layout
+    return proven_plan(
+        model,
+        found,
+        layout.tensor_plan,
+        layout.tensor,
+        sequence=layout.sequence_parallel,
+        head=layout.loss_parallel,
+    )
+
+
+def _forward(model: nn.Module, loss: Loss, config: TrainingConfig, feed: Feed) -> Callable[[], object]:
+    """The model's loss on the first micro-batch."""
     inputs, target = split(feed.load(list(range(min(config.micro_batch_size, feed.size))), 0, "rehearsal"))
 
     def forward() -> object:
         with torch.autocast(feed.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
             return loss(call(model, inputs), target)
 
-    return outline(model, forward)
+    return forward
+
+
+def crews_of(mesh: Mesh) -> list[list[tuple[int, ...]]]:
+    """For each stage of the pipeline, the ranks of those who compute it together, replica by replica."""
+    axes = (range(mesh.pipeline), range(mesh.data), range(mesh.tensor))
+    return [[tuple(mesh.rank(data=d, pipeline=p, tensor=t) for t in axes[2]) for d in axes[1]] for p in axes[0]]
 
 
 def _teams(layout: StateLayout, config: TrainingConfig, division: Division | None) -> Teams:
@@ -202,7 +235,7 @@ def _passages(config: TrainingConfig, place: Place, mesh: Mesh, division: Divisi
     """The memory between the stages of this host's replicas."""
     first = sum(place.hosts.sizes[: place.host]) // config.layout.model_workers
     each = micro_batches(config.micro_batches, place.hosts.size // config.layout.model_workers)
-    counts = tuple(len(share) for share in each[first : first + mesh.data])
+    counts = tuple(len(share) for share in each[first : first + mesh.data] for _ in range(mesh.tensor))
     return PassageLayout(counts, tuple(_message_bytes(cut) for cut in division.cuts))
 
 

@@ -167,6 +167,12 @@ class Trainer:
                 f"the layout has {config.layout.stages} stages and {len(world.hosts.sizes)} hosts; a pipeline's "
                 "workers share memory so far: use one host, or layout.pipeline=1 with layout.schedule=1f1b"
             )
+        if config.layout.tensor > 1 and (len(world.hosts.sizes) > 1 or config.device != "cpu"):
+            raise ConfigurationError(
+                f"layout.tensor is {config.layout.tensor} on {len(world.hosts.sizes)} hosts with device "
+                f"{config.device}; tensor-parallel workers share memory so far: use one host and device cpu, or "
+                "layout.tensor=1"
+            )
         if config.layout.zero > 1 and len(world.hosts.sizes) > 1:
             raise ConfigurationError(
                 f"layout.zero is {config.layout.zero} over {len(world.hosts.sizes)} hosts; every host holds the whole "

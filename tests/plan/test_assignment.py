@@ -55,7 +55,7 @@ def test_contiguous_shares_are_the_best_there_are(costs: list[int], workers: int
 @given(sizes, st.integers(1, 5), st.sampled_from(list(UpdateClass)))
 def test_every_block_has_one_owner(sizes: list[int], workers: int, update: UpdateClass) -> None:
     flat = layout(sizes)
-    shares = owners(flat, update, workers, one_team(flat, 0))
+    shares = owners(flat, update, [range(workers)], one_team(flat, 0))
     assert [b for share in shares for b in share] == list(range(len(flat.blocks)))
     if update is UpdateClass.PARAMETER:
         for share in shares:

@@ -1,6 +1,6 @@
 """The workers of one host as a group: partials, messages and commits through the arena. One worker is a normal case."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -29,7 +29,8 @@ class HostGroup:
         deadline_s: seconds that any wait may take.
         memory: region -> bytes, where tensors do not lie in the arena itself (a CUDA device's).
         names: what a rank of this group is called in errors.
-        teams: the slots of those who compute the same part of the model; default: all compute all of it.
+        teams: for each part of the model, the crews that compute it: the slots of those who do so together, of whom
+            the first one's sums are read; default: each slot computes all of it.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class HostGroup:
         memory: Callable[[Region], Tensor] | None = None,
         waiter: Waiter | None = None,
         names: Callable[[int], str] = "rank {}".format,
-        teams: Sequence[Sequence[int]] | None = None,
+        teams: Sequence[Sequence[Sequence[int]]] | None = None,
     ) -> None:
         self.unlike = ""
         self.arena = arena
@@ -52,7 +53,7 @@ class HostGroup:
         self.header = Header(arena, layout.regions.named["header"], layout.slots)
         self.slot = slot
         self.members = tuple(members)
-        self.teams = tuple(map(tuple, teams)) if teams is not None else (self.members,)
+        self.teams = teams if teams is not None else [[(slot,) for slot in self.members]]
         self._generation = generation
         self.names = names
         self.partials = partials
@@ -138,10 +139,13 @@ class HostGroup:
     def collect(self, step: int, count: int) -> list[Cover]:
         """Wait for all micro-batches of the step, then close it."""
 
-        def published(team: Sequence[int]) -> dict[Node, Publication]:
+        def published(team: Sequence[Sequence[int]]) -> dict[Node, Publication]:
             found: dict[Node, Publication] = {}
-            for publication in self.header.publications(self._generation, step, team):
-                found.setdefault(publication.node, publication)
+            for first, *others in team:
+                also = [{p.node for p in self._publications(step, (other,))} for other in others]
+                for publication in self._publications(step, (first,)):
+                    if all(publication.node in nodes for nodes in also):
+                        found.setdefault(publication.node, publication)
             return found
 
         def cover_of(found: Mapping[Node, Publication]) -> Cover | None:
@@ -169,11 +173,14 @@ class HostGroup:
         self.header.closed = step
         return covers
 
+    def _publications(self, step: int, slots: Sequence[int]) -> Iterable[Publication]:
+        return self.header.publications(self._generation, step, slots)
+
     def await_published(self, step: int, nodes: Sequence[Node]) -> None:
         """Wait until the workers have published all of these subtrees of a step."""
 
         def published() -> set[Node]:
-            return {p.node for p in self.header.publications(self._generation, step, self.members)}
+            return {p.node for p in self._publications(step, self.members)}
 
         self.waiter(
             lambda: True if published().issuperset(nodes) else None,
@@ -306,7 +313,7 @@ class HostGroup:
             self._memory,
             self.waiter,
             self.names,
-            [[slot for slot in team if slot in members] for team in self.teams],
+            [[crew for crew in team if set(crew) <= set(members)] for team in self.teams],
         )
         self.header.generation = generation
         return group

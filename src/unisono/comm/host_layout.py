@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from unisono.comm.arena import PAGE, Region, Regions
 from unisono.comm.header import ENTRIES, header_bytes
+from unisono.comm.meeting import MeetingLayout, meeting_layout
 from unisono.comm.passage_layout import PassageLayout
 from unisono.events import PHASES
 
@@ -24,6 +25,7 @@ class HostLayout:
     undo_bytes: int
     buckets: int
     regions: Regions
+    crew: MeetingLayout
 
     @property
     def size_bytes(self) -> int:
@@ -51,6 +53,11 @@ class HostLayout:
         """The consistent copy that a checkpoint is written from."""
         return self.regions.named["snapshot"]
 
+    def meeting(self, crew: int) -> MeetingLayout:
+        """Where a group of tensor-parallel workers meets."""
+        size_bytes = _paged(self.crew.regions.size_bytes)
+        return self.crew.within(self.regions.named["meetings"].part(crew * size_bytes, size_bytes))
+
     def undo(self, slot: int) -> Region:
         """A slot's undo area."""
         return self.regions.named["undo"].part(slot * _paged(self.undo_bytes), self.undo_bytes)
@@ -71,6 +78,8 @@ def host_layout(
     buckets: int = 0,
     wire_bytes: int = 0,
     passages: PassageLayout | None = None,
+    crews: int = 0,
+    crew: int = 1,
 ) -> HostLayout:
     """Divide an arena.
 
@@ -79,6 +88,8 @@ def host_layout(
         buckets: in which the gradient travels between hosts, 0 where there is one host.
         wire_bytes: the memory of compression.
         passages: between the stages of a pipeline.
+        crews: groups of tensor-parallel workers.
+        crew: workers of each.
     """
     if entries > ENTRIES:
         raise ValueError(f"{entries} partials a slot exceed the {ENTRIES} that can be published")
@@ -99,4 +110,8 @@ def host_layout(
         regions.add("wire", wire_bytes, PAGE)
     if passages is not None:
         passages.add_to(regions)
-    return HostLayout(slots, blocks, entries, partial_bytes, state_bytes, replicas, undo_bytes, buckets, regions)
+    meeting = meeting_layout(crew, 0)
+    regions.add("meetings", crews * _paged(meeting.regions.size_bytes), PAGE)
+    return HostLayout(
+        slots, blocks, entries, partial_bytes, state_bytes, replicas, undo_bytes, buckets, regions, meeting
+    )

@@ -43,6 +43,11 @@ class MeetingLayout:
     size: int
     regions: Regions
 
+    def within(self, region: Region) -> "MeetingLayout":
+        """The same inside a region of a larger arena."""
+        named = {name: region.part(own.offset, own.size_bytes) for name, own in self.regions.named.items()}
+        return MeetingLayout(self.size, Regions(self.regions.size_bytes, named))
+
     def buffer(self, rank: int, turn: int) -> Region:
         """One of a member's two buffers."""
         return self.regions.named["buffers"].part((2 * rank + turn) * BUFFER_BYTES, BUFFER_BYTES)
@@ -64,10 +69,19 @@ class Meeting:
     Arguments:
         rank: this member's number.
         progress: called while waiting; moves messages on.
+        names: what a rank of this group is called in errors.
     """
 
-    def __init__(self, arena: Arena, layout: MeetingLayout, rank: int, progress: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        arena: Arena,
+        layout: MeetingLayout,
+        rank: int,
+        progress: Callable[[], None],
+        names: Callable[[int], str] = "rank {}".format,
+    ) -> None:
         self.rank = rank
+        self._name = names
         self.size = layout.size
         self._words = arena.words(layout.regions.named["words"])
         self._buffers = [[arena.tensor(layout.buffer(r, t), torch.uint8) for t in (0, 1)] for r in range(self.size)]
@@ -89,7 +103,7 @@ class Meeting:
             try:
                 handle = os.pidfd_open(self._words[rank * _WORDS + _PROCESS])
             except OSError as error:
-                raise MeetingError(f"rank {rank} has ended already") from error
+                raise MeetingError(f"{self._name(rank)} has ended already") from error
             self._peers[handle] = rank
             self._poll.register(handle, select.POLLIN)
 
@@ -299,10 +313,10 @@ class Meeting:
                 self._look_for_the_dead(operation, number)
             if now > deadline:
                 late = [r for r in self._others if words[r * _WORDS] < number]
-                names = ", ".join(f"rank {r} (process {words[r * _WORDS + _PROCESS]})" for r in late)
+                names = ", ".join(f"{self._name(r)} (process {words[r * _WORDS + _PROCESS]})" for r in late)
                 raise MeetingError(
-                    f"{operation}, number {number} of this group, on rank {self.rank}: {names} did not come before the "
-                    "timeout of this operation"
+                    f"{operation}, number {number} of this group, on {self._name(self.rank)}: {names} did not come "
+                    "before the timeout of this operation"
                 )
             time.sleep(pause)
             pause = min(pause * 1.5, LONGEST_SLEEP_S)
@@ -313,8 +327,8 @@ class Meeting:
             if self._words[rank * _WORDS] < number:  # who has arrived may go
                 process = self._words[rank * _WORDS + _PROCESS]
                 raise MeetingError(
-                    f"{operation}, number {number} of this group, on rank {self.rank}: rank {rank} (process {process}) "
-                    "has ended"
+                    f"{operation}, number {number} of this group, on {self._name(self.rank)}: {self._name(rank)} "
+                    f"(process {process}) has ended"
                 )
 
     def check_alive(self, rank: int, operation: str) -> None:
@@ -326,7 +340,7 @@ class Meeting:
     def _disagree(self, rank: int, operation: str, elements: int, theirs: int) -> None:
         name = next((name for name in _OPERATIONS if _NUMBERS[name] == theirs >> 40), "another operation")
         raise MeetingError(
-            f"rank {self.rank} is in {operation} of {elements} elements, rank {rank} in {name} of "
+            f"{self._name(self.rank)} is in {operation} of {elements} elements, {self._name(rank)} in {name} of "
             f"{theirs & 0xFFFFFFFFFF}; all ranks of a group must call the same operations in the same order"
         )
 

@@ -4,7 +4,8 @@ It holds a gradient for every use of a parameter, the buffers that the micro-bat
 touched each of these entries, and scalars (loss, weight). Entries that nobody touched hold no value.
 """
 
-from collections.abc import Iterable, Sequence
+import copy
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,6 +103,18 @@ class Partial:
             self.counts[i] = 0
         for i in range(len(self.scalars) if scalars else 0):
             self.scalars[i] = 0.0
+
+    def part(self, whole: "Partial", cuts: Mapping[int, tuple[int, int, int]]) -> "Partial":
+        """This partial, with the part of some entries that lies in another one.
+
+        Arguments:
+            cuts: entry -> (dimension, first index, length).
+        """
+        result = copy.copy(self)
+        result.entries = list(self.entries)
+        for entry, (dim, first, length) in cuts.items():
+            result.entries[entry] = whole.entries[entry].narrow(dim, first, length)
+        return result
 
     def counts_array(self) -> NDArray[np.int32]:
         """The counts as an array over the same memory."""

@@ -1,8 +1,9 @@
 """Tensors between the stages of a pipeline on one host: written once into shared memory, and used there.
 
-A passage leads from one stage to the next, or back, within one replica. It has a slot for each micro-batch of a step;
-a sender takes the first free one, so that as much memory is touched as there are micro-batches under way. The
-receiver's graph stands on the slot's own memory until it is released.
+A passage leads from one stage to the next, or back, within one lane: a replica, or one of the tensor-parallel workers
+of each of its stages. It has a slot for each micro-batch of a step; a sender takes the first free one, so that as much
+memory is touched as there are micro-batches under way. The receiver's graph stands on the slot's own memory until it is
+released.
 """
 
 import json
@@ -37,17 +38,17 @@ class Arrived:
 
 
 class Passages:
-    """The passages of one replica, for one of its workers.
+    """The passages of one lane, for one of its workers.
 
     Arguments:
         group: the workers of the host.
-        replica: which one.
+        lane: which one.
     """
 
-    def __init__(self, group: HostGroup, layout: PassageLayout, replica: int) -> None:
+    def __init__(self, group: HostGroup, layout: PassageLayout, lane: int) -> None:
         self._group = group
         self._layout = layout
-        self._replica = replica
+        self._lane = lane
         named = group.layout.regions.named
         self._words = group.arena.words(named["passage words"])
         self._region: Region = named["passages"]
@@ -62,9 +63,9 @@ class Passages:
         needed: Sequence[bool],
     ) -> None:
         """Pass tensors on behind ``stage``, or gradients back to it; they may change once this returns."""
-        first, count = self._layout.words(self._replica, stage, way)
+        first, count = self._layout.words(self._lane, stage, way)
         slot = next(slot for slot in range(count) if not self._words[first + slot])
-        offset, size_bytes = self._layout.slot(self._replica, stage, way, slot)
+        offset, size_bytes = self._layout.slot(self._lane, stage, way, slot)
         memory = self._group.arena.bytes(self._region.part(offset, size_bytes))
         at = HEAD_BYTES
         entries: list[object] = []
@@ -100,7 +101,7 @@ class Passages:
         Raises:
             WaitTimeout, Revoked: as every wait.
         """
-        first, count = self._layout.words(self._replica, stage, way)
+        first, count = self._layout.words(self._lane, stage, way)
         wanted = self._word(step, micro_batch)
         words = self._words
 
@@ -110,7 +111,7 @@ class Passages:
         what = "activations of stage" if way is Way.ACTIVATIONS else "gradients for stage"
         operation = f"{what} {stage}, micro-batch {micro_batch} of step {step},"
         slot = self._group.waiter(ready, operation, lambda: "they have not come; " + self._group.doing())
-        offset, size_bytes = self._layout.slot(self._replica, stage, way, slot)
+        offset, size_bytes = self._layout.slot(self._lane, stage, way, slot)
         memory = self._group.arena.bytes(self._region.part(offset, size_bytes))
         length = int.from_bytes(memory[:8], "little")
         entries = json.loads(bytes(memory[8 : 8 + length]))

@@ -21,7 +21,7 @@ class PassageLayout:
     """Where slots lie.
 
     Attributes:
-        counts: micro-batches of each replica.
+        counts: micro-batches of each lane: of each replica, or of each of its tensor-parallel workers.
         sizes: bytes of what is passed on behind each stage but the last.
     """
 
@@ -37,14 +37,14 @@ class PassageLayout:
         regions.add("passage words", 8 * slots * len(self.sizes))
         regions.add("passages", slots * sum(self._slot_bytes(stage) for stage in range(len(self.sizes))), PAGE)
 
-    def words(self, replica: int, stage: int, way: Way) -> tuple[int, int]:
+    def words(self, lane: int, stage: int, way: Way) -> tuple[int, int]:
         """The first word of a passage behind ``stage``, and how many it has: one a slot."""
-        before = len(Way) * (sum(self.counts) * stage + sum(self.counts[:replica]))
-        return before + way * self.counts[replica], self.counts[replica]
+        before = len(Way) * (sum(self.counts) * stage + sum(self.counts[:lane]))
+        return before + way * self.counts[lane], self.counts[lane]
 
-    def slot(self, replica: int, stage: int, way: Way, slot: int) -> tuple[int, int]:
+    def slot(self, lane: int, stage: int, way: Way, slot: int) -> tuple[int, int]:
         """(offset, bytes) of a slot."""
-        first, _ = self.words(replica, stage, way)
+        first, _ = self.words(lane, stage, way)
         own = first - len(Way) * sum(self.counts) * stage + slot
         before = len(Way) * sum(self.counts) * sum(self._slot_bytes(s) for s in range(stage))
         return before + own * self._slot_bytes(stage), self._slot_bytes(stage)

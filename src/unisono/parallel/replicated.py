@@ -16,6 +16,7 @@ from unisono.parallel.entrance import Entrance
 from unisono.parallel.recompute import Recomputation
 from unisono.parallel.split import Rest, first_part, second_part
 from unisono.parallel.stages import Left, Stages
+from unisono.parallel.tensor import TensorParallel
 from unisono.run.rng import Draws, ModuleRandom
 
 Loss = Callable[[Any, Any], Any]
@@ -97,6 +98,7 @@ class Replica:
         device: where it computes.
         stages: the model cut into stages; None where this worker computes all of it.
         recomputation: which of its blocks are computed again in the backward; None for none.
+        tensor: this worker's part of layers that several divide; None where it computes whole layers.
     """
 
     def __init__(
@@ -110,6 +112,7 @@ class Replica:
         device: torch.device,
         stages: Stages | None = None,
         recomputation: Recomputation | None = None,
+        tensor: TensorParallel | None = None,
     ) -> None:
         self.model = model
         self.buffers = buffers
@@ -120,6 +123,7 @@ class Replica:
         self._uses = uses
         self._stages = stages
         self._recomputation = recomputation
+        self._tensor = tensor
         self._last = stages.division.stages - 1 if stages is not None else 0
         self._use_sets = [self._of_stage(stage, [name for name, _ in uses]) for stage in range(self._last + 1)]
         self._buffer_sets = [self._of_stage(stage, buffers.names) for stage in range(self._last + 1)]
@@ -144,7 +148,7 @@ class Replica:
         for handle in self._handles:
             handle.remove()
         self.random.close()
-        for wrapping in (self._stages, self._recomputation):
+        for wrapping in (self._stages, self._recomputation, self._tensor):
             if wrapping is not None:
                 wrapping.close()
 
@@ -202,7 +206,7 @@ class Replica:
         self.buffers.reset()
         self.random.enter(key, micro_batch)
         inputs, target = split(batch)
-        with self._precision():
+        with self._precision(), self._tensor.whole() if self._tensor is not None else nullcontext():
             output = call(self.model, inputs)
             result = self._loss(output, target)
         loss, weight = loss_and_weight(result)
@@ -335,6 +339,10 @@ class Replica:
                     f"{self._stage_of[use]}; use it in one of them alone, or cut the model elsewhere (layout.cuts)"
                 )
             self._seen[use] = 1
+            own = gradient if self._tensor is None else self._tensor.gradient(name, gradient)
+            if own is None:
+                return
+            gradient = own
             if len(self._chain) == 1 and not self._chain[0].counts[use] and not gradient.is_sparse:
                 self._chain[0].entries[use].copy_(gradient)  # the usual case, without detours
                 self._chain[0].counts[use] = 1

@@ -88,23 +88,23 @@ def one_team(layout: FlatLayout, buffers: int) -> Teams:
     return Teams(1, (0,) * len(layout.uses), (0,) * buffers, 0)
 
 
-def owners(layout: FlatLayout, update: UpdateClass, workers: int, teams: Teams) -> tuple[tuple[int, ...], ...]:
+def owners(
+    layout: FlatLayout, update: UpdateClass, members: Sequence[Sequence[int]], teams: Teams
+) -> tuple[tuple[int, ...], ...]:
     """The blocks that each worker reduces and updates, in flat order: some of those that its team computes with.
 
     Arguments:
-        workers: of each team.
-
-    Returns team by team within worker: worker ``w`` of team ``t`` is number ``w * teams.count + t``.
+        members: the ranks of each team.
     """
-    total = workers * teams.count
+    total = sum(map(len, members))
     if update is UpdateClass.COUPLED:
         return (tuple(range(len(layout.blocks))), *([()] * (total - 1)))
     result: list[tuple[int, ...]] = [()] * total
     team_of = teams.of_blocks(layout)
-    for team in range(teams.count):
+    for team, ranks in enumerate(members):
         blocks = [i for i, own in enumerate(team_of) if own == team]
-        for worker, share in enumerate(_shares(layout, update, blocks, workers)):
-            result[worker * teams.count + team] = share
+        for rank, share in zip(ranks, _shares(layout, update, blocks, len(ranks)), strict=True):
+            result[rank] = share
     return tuple(result)
 
 

@@ -114,7 +114,7 @@ class _Rehearsal:
     def on_fakes(self) -> Iterator[None]:
         """The model's parameters and buffers are fakes, and its calls are noted."""
         wrapping = Wrapping()
-        fakes = _with_fakes(self._model, self._mode, self._state, self._saved)
+        fakes = with_fakes(self._model, self._mode, self._state, self._saved)
         random = torch.random.fork_rng(devices=[])
         counting = _Counting(self._now, self._draw)
         hooks = torch.autograd.graph.saved_tensors_hooks(self._save, lambda tensor: tensor)
@@ -318,7 +318,9 @@ def _is_looked_at(path: str, entered: set[str]) -> bool:
 
 
 @contextmanager
-def _with_fakes(model: nn.Module, mode: FakeTensorMode, names: dict[int, str], storages: set[int]) -> Iterator[None]:
+def with_fakes(
+    model: nn.Module, mode: FakeTensorMode, names: dict[int, str], storages: set[int] | None = None
+) -> Iterator[None]:
     """Every name of a parameter or buffer holds a fake of its own; ``names`` and ``storages`` receive who they are."""
     kept = [(table, dict(table)) for module in model.modules() for table in _tables(module)]
     try:
@@ -333,7 +335,8 @@ def _with_fakes(model: nn.Module, mode: FakeTensorMode, names: dict[int, str], s
                         fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
                     table[key] = fake
                     names[id(fake)] = f"{path}.{key}" if path else key
-                    storages.add(fake.untyped_storage()._cdata)
+                    if storages is not None:
+                        storages.add(fake.untyped_storage()._cdata)
         yield
     finally:
         for table, entries in kept:  # what the model's code has kept on its modules is of fakes

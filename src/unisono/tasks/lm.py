@@ -18,20 +18,20 @@ VOCABULARY = 256
 
 
 class Attention(nn.Module):
-    """Causal self-attention."""
+    """Causal self-attention; queries, keys and values of a head lie side by side, so that heads can be divided."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.head_width = width // heads
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, time, width) -> the same."""
-        batch, time, width = x.shape
-        q, k, v = self.qkv(x).view(batch, time, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        batch, time, _ = x.shape
+        q, k, v = self.qkv(x).view(batch, time, -1, 3, self.head_width).permute(3, 0, 2, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        result: Tensor = self.out(y.transpose(1, 2).reshape(batch, time, width))
+        result: Tensor = self.out(y.transpose(1, 2).reshape(batch, time, -1))
         return result
 
 

@@ -10,7 +10,7 @@ from unisono.launch.local import LocalLauncher
 LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (2, {"data": 2, "zero": 3}),
     (3, {"data": 3, "zero": 0, "recompute": "full"}),
-    (2, {"pipeline": 2}),
+    (2, {"pipeline": 2, "schedule": "zb_h1"}),
     (3, {"pipeline": 3, "schedule": "zb_h1", "recompute": "selective"}),
     (2, {"pipeline": 2, "schedule": "interleaved"}),
     (4, {"data": 2, "pipeline": 2, "schedule": "zb_v"}),

@@ -190,3 +190,22 @@ class Twice(nn.Module):
             x = torch.relu(layer(x))
         result: Tensor = self.last(x)
         return result
+
+
+class Aside(nn.Module):
+    """The first block's result does not lead to all that is passed on: a bias from elsewhere is, and is used too."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, width)
+        self.bias = nn.Linear(6, width)
+        self.mix = nn.Linear(width, width)
+        self.blocks = nn.ModuleList(Cross(width) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        bias = torch.tanh(self.mix(self.bias(x)))
+        for block in self.blocks:
+            y = block(y, bias)
+        result: Tensor = y
+        return result

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.parallel.models import Deep, EncoderDecoder, Functional, Passing, Sharing, Skipping, Twice, albert
+from tests.parallel.models import Aside, Deep, EncoderDecoder, Functional, Passing, Sharing, Skipping, Twice, albert
 from unisono.parallel.entrance import Entrance
 from unisono.parallel.split import first_part, second_part
 from unisono.parallel.stages import Left, Stages
@@ -24,6 +24,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "blocks": (Deep, INPUT),
     "encoder and decoder": (EncoderDecoder, INPUT),
     "skipping": (Skipping, INPUT),
+    "something aside": (Aside, INPUT),
     "called twice": (Twice, INPUT),
     "passing parameters": (Passing, INPUT),
     "a shared activation, cached masks": (Sharing, INPUT),

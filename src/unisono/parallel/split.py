@@ -17,10 +17,10 @@ Node = Any  # torch.autograd.graph.Node: its methods are not typed
 
 @dataclass(slots=True)
 class _Branch:
-    """Where weights join the way from the stage's end to its beginning.
+    """Where weights join the way from the stage's end to its beginning, or an end that does not lie on that way.
 
     Attributes:
-        node: on that way.
+        node: on that way, or of that end.
         weights: reached through it alone.
         gradients: of its results, once the first part has passed it.
     """
@@ -55,7 +55,7 @@ def first_part(
     """
     if not arrived or not roots:
         return [None] * len(arrived), Rest(roots=list(roots))
-    branches = _branches([root for root, _ in roots], arrived, weights)
+    branches = _branches(roots, arrived, weights)
     times: dict[int, int] = {}
     for branch in branches:
         for weight in branch.weights:
@@ -127,11 +127,14 @@ def _keep(branch: _Branch) -> Callable[[tuple[Tensor | None, ...]], None]:
     return keep
 
 
-def _branches(roots: Sequence[Tensor], arrived: Sequence[GradientEdge], weights: Sequence[Tensor]) -> list[_Branch]:
+def _branches(
+    roots: Sequence[tuple[Tensor, Tensor | None]], arrived: Sequence[GradientEdge], weights: Sequence[Tensor]
+) -> list[_Branch]:
     """The nodes between the roots and what has arrived from which weights are reached in another way."""
     beginnings = {edge.node for edge in arrived}
     numbers = {_node(weight): i for i, weight in enumerate(weights) if weight.requires_grad}
-    order = _children_first([_node(root) for root in roots])
+    edges = [(get_gradient_edge(root), torch.ones_like(root) if g is None else g) for root, g in roots]
+    order = _children_first([edge.node for edge, _ in edges])
     on_the_way: set[Node] = set()
     result = []
     sets: dict[Node, set[int]] = {}
@@ -146,6 +149,10 @@ def _branches(roots: Sequence[Tensor], arrived: Sequence[GradientEdge], weights:
         sets[node] = aside
         if node in on_the_way and aside:
             result.append(_Branch(node, sorted(aside)))
+    for node in dict.fromkeys(edge.node for edge, _ in edges):  # what is passed on, and not made of what has arrived
+        if node not in on_the_way and sets[node]:
+            given = {edge.output_nr: gradient for edge, gradient in edges if edge.node is node}
+            result.append(_Branch(node, sorted(sets[node]), tuple(given.get(i) for i in range(1 + max(given)))))
     return result
 
 

@@ -26,13 +26,14 @@ from unisono.comm.partial import add_entry, partial_layout
 from unisono.comm.reductions import power_sgd
 from unisono.comm.way import Way
 from unisono.errors import GroupError
-from unisono.events import Event, PhaseEntered, StepFinished, ValidationFinished
+from unisono.events import Event, Notice, PhaseEntered, StepFinished, ValidationFinished
 from unisono.launch.world import this_process
 from unisono.plan.assignment import micro_batches
 from unisono.plan.blocks import ParameterSpec, TensorSpec, flat_layout
 from unisono.plan.exchange import Bucket
 from unisono.plan.hosts import Place
 from unisono.run.summation import accumulation
+from unisono.tasks.lm import GPT
 
 
 def trainer(
@@ -90,6 +91,38 @@ def train(steps: int = 6, resume: bool = False, **options: Any) -> dict[str, Any
         options["validation"] = toys.Samples()
     result = trainer(callbacks=[note], **options).fit(steps, resume=resume)
     return {**asdict(result), "losses": losses, "validations": validations, "saved": saved}
+
+
+def train_gpt(optimizer: str, layout: dict[str, Any], steps: int = 20, resume: bool = False, **settings: Any) -> Any:
+    """Train a narrow GPT with all that a layout must not change: dropout, clipping, accumulation, tied embeddings."""
+    losses: list[float] = []
+    notices: list[str] = []
+
+    def note(event: Event) -> None:
+        if isinstance(event, StepFinished):
+            losses.append(event.loss)
+        elif isinstance(event, Notice):
+            notices.append(event.text)
+
+    tokens = torch.randint(0, 64, (40, 17), generator=torch.Generator().manual_seed(3))
+    rates = {"sgd": 0.3, "adamw": 3e-3}
+    subject = Trainer(
+        model=lambda: GPT(layers=4, width=32, heads=4, context=16, dropout=0.1, tied=True),
+        loss=lambda output, target: nn.functional.cross_entropy(output.view(-1, 256), target.flatten()),
+        data=[(row[:-1], row[1:]) for row in tokens],
+        optimizer=lambda parameters: OPTIMIZERS[optimizer](parameters, lr=rates[optimizer]),
+        layout=layout,  # type: ignore[arg-type]
+        global_batch_size=8,
+        micro_batch_size=2,
+        clip=1.0,
+        observe={"progress": False, "tensorboard": False, "report": False},
+        callbacks=[note],
+        **settings,
+    )
+    return {"digest": subject.fit(steps, resume=resume).digest, "losses": losses, "notices": notices}
+
+
+OPTIMIZERS: dict[str, Any] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 
 
 def stop() -> None:

@@ -23,6 +23,9 @@ def definition(objects: Objects, config: TrainingConfig, steps: int, prepared: P
         "task": dict(objects.definition()) if objects.definition else {},
         "optimizer": described(prepared.optimizer),
     }
+    if config.layout.tensor > 1:
+        keys = ("tensor", "sequence_parallel", "loss_parallel", "tensor_plan")
+        result["divided_layers"] = {key: value for key in keys if (value := settings["layout"][key])}
     if config.schedule.name != "constant":
         result["schedule_steps"] = config.schedule.decay_steps or steps
     return result

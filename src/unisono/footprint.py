@@ -1,6 +1,7 @@
 """The memory of every worker of a host, by kind: a prepared run's numbers put into the model of `plan.memory`."""
 
 import os
+from dataclasses import replace
 from itertools import pairwise
 
 from unisono.comm.partial import item_size
@@ -8,8 +9,9 @@ from unisono.config import Layout, TrainingConfig
 from unisono.parallel.recompute import blocks
 from unisono.plan.assignment import micro_batches
 from unisono.plan.memory import ModelState, activations, most_activations, worker_memory
-from unisono.plan.outline import Outline
+from unisono.plan.outline import Outline, Unit
 from unisono.plan.schedule import in_flight, timetable
+from unisono.plan.sharding import within
 from unisono.preparation import Prepared
 from unisono.run.summation import accumulation
 
@@ -40,6 +42,7 @@ def edges_of(prepared: Prepared, found: Outline) -> tuple[int, ...]:
 def footprint(prepared: Prepared, found: Outline, config: TrainingConfig, recompute: str) -> list[dict[str, int]]:
     """Bytes by kind of each worker of a host, in order of rank."""
     layout, mesh = config.layout, prepared.mesh
+    found = _in_parts(prepared, found)
     again = blocks(prepared.model, prepared.division)
     each = [activations(found, range(a, b), recompute, again) for a, b in pairwise(edges_of(prepared, found))]
     states = [_state(prepared, team) for team in range(mesh.pipeline)]
@@ -56,7 +59,8 @@ def footprint(prepared: Prepared, found: Outline, config: TrainingConfig, recomp
         result.append(
             worker_memory(
                 states[at["pipeline"]],
-                sharers=mesh.data // prepared.host.replicas,
+                sharers=mesh.data * mesh.tensor // prepared.host.replicas,
+                crew=mesh.tensor,
                 partials=partials,
                 activation_bytes=most_activations(actions, dict(enumerate(each))),
                 message_bytes=2 * received * in_flight(actions) // max(1, len(stages)),
@@ -64,6 +68,19 @@ def footprint(prepared: Prepared, found: Outline, config: TrainingConfig, recomp
             )
         )
     return result
+
+
+def _in_parts(prepared: Prepared, found: Outline) -> Outline:
+    """An outline with what a tensor-parallel worker keeps of it."""
+    if prepared.tensor is None:
+        return found
+    kept = {path: findings.kept for path, findings in prepared.tensor.findings.items()}
+
+    def part(unit: Unit) -> Unit:
+        factor = next((factor for path, factor in kept.items() if within(unit.path, path)), 1.0)
+        return replace(unit, saved_bytes=int(factor * unit.saved_bytes), dear_bytes=int(factor * unit.dear_bytes))
+
+    return replace(found, units=tuple(map(part, found.units)))
 
 
 def _state(prepared: Prepared, team: int) -> ModelState:

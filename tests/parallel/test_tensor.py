@@ -144,8 +144,14 @@ def test_a_model_without_values_gives_the_same_plan() -> None:
 @pytest.mark.parametrize(
     ("model", "degree", "given", "options", "expected"),
     [
-        (gpt, 3, {}, {}, "32 columns, which tensor=3 does not divide; use tensor=2 or tensor=4"),
-        (gpt, 8, {}, {}, "cannot be divided by tensor=8, as a part that is computed together, a head for example"),
+        (gpt, 3, {}, {}, "32 columns, which tensor=3 does not divide); use tensor=2 or tensor=4"),
+        (
+            gpt,
+            8,
+            {},
+            {},
+            "cannot be divided by tensor=8, which would cut what is computed together, a head for example (Runt",
+        ),
         (
             lambda: gpt(heads=8, width=24),
             4,
@@ -180,7 +186,7 @@ def test_a_model_without_values_gives_the_same_plan() -> None:
             2,
             {"layers.*.qkv": "colwise", "layers.*.out": "rowwise"},
             {},
-            "layout.tensor_plan divides layers.0, which computes something else then: its results are others",
+            "layout.tensor_plan divides layers.0, which cannot be: its results are others",
         ),
     ],
 )

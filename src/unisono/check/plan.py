@@ -15,6 +15,7 @@ from unisono.plan.hosts import Hosts, Place
 from unisono.plan.memory import KINDS
 from unisono.plan.outline import Outline
 from unisono.plan.schedule import timetable
+from unisono.plan.sharding import TensorPlan, as_text
 from unisono.plan.timing import timing
 from unisono.preparation import Prepared, prepare, rehearse
 from unisono.tasks.job import objects_of
@@ -26,12 +27,13 @@ class Plan:
     """A layout as numbers.
 
     Attributes:
-        workers: for each: its replica, its place in the pipeline, and its bytes by kind.
+        workers: for each: its replica, its place in the pipeline and among those who divide layers, its bytes by kind.
         stages: for each: the module it begins with, its parameters, and operations of a forward of a micro-batch.
         bubble: the part of the time that the timetable's workers wait, where parts of work are equal.
         micro_batches: in a step.
         recompute: as configured, or as chosen where that is automatic.
         limit_bytes: memory that there is.
+        tensor: what tensor-parallel workers divide; None where there is one.
     """
 
     workers: list[dict[str, Any]]
@@ -40,6 +42,7 @@ class Plan:
     micro_batches: int
     recompute: str
     limit_bytes: int
+    tensor: TensorPlan | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -57,6 +60,9 @@ class Plan:
             "recompute": self.recompute,
             "limit_bytes": self.limit_bytes,
             "fits": self.total_bytes <= self.limit_bytes,
+            "tensor": None
+            if self.tensor is None
+            else {"source": self.tensor.source, "styles": dict(self.tensor.styles), "whole": dict(self.tensor.left)},
         }
 
     def as_text(self) -> str:
@@ -70,6 +76,8 @@ class Plan:
             lines.append(
                 f"stage {i}: {begins}, {stage['parameters']:,} parameters, {stage['flops'] / 1e9:.2f} GFLOP a forward"
             )
+        if self.tensor is not None:
+            lines.append(as_text(self.tensor))
         lines.append("worker  " + "".join(f"{kind:>13}" for kind in KINDS))
         for rank, worker in enumerate(self.workers):
             lines.append(f"{rank:>6}  " + "".join(f"{readable(worker['bytes'][kind]):>13}" for kind in KINDS))
@@ -85,11 +93,12 @@ def plan(prepared: Prepared, found: Outline, config: Config) -> Plan:
     workers = []
     for rank, used in enumerate(footprint(prepared, found, config, recompute)):
         at = mesh.coordinates(rank)
-        workers.append({"replica": at["data"], "pipeline": at["pipeline"], "bytes": used})
+        workers.append({"replica": at["data"], "pipeline": at["pipeline"], "tensor": at["tensor"], "bytes": used})
     own = micro_batches(config.micro_batches, mesh.data)[0]
     bubble = timing(timetable(layout.schedule, layout.pipeline, own, layout.virtual_stages)).bubble
     stages = _stages(prepared, found)
-    return Plan(workers, stages, bubble, config.micro_batches, recompute, memory_bytes(layout))
+    tensor = prepared.tensor.plan if prepared.tensor is not None else None
+    return Plan(workers, stages, bubble, config.micro_batches, recompute, memory_bytes(layout), tensor)
 
 
 def prepared_without_values(config: Config, workers: int) -> tuple[Prepared, Outline]:

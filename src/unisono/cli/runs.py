@@ -62,7 +62,7 @@ def train(
             count = workers_here(settings, workers or here.slots, here.nodes)
         else:
             count = choose_workers(settings, workers)
-        if settings.layout.stages > 1:
+        if settings.layout.model_workers > 1 or settings.layout.stages > 1:
             from unisono.check.layouts import refuse_what_does_not_fit
 
             refuse_what_does_not_fit(settings, {"": settings.layout})

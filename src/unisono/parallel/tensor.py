@@ -119,10 +119,12 @@ class Findings:
     Attributes:
         draws: for each call of a random function, the dimension in which its input is divided; None for none.
         summed: parameters that everyone has whole, and of whose gradients everyone has a part of the sum.
+        kept: the part of the region's activations that a worker keeps for its backward.
     """
 
     draws: tuple[int | None, ...] = ()
     summed: frozenset[str] = frozenset()
+    kept: float = 1.0
 
 
 @dataclass(slots=True)

@@ -9,7 +9,7 @@ have to be summed, is seen there too.
 import copy
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -76,10 +76,6 @@ def proven_plan(
     """
     layers = blocks(model)
     plan = tensor_plan(model, flow, layers, given, sequence=sequence, head=head)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-    reason = indivisible(plan, shapes, degree)
-    if reason is not None:
-        raise ConfigurationError(reason)
     trials = _Trials(model, flow)
     while plan.regions:
         findings: dict[str, Findings] = {}
@@ -87,11 +83,11 @@ def proven_plan(
         for region in plan.regions:
             found = trials.of(plan, region, degree)
             if isinstance(found, Findings):
-                findings[region.path] = Findings(found.draws, frozenset(_join(region.path, n) for n in found.summed))
-            elif plan.source != "derived":
-                raise ConfigurationError(
-                    f"{plan.source} divides {region.path}, which computes something else then: {found}"
+                findings[region.path] = replace(
+                    found, summed=frozenset(_join(region.path, name) for name in found.summed)
                 )
+            elif plan.source != "derived":
+                raise ConfigurationError(f"{plan.source} divides {region.path}, which cannot be: {found}")
             else:
                 left |= _cannot_be(trials, plan, flow, region, degree)
         if not left:
@@ -118,8 +114,8 @@ def _cannot_be(trials: "_Trials", plan: TensorPlan, flow: Flow, region: Region, 
         others = [d for d in DEGREES if d != degree and isinstance(trials.of(plan, region, d, pair), Findings)]
         if others:
             raise ConfigurationError(
-                f"{', '.join(sorted(pair))} cannot be divided by tensor={degree}, as a part that is computed together, "
-                f"a head for example, would be cut; use {nearest(degree, [1, *others])}"
+                f"{' and '.join(sorted(pair))} cannot be divided by tensor={degree}, which would cut what is computed "
+                f"together, a head for example ({found}); use {nearest(degree, [1, *others])}"
             )
         left |= dict.fromkeys(sorted(pair), found)
     return left or {
@@ -179,6 +175,7 @@ class _Computed:
     given: list[Tensor | None]
     parameters: dict[str, Tensor | None]
     draws: list[Sequence[int]]
+    kept_bytes: int
 
 
 def _leaves(call: ModuleCall) -> list[Any]:
@@ -263,19 +260,32 @@ def _compute(
     leaves = {id(tensor): tensor.clone().requires_grad_() for tensor in wanted}
     args, kwargs = pytree.tree_map_only(Tensor, lambda t: leaves.get(id(t), t), (args, kwargs))
     recording = _Recording()
-    with recording:
+    parameters = {**dict(module.named_parameters()), **(local or {})}
+    own = {parameter.untyped_storage()._cdata for parameter in parameters.values()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with recording, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         result = module(*args, **kwargs)
     results = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     ends = [(leaf, torch.sin(torch.arange(leaf.numel(), dtype=leaf.dtype)).view(leaf.shape)) for leaf in results]
     ends = [(leaf, weights) for leaf, weights in ends if leaf.requires_grad]
-    parameters = {**dict(module.named_parameters()), **(local or {})}
     inputs = [*leaves.values(), *parameters.values()]
     gradients = torch.autograd.grad(
         [leaf for leaf, _ in ends], inputs, [weights for _, weights in ends], allow_unused=True
     )
-    given, own = gradients[: len(leaves)], gradients[len(leaves) :]
+    given, of_parameters = gradients[: len(leaves)], gradients[len(leaves) :]
     return _Computed(
-        [leaf.detach() for leaf in results], list(given), dict(zip(parameters, own, strict=True)), recording.shapes
+        results=[leaf.detach() for leaf in results],
+        given=list(given),
+        parameters=dict(zip(parameters, of_parameters, strict=True)),
+        draws=recording.shapes,
+        kept_bytes=sum(kept.values()),
     )
 
 
@@ -308,7 +318,8 @@ def _compare(expected: _Computed, found: Sequence[_Computed], parts: Sequence[Ma
                 apart = together
                 summed.add(name)
         _check(f"the gradient of {name} is another", apart, gradient, largest)
-    return Findings(_divided_draws(expected.draws, found[0].draws, len(found)), frozenset(summed))
+    draws = _divided_draws(expected.draws, found[0].draws, len(found))
+    return Findings(draws, frozenset(summed), found[0].kept_bytes / max(1, expected.kept_bytes))
 
 
 def _divided_draws(

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -173,7 +173,7 @@ class _Tracing(TorchFunctionMode):
             self.found.users.setdefault(id(tensor), set()).add(here)
         marks: frozenset[str] = frozenset().union(*(self.marks.get(id(tensor), frozenset()) for tensor in given))
         weight = self._names.get(id(args[1])) if func is F.linear and len(args) > 1 else None
-        if weight is not None and isinstance(given[0], FakeTensor):
+        if weight is not None:
             path = weight.rpartition(".")[0]
             self.found.linears.append(LinearCall(path, marks, id(given[0])))
             marks = frozenset((path,))
@@ -191,7 +191,8 @@ class _Drawing(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         tracing = self._tracing
-        if torch.Tag.nondeterministic_seeded in func.tags and tracing.function not in HANDLED_DRAWS:
-            here = tracing.inside[-1] if tracing.inside else ""
-            tracing.found.drawers.setdefault(here, getattr(tracing.function, "__name__", str(func)))
+        draws = torch.Tag.nondeterministic_seeded in func.tags and tracing.function not in HANDLED_DRAWS
+        if draws and tracing.inside:
+            name = getattr(tracing.function, "__name__", str(func))
+            tracing.found.drawers.setdefault(tracing.inside[-1], name)
         return func(*args, **(kwargs or {}))

@@ -91,6 +91,7 @@ def worker_memory(
     state: ModelState,
     *,
     sharers: int,
+    crew: int = 1,
     partials: int,
     activation_bytes: int,
     message_bytes: int,
@@ -100,6 +101,7 @@ def worker_memory(
 
     Arguments:
         sharers: workers of the team that share one copy of parameters and optimizer state.
+        crew: tensor-parallel workers, who write into one copy of each of their partial sums.
         partials: live partial sums of the worker.
         clips: gradients are kept, summed, until their norm is known.
     """
@@ -108,7 +110,7 @@ def worker_memory(
         working += state.gradient_bytes // sharers
     return {
         "parameters": state.parameter_bytes // sharers,
-        "gradients": partials * state.gradient_bytes,
+        "gradients": partials * state.gradient_bytes // crew,
         "optimizer": state.optimizer_bytes // sharers,
         "activations": activation_bytes,
         "buffers": 2 * state.buffer_bytes,

@@ -171,15 +171,11 @@ def pairs(plan: TensorPlan, flow: Flow, region: Region) -> list[frozenset[str]]:
 
 
 def indivisible(plan: TensorPlan, shapes: Mapping[str, Sequence[int]], degree: int) -> str | None:
-    """Why a model's shapes cannot be divided by ``degree``, with the nearest degrees that can be; None if they can."""
-    extents = {name: shapes[name][dim] for name, dim in plan.parameters().items() if name in shapes}
-    for name, extent in extents.items():
-        if extent % degree:
-            possible = [d for d in range(1, 2 * degree + 1) if all(e % d == 0 for e in extents.values())]
-            return (
-                f"{name} has {extent} {'rows' if plan.parameters()[name] == ROW else 'columns'}, which tensor={degree} "
-                f"does not divide; use {nearest(degree, possible)}"
-            )
+    """Why a model's shapes cannot be divided by ``degree``; None if they can."""
+    for name, dim in plan.parameters().items():
+        if name in shapes and shapes[name][dim] % degree:
+            what = "rows" if dim == ROW else "columns"
+            return f"{name} has {shapes[name][dim]} {what}, which tensor={degree} does not divide"
     return None
 
 

@@ -9,10 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from unisono.bench.variants import CONTEXT, Bytes, build, end_group, loss, optimizer
+from unisono.bench.variants import CONTEXT, batch, between, build, end_group, loss, optimizer, seconds_of_steps
 from unisono.config import Layout, Schedule
-from unisono.events import Event, StepFinished
-from unisono.trainer import Trainer
 
 STAGES, MICRO_BATCHES, MICRO_BATCH_SIZE, SHAPE = 2, 8, 2, "large"
 STEPS, WARMUP = 4, 2
@@ -22,25 +20,14 @@ TORCHS = {"gpipe": "ScheduleGPipe", "1f1b": "Schedule1F1B"}
 
 def unisono(schedule: Schedule, stages: int) -> list[float]:
     """Seconds of a step; on one worker, of the same work without a pipeline."""
-    times: list[float] = []
-
-    def note(event: Event) -> None:
-        if isinstance(event, StepFinished):
-            times.append(time.perf_counter())
-
-    trainer = Trainer(
-        model=lambda: build(SHAPE),
-        loss=loss,
-        data=Bytes(),
-        optimizer=optimizer,
-        callbacks=[note],
+    return seconds_of_steps(
+        SHAPE,
+        STEPS,
+        WARMUP,
         global_batch_size=MICRO_BATCHES * MICRO_BATCH_SIZE,
         micro_batch_size=MICRO_BATCH_SIZE,
         layout=Layout(data=1, pipeline=stages, schedule=schedule),
-        observe={"progress": False},
     )
-    trainer.fit(STEPS + WARMUP)
-    return [b - a for a, b in zip(times[WARMUP - 1 :], times[WARMUP:], strict=False)]
 
 
 class _First(nn.Module):
@@ -86,12 +73,10 @@ def torchs(schedule: str) -> list[float]:
     stage = pipelining.PipelineStage(part, rank, STAGES, torch.device("cpu"))
     timetable = getattr(pipelining, TORCHS[schedule])(stage, n_microbatches=MICRO_BATCHES, loss_fn=loss)
     optim = optimizer(part.parameters())
-    data = Bytes()
     size = MICRO_BATCHES * MICRO_BATCH_SIZE
     times = []
     for step in range(STEPS + WARMUP):
-        rows = [data[(step * size + i) % len(data)] for i in range(size)]
-        tokens, targets = (torch.stack([row[side] for row in rows]) for side in (0, 1))
+        tokens, targets = batch(step, size)
         optim.zero_grad()
         if rank == 0:
             timetable.step(tokens)
@@ -101,7 +86,7 @@ def torchs(schedule: str) -> list[float]:
         dist.barrier()
         times.append(time.perf_counter())
     end_group()
-    return [b - a for a, b in zip(times[WARMUP - 1 :], times[WARMUP:], strict=False)]
+    return between(times, WARMUP)
 
 
 WAYS: dict[str, Callable[..., list[float]]] = {"unisono": unisono, "torch": torchs}

@@ -5,7 +5,7 @@ import importlib.util
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ def build(shape: str) -> nn.Module:
     return GPT(context=CONTEXT, dropout=0.0, tied=False, **SHAPES[shape])
 
 
-def optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+def optimizer(parameters: Iterable[Any]) -> torch.optim.Optimizer:
     """The fused AdamW, the fastest that torch has on a CPU, for every variant."""
     return torch.optim.AdamW(parameters, lr=3e-4, fused=True)
 
@@ -87,10 +87,13 @@ class PeakMemory:
                         break
 
 
-def unisono(shape: str, micro_batch: int, steps: int, warmup: int, memory: bool) -> dict[str, Any]:
-    """Unisono, as a user would call it; protection of commits included."""
+def seconds_of_steps(shape: str, steps: int, warmup: int, **settings: Any) -> list[float]:
+    """What steps take that Unisono trains, as a user would call it; protection of commits included.
+
+    Arguments:
+        settings: of the trainer.
+    """
     torch.set_num_threads(1)
-    workers = int(os.environ["WORLD_SIZE"])
     times: list[float] = []
 
     def note(event: Event) -> None:
@@ -103,13 +106,31 @@ def unisono(shape: str, micro_batch: int, steps: int, warmup: int, memory: bool)
         data=Bytes(),
         optimizer=optimizer,
         callbacks=[note],
-        global_batch_size=micro_batch * workers,
-        micro_batch_size=micro_batch,
         observe={"progress": False},
+        **settings,
     )
+    trainer.fit(steps + warmup)
+    return between(times, warmup)
+
+
+def between(times: Sequence[float], warmup: int) -> list[float]:
+    """Seconds between the ends of steps, the first ones left out."""
+    return [b - a for a, b in zip(times[warmup - 1 :], times[warmup:], strict=False)]
+
+
+def batch(step: int, size: int) -> tuple[Tensor, Tensor]:
+    """What a step trains on, (samples, time) each."""
+    data = Bytes()
+    rows = [data[(step * size + i) % len(data)] for i in range(size)]
+    return torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
+
+
+def unisono(shape: str, micro_batch: int, steps: int, warmup: int, memory: bool) -> dict[str, Any]:
+    """Unisono."""
+    size = micro_batch * int(os.environ["WORLD_SIZE"])
     with PeakMemory(on=memory) as peak:
-        trainer.fit(steps + warmup)
-    return _result([b - a for a, b in zip(times[warmup - 1 :], times[warmup:], strict=False)], peak)
+        seconds = seconds_of_steps(shape, steps, warmup, global_batch_size=size, micro_batch_size=micro_batch)
+    return _result(seconds, peak)
 
 
 def independent(shape: str, micro_batch: int, steps: int, warmup: int, memory: bool) -> dict[str, Any]:

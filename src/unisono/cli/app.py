@@ -35,6 +35,7 @@ checkpoint_app.command()(checkpoint.export)
 bench_app.command()(bench.train)
 bench_app.command()(bench.comm)
 bench_app.command()(bench.pipeline)
+bench_app.command()(bench.sharding)
 bench_app.command()(bench.network)
 
 

@@ -96,6 +96,22 @@ def pipeline(
             typer.echo(json.dumps(found))
 
 
+def sharding(
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 5,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare ZeRO-3 with fully_shard, and divided layers with parallelize_module, on two workers: 4 minutes.
+
+    Example: unisono bench sharding --rounds 3
+    """
+    with launcher_here() as launcher:
+        from unisono.bench.sharding import bench
+
+        found = bench(launcher, rounds, None if as_json else typer.echo)
+        if as_json:
+            typer.echo(json.dumps(found))
+
+
 def network(
     rate: Annotated[str, typer.Option(help="Of the link between two hosts, as tc writes it.")] = "100mbit",
     steps: Annotated[int, typer.Option(min=20, help="Steps of DDP, and of what loses nothing.")] = 60,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from unisono.comm.arena import Arena, DeviceMemory, Region
 from unisono.comm.group import Group
+from unisono.comm.hierarchical import HierarchicalGroup
 from unisono.comm.host import HostGroup
 from unisono.comm.journal import Journal
 from unisono.comm.partial import Partial
@@ -41,6 +42,7 @@ from unisono.plan.schedule import timetable
 from unisono.preparation import Objects, Prepared, crews_of, prepare, rehearse
 from unisono.run.rng import ModuleRandom
 from unisono.run.sampling import Sampler
+from unisono.state.shared import SharedState
 from unisono.state.training_state import TrainingState
 from unisono.state.weights import matched, weights
 from unisono.sync.every_step import EveryStep, Rates
@@ -58,7 +60,11 @@ class Restored:
 
 @dataclass(slots=True)
 class Worker:
-    """A worker ready to train."""
+    """A worker ready to train.
+
+    Attributes:
+        shared: the state, where hosts share it and this is the first worker of one.
+    """
 
     prepared: Prepared
     group: Group
@@ -67,6 +73,7 @@ class Worker:
     replica: Replica
     engine: Engine
     evaluator: Evaluator | None
+    shared: SharedState | None = None
     released: bool = False
 
     def release(self, cause: BaseException | None = None) -> None:
@@ -116,7 +123,9 @@ def assemble(
         teams=crews_of(mesh),
     )
     local.assemble(_fingerprint(prepared, config, feed.size))
-    group = join_hosts(prepared.layout, config, local, place, world, device, feed.size) if several else local
+    group: HostGroup | HierarchicalGroup = local
+    if several:
+        group = join_hosts(prepared.layout, config, local, place, world, device, feed.size, prepared.shards)
     try:
         return _worker(objects, config, prepared, group, local, memory, feed, schedule, listeners, restore)
     except BaseException as error:
@@ -128,7 +137,7 @@ def _worker(
     objects: Objects,
     config: TrainingConfig,
     prepared: Prepared,
-    group: Group,
+    group: HostGroup | HierarchicalGroup,
     local: HostGroup,
     memory: Callable[[Region], Tensor],
     feed: Feed,
@@ -144,7 +153,8 @@ def _worker(
     versions = local.arena.words(host.versions(mine))
     by_name = config.init == "by_name"
     bound = bind(prepared.model, prepared.layout.flat, state.values) if by_name else None
-    step = _fill(prepared, config, group, local, state, memory, versions, restore)
+    shared = _shared(prepared, config, group, local, state)
+    step = _fill(prepared, config, group, local, state, shared, memory, versions, restore)
     bound = bound or bind(prepared.model, prepared.layout.flat, state.values)
     tensor = _tensor(prepared, local, loss_parallel=config.layout.loss_parallel)
     replica = _replica(prepared, objects, config, state, bound, feed, tensor)
@@ -170,7 +180,25 @@ def _worker(
         evaluator = Evaluator(
             group, replica, held_out, config.micro_batch_size, config.validation.samples, objects.metrics
         )
-    return Worker(prepared, group, state, snapshot, replica, engine, evaluator), step
+    return Worker(prepared, group, state, snapshot, replica, engine, evaluator, shared), step
+
+
+def _shared(
+    prepared: Prepared,
+    config: TrainingConfig,
+    group: HostGroup | HierarchicalGroup,
+    local: HostGroup,
+    state: TrainingState,
+) -> SharedState | None:
+    """The state that hosts share, on the first worker of each."""
+    if prepared.shards is None or local.rank > 0 or not isinstance(group, HierarchicalGroup):
+        return None
+    region, arena = prepared.host.state(0), local.arena
+
+    def release(part: Region) -> None:
+        arena.release(region.part(part.offset, part.size_bytes))
+
+    return SharedState(state, prepared.shards, group, release, values_everywhere=config.layout.zero != 3)
 
 
 def _share(
@@ -270,11 +298,23 @@ def _policy(
     buffers = None
     if layout.buffers and _is_head(prepared, local):
         buffers = OwnedBuffers(memories.image(layout.buffer_run), state.buffers)
+    keepers = group if prepared.shards is not None else group.owners
+    sharers = keepers.size if prepared.shards is not None else local.size // prepared.host.replicas
     rates = Rates(schedule, scale(config.scaling, config.global_batch_size), config.clip)
     journal = Journal(local.header.slot(local.slot), versions)
-    sharers = local.size // prepared.host.replicas
     return EveryStep(
-        group, layout.flat, prepared.teams, config.micro_batches, sharers, owned, buffers, journal, optimizer, rates
+        group,
+        layout.flat,
+        prepared.teams,
+        config.micro_batches,
+        keepers,
+        sharers,
+        state.span,
+        owned,
+        buffers,
+        journal,
+        optimizer,
+        rates,
     )
 
 
@@ -295,6 +335,7 @@ def _fill(
     group: Group,
     local: HostGroup,
     state: TrainingState,
+    shared: SharedState | None,
     memory: Callable[[Region], Tensor],
     versions: memoryview,
     restore: Callable[[Prepared, TrainingState], Restored],
@@ -324,7 +365,9 @@ def _fill(
     if failure:
         raise CheckpointError(failure)
     if local.rank == 0:
-        for part in state.parts():
+        if shared is not None:
+            shared.spread(with_optimizer=step > 0)
+        for part in state.parts() if shared is None else ():
             group.broadcast(part, "initial state")
         group.restore_compression(compression)
     local.barrier("initial state")

@@ -50,10 +50,11 @@ class Layout(Section):
         description="Modules -> colwise, rowwise, embedding_rowwise, colwise_gather_output; `*` is one part of a name. "
         "Default: the model's `_tp_plan`, or what follows from its flow of values.",
     )
-    zero: Literal[0, 1, 2, 3] = Field(
-        1,
-        description="0: every replica keeps and updates a whole state. 1: each block has one owner, who updates it. "
-        "2, 3: as 1 on one host, whose workers share one copy of everything.",
+    zero: Literal[0, 1, 2, 3] | None = Field(
+        None,
+        description="0: every replica keeps and updates a whole state. Default: those of a host share one, of which "
+        "each updates a part; on one host 1, 2 and 3 are the same. Between hosts, 1: each keeps a part of the "
+        "optimizer's state; 2: and of the sums of gradients; 3: and of the parameters.",
     )
     schedule: Schedule = Field("1f1b", description="The pipeline's timetable.")
     virtual_stages: int = Field(1, ge=1, description="Stages of a pipeline's worker; interleaved has 2 by default.")

@@ -34,6 +34,7 @@ from unisono.plan.outline import Cut, Outline
 from unisono.plan.partition import Division, divide
 from unisono.plan.rehearsal import outline
 from unisono.plan.schedule import placement
+from unisono.plan.shards import StateShards, state_shards
 from unisono.run.rng import Isolation, derive
 from unisono.state.layout import StateLayout, state_layout
 from unisono.sync.ownership import undo_bytes
@@ -72,6 +73,7 @@ class Prepared:
         owned: the runs that each worker of this host updates.
         mesh: of this host's workers.
         division, passages: of the model into stages, and the memory between them; None where there is one stage.
+        shards: which host keeps what; None where each has all of it.
         tensor: what the tensor-parallel workers divide; None where there is one.
         copies: every worker's model has memory of its own when training is over; else it stays in what is shared.
     """
@@ -89,6 +91,7 @@ class Prepared:
     teams: Teams
     division: Division | None
     passages: PassageLayout | None
+    shards: StateShards | None
     tensor: ProvenPlan | None
     copies: bool
 
@@ -117,8 +120,12 @@ def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) 
         division = divide(found, config.layout.stages, config.layout.cuts)
     teams = _teams(layout, config, division)
     replicas = mesh.data if config.layout.zero == 0 else 1
+    shards = None
+    if several_hosts and config.layout.zero:
+        shards = state_shards(flat, update, way(config).buckets(flat), len(place.hosts.sizes))
     members = [sum(crews, ()) for crews in crews_of(replace(mesh, data=mesh.data // replicas))]
-    shares = owners(flat, update, members, teams) * replicas
+    kept = shards.blocks(place.host) if shards is not None else None
+    shares = owners(flat, update, members, teams, kept) * replicas
     owned = tuple(runs(flat, update, share) for share in shares)
     passages = _passages(config, place, mesh, division) if division is not None else None
     host = host_layout(
@@ -149,6 +156,7 @@ def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) 
         teams=teams,
         division=division,
         passages=passages,
+        shards=shards,
         tensor=tensor_parallel_plan(model, objects.loss, config, feed) if mesh.tensor > 1 else None,
         copies=config.init != "by_name",
     )

@@ -173,11 +173,8 @@ class Trainer:
                 f"{config.device}; tensor-parallel workers share memory so far: use one host and device cpu, or "
                 "layout.tensor=1"
             )
-        if config.layout.zero > 1 and len(world.hosts.sizes) > 1:
-            raise ConfigurationError(
-                f"layout.zero is {config.layout.zero} over {len(world.hosts.sizes)} hosts; every host holds the whole "
-                "state so far: use layout.zero=1"
-            )
+        if config.layout.zero and len(world.hosts.sizes) > 1:
+            self._check_shared(config, world)
         if config.layout.stages > 1 and config.device != "cpu":
             raise ConfigurationError(
                 f"the layout has {config.layout.stages} stages and device {config.device}; a pipeline's workers share "
@@ -201,6 +198,29 @@ class Trainer:
         if config.run_dir is None and (resume or config.checkpoint.every is not None):
             raise ConfigurationError("checkpoints and resume need a place: give run_dir")
         return config
+
+    def _check_shared(self, config: TrainingConfig, world: World) -> None:
+        """Whether hosts can share one state.
+
+        Raises:
+            ConfigurationError: where they cannot, so far.
+        """
+        zero, sizes = config.layout.zero, world.hosts.sizes
+        if config.wire.inexact is not None:
+            raise ConfigurationError(
+                f"layout.zero is {zero} over {len(sizes)} hosts, and {config.wire.inexact}; use "
+                "wire.algorithm=canonical and wire.compression=none, or leave layout.zero out"
+            )
+        if config.device != "cpu":
+            raise ConfigurationError(
+                f"layout.zero is {zero} over {len(sizes)} hosts with device {config.device}; hosts share a state in "
+                "the CPU's memory so far: leave layout.zero out"
+            )
+        if zero in (2, 3):
+            raise ConfigurationError(
+                f"layout.zero is {zero} over {len(sizes)} hosts, which share the optimizer's state so far: use "
+                "layout.zero=1"
+            )
 
 
 __all__ = ["Result", "Trainer"]

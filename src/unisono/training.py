@@ -38,6 +38,7 @@ from unisono.observe.choose import observers
 from unisono.optim.schedules import Schedule, schedule
 from unisono.plan.assignment import UpdateClass
 from unisono.preparation import Objects, Prepared, describe
+from unisono.run.digest import digest
 from unisono.run.fingerprint import fingerprint
 from unisono.state.checkpoint import (
     DIRECTORY,
@@ -179,7 +180,10 @@ class Training:
                 self._keep_compression(step)
             self._after_step(step, outcome, time.perf_counter() - began)
             every = self._config.validation.every
-            if every is not None and step % every == 0 and self._validate(step):
+            no_better = every is not None and step % every == 0 and self._validate(step)
+            if self._shares_state and self._may_be_saved(step):
+                self._save_together(step, wanted=self._wanted is not None)
+            if no_better:
                 reason = "early stop"
                 break
             if outcome.flags & STOP:
@@ -280,6 +284,8 @@ class Training:
             self._writer.poll()
             if self._wanted is not None and self._wanted == self._best_wanted:
                 self._writer.finish()  # the best state is this one, and no later one
+            if self._shares_state:
+                return flags
             if self._wanted is not None and self._saves_at_once:
                 self._save(step - 1, self._assembled.state)
                 self._writer.finish()
@@ -342,19 +348,43 @@ class Training:
         self._emit(ValidationFinished(step, metrics, evaluator.samples, time.perf_counter() - began, better))
         return settings.patience is not None and self._worse >= settings.patience
 
+    @property
+    def _shares_state(self) -> bool:
+        """Whether hosts share one state."""
+        return self._assembled.prepared.shards is not None
+
     def _save(self, step: int, state: TrainingState) -> None:
         assert self._writer is not None
+        kept_of, kept = self._compression
+        self._writer.begin(step, state, self._about(step, self._writer), kept if kept_of == step else None)
+        self._is_saved(step)
+
+    def _save_together(self, step: int, *, wanted: bool) -> None:
+        """All hosts, each with what it keeps, write a checkpoint, if rank 0 wants one."""
+        worker = self._assembled
+        answer = worker.group.all_gather(b"yes" if wanted else b"", f"checkpoint of step {step}")[0]
+        if not answer or worker.shared is None:
+            return
+        tensors = worker.shared.tensors()
+        if self._writer is not None:
+            self._writer.write(step, tensors, self._about(step, self._writer))
+            self._is_saved(step)
+        for _ in tensors:  # to which this host gives its part
+            pass
+
+    def _about(self, step: int, writer: CheckpointWriter) -> Description:
+        """What a checkpoint says besides the state."""
         if step == self._best_wanted:
-            self._writer.best_step = step
+            writer.best_step = step
         best = None
         if self._best is not None:
-            best = {"value": self._best, "worse": self._worse, "step": self._writer.best_step}
+            best = {"value": self._best, "worse": self._worse, "step": writer.best_step}
         about = Description(
             **describe(self._assembled.prepared, self._definition(self._assembled.prepared), self._fingerprint)
         )
-        about = replace(about, validation=self._metrics if self._evaluated == step else None, best=best)
-        kept_of, kept = self._compression
-        self._writer.begin(step, state, about, kept if kept_of == step else None)
+        return replace(about, validation=self._metrics if self._evaluated == step else None, best=best)
+
+    def _is_saved(self, step: int) -> None:
         if self._wanted is not None and step >= self._wanted:
             self._wanted = None
 
@@ -363,12 +393,16 @@ class Training:
         digest = self._digest(step)
         if self._saves and self._compression[0] != step:
             self._keep_compression(step)
+        wanted = False
         if self._writer is not None:
             self._writer.finish()
             saved = step in steps_in(self._writer.directory)
-            if (self._config.checkpoint.at_end or self._wanted is not None) and not saved and step > 0:
-                self._save(step, worker.state)
-                self._writer.finish()
+            wanted = (self._config.checkpoint.at_end or self._wanted is not None) and not saved and step > 0
+        if self._shares_state and self._saves:
+            self._save_together(step, wanted=wanted)
+        elif wanted and self._writer is not None:
+            self._save(step, worker.state)
+            self._writer.finish()
         run_dir = str(self._run_dir) if self._run_dir else None
         worker.release()
         summary = self._job.objects.summary
@@ -381,7 +415,12 @@ class Training:
         """The digest of the state, from rank 0; replicas must agree."""
         worker = self._assembled
         replicated = worker.prepared.host.replicas > 1
-        mine = worker.state.digest(step) if replicated or worker.group.owners.rank == 0 else ""
+        mine = ""
+        if worker.shared is not None:  # the first host sees the whole, the others give their part
+            found = digest(step, worker.shared.tensors())
+            mine = found if worker.group.rank == 0 else ""
+        elif not self._shares_state and (replicated or worker.group.owners.rank == 0):
+            mine = worker.state.digest(step)
         digests = [payload.decode() for payload in worker.group.all_gather(mine.encode(), "digest") if payload]
         if len(set(digests)) > 1:
             raise CheckpointError(f"replicas differ after step {step}: {digests}; this is a defect of Unisono")

@@ -70,6 +70,12 @@ class Arena:
         self._tensor = torch.frombuffer(self._mapping, dtype=torch.uint8)
         self._bytes = memoryview(self._mapping)
 
+    def release(self, region: Region) -> None:
+        """Give back the memory of the whole pages inside a region: they read as zeros, and cost nothing."""
+        first, stop = -(-region.offset // PAGE) * PAGE, (region.offset + region.size_bytes) // PAGE * PAGE
+        if stop > first and hasattr(mmap, "MADV_REMOVE"):
+            self._mapping.madvise(mmap.MADV_REMOVE, first, stop - first)
+
     def words(self, region: Region) -> memoryview:
         """The region as unsigned 64-bit words; an assignment is one aligned store."""
         return self._bytes[region.offset : region.offset + region.size_bytes].cast("Q")

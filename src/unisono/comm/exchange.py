@@ -20,6 +20,7 @@ from unisono.comm.partial import Partial
 from unisono.comm.wire import Pending, Wire
 from unisono.plan.blocks import FlatLayout
 from unisono.plan.exchange import Bucket, HostShare, slices
+from unisono.plan.shards import StateShards
 from unisono.run.summation import Node
 
 TAGS_A_BUCKET = 8
@@ -160,6 +161,68 @@ class Canonical:
         summed = torch.cat([counts[h] for h in range(len(counts))]).sum(0).tolist()
         for use, number in zip(bucket.uses, summed, strict=True):
             self._total.counts[use] = number
+
+
+class Sharded:
+    """The exact reduction where hosts share one state: each host sums the parts that it keeps, and nobody else does.
+
+    Arguments:
+        shards: who keeps what.
+    """
+
+    def __init__(
+        self, data: Wire, control: Wire, plan: ExchangePlan, shards: StateShards, sums: HostSums, total: Partial
+    ) -> None:
+        self._data = data
+        self._control = control
+        self._plan = plan
+        self._shards = shards
+        self._sums = sums
+        self._total = total
+        self._others = [h for h in range(data.size) if h != data.rank]
+
+    def __call__(self, bucket: Bucket, step: int) -> Reduction:
+        """Sum this host's parts of a bucket over all hosts, into the total."""
+        me, tag = self._data.rank, bucket.index * TAGS_A_BUCKET
+        own = self._sums(bucket)
+        parts = self._shards.gradients(bucket)
+        out = self._total.segments[bucket.segment][bucket.start : bucket.stop]
+
+        length = sum(part.stop - part.start for part in parts[me])
+        values = {node: [value[part] for part in parts[me]] for node, value in own.values.items()}
+        counts = {me: own.counts}
+        receives = []
+        for h in self._others:
+            nodes = self._plan.shares[h].nodes
+            for node in nodes:
+                received = out.new_empty(length)
+                receives.append((received, h))
+                values[node] = list(torch.split(received, [part.stop - part.start for part in parts[me]]))
+            counts[h] = torch.empty(len(nodes), len(bucket.uses), dtype=torch.int32)
+        sends = [(joined(value, parts[h]), h) for h in self._others for value in own.values.values()]
+        moving = self._data.post(sends, receives, tag)
+        counted = self._control.post(
+            [(own.counts, h) for h in self._others], [(counts[h], h) for h in self._others], tag + 1
+        )
+        yield All([counted, moving])
+
+        touched: dict[Node, list[bool]] = {}
+        for h, rows in counts.items():
+            touched |= dict(zip(self._plan.shares[h].nodes, (rows > 0).tolist(), strict=True))
+        for i, part in enumerate(parts[me]):
+            inside = pieces(self._shards.flat, bucket, range(bucket.start + part.start, bucket.start + part.stop))
+            held = {node: several[i] for node, several in values.items()}
+            sum_touched(held, touched, inside, self._plan.count, out[part])
+        summed = torch.cat([counts[h] for h in range(len(counts))]).sum(0).tolist()
+        for use, number in zip(bucket.uses, summed, strict=True):
+            self._total.counts[use] = number
+
+
+def joined(values: Tensor, parts: Sequence[slice]) -> Tensor:
+    """Parts of a flat tensor behind each other; in their own memory where there is one."""
+    if len(parts) == 1:
+        return values[parts[0]]
+    return torch.cat([values[part] for part in parts]) if parts else values[:0]
 
 
 class Words:

@@ -71,6 +71,13 @@ class Group(Protocol):
         from left to right.
         """
 
+    def distribute(self, step: int, values: Callable[[int, int, int], Tensor]) -> None:
+        """What each host has updated, to all of them, where they share one state.
+
+        Arguments:
+            values: (segment, start, stop) -> the parameters that lie there.
+        """
+
     def finish(self, step: int) -> None:
         """All that this worker owns is at the state after ``step``."""
 

@@ -15,12 +15,13 @@ from dataclasses import replace
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from unisono.comm.algorithms import AllReduce, broadcast, drive, gather_bytes, ring
 from unisono.comm.arena import store_fence
 from unisono.comm.blame import Bulletin
 from unisono.comm.canonical import Cover
-from unisono.comm.exchange import TAGS_A_BUCKET, Canonical, ExchangePlan, HostSums, Lane, Words
+from unisono.comm.exchange import TAGS_A_BUCKET, Canonical, ExchangePlan, HostSums, Lane, Sharded, Words
 from unisono.comm.group import PACKED
 from unisono.comm.heads import Heads, join, split
 from unisono.comm.host import HostGroup
@@ -36,6 +37,7 @@ from unisono.events import PHASES, WireUse
 from unisono.plan.blocks import FlatLayout
 from unisono.plan.exchange import Bucket, host_shares
 from unisono.plan.hosts import Hosts, Place
+from unisono.plan.shards import StateShards
 from unisono.run.summation import Node, root
 
 T = TypeVar("T")
@@ -52,6 +54,7 @@ class HierarchicalGroup:
         way: how they travel.
         count: micro-batches in a step.
         name: of the run's set of workers; generations add their number.
+        shards: which host keeps what, where they share one state; None where every host has all of it.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class HierarchicalGroup:
         way: Way,
         count: int,
         name: str = "group",
+        shards: StateShards | None = None,
     ) -> None:
         self.unlike = ""
         self.local = local
@@ -76,7 +80,11 @@ class HierarchicalGroup:
         self._name = name
         self._plan = ExchangePlan(self._buckets, host_shares(place.hosts.sizes, count), count)
         self._words = Words(local)
+        self._shards = shards
         self._total = local.total()
+        if shards is not None and local.size == 1:  # what is summed here takes the place of what was sent
+            first = self._plan.shares[place.host].parts[0].entry
+            self._total = self._total.over(local.view(local.slot, first))
         self._heads = Heads(local, place, self._plan, self._total)
         self._thread: ThreadPoolExecutor | None = None
         self._running: Future[None] | None = None
@@ -128,7 +136,7 @@ class HierarchicalGroup:
             finished=self._heads_are_summed,
         )
 
-    def _reduction(self, data: NetworkWire, control: NetworkWire) -> Canonical | Algorithm | Compressed:
+    def _reduction(self, data: NetworkWire, control: NetworkWire) -> Canonical | Sharded | Algorithm | Compressed:
         """How this lane sums a bucket."""
         way, flat = self._way, self._flat
         share = self._plan.shares[self.place.host]
@@ -138,6 +146,8 @@ class HierarchicalGroup:
         if way.compression is not None:
             assert self._wire_state is not None
             return Compressed(ends, way.compression, self._wire_state)
+        if self._shards is not None:
+            return Sharded(carrier, control, self._plan, self._shards, sums, self._total)
         if way.algorithm == "canonical":
             return Canonical(carrier, control, self._plan, flat, sums, self._total)
         return Algorithm(ends, lambda size_bytes: way.choose(data, size_bytes))
@@ -237,6 +247,38 @@ class HierarchicalGroup:
             saved = self._packed.take_saved_bytes()
         return WireUse(sent, self._lane.exchanging_s, exposed_s, saved, norm)
 
+    def distribute(self, step: int, values: Callable[[int, int, int], Tensor]) -> None:
+        """Where hosts share one state: what each has updated, to all; nothing is to be done where each has all of it.
+
+        Arguments:
+            values: (segment, start, stop) -> the parameters that lie there.
+        """
+        if self._shards is None:
+            return
+        operation = f"values of step {step}"
+        if self.local.size > 1:
+            self.local.barrier(operation)
+        if self._data is None:
+            return
+        wire, shards = self._data, self._shards
+
+        def work() -> bool:
+            moving = []
+            for bucket in self._lane.buckets:
+                parts = [
+                    [values(bucket.segment, bucket.start + p.start, bucket.start + p.stop) for p in own]
+                    for own in shards.values(bucket)
+                ]
+                others = [h for h in range(wire.size) if h != wire.rank]
+                sends = [(part, h) for h in others for part in parts[wire.rank]]
+                receives = [(part, h) for h in others for part in parts[h]]
+                moving.append(wire.post(sends, receives, bucket.index * TAGS_A_BUCKET + 3))
+            for pending in moving:
+                pending.wait(operation)
+            return True
+
+        self._call(work, operation)
+
     def _late(self) -> set[int]:
         """Local ranks that have not finished their part of an exchange."""
         late = {b.lane for b in self._buckets if not self._words.summed(b.index, self._step)}
@@ -315,10 +357,7 @@ class HierarchicalGroup:
             own = self.local.all_gather(payload, operation)
         joined = b""
         if self.local.rank == 0:
-            wire = self._control
-            assert wire is not None
-            hosts = self._call(lambda: gather_bytes(wire, join(own), self._tag(1), operation), operation)
-            joined = join(hosts)
+            joined = join(self.gather_from_hosts(join(own), operation))
         with self._patience.telling():
             hosts = split(self.local.all_gather(joined, operation, GRACE_S)[0])
         return [part for host in hosts for part in split(host)]
@@ -337,21 +376,46 @@ class HierarchicalGroup:
         own = dict(enumerate(self.local.reports(step), first))
         return [own.get(rank) or self._remote.get(rank, [0.0] * len(PHASES)) for rank in range(self.size)]
 
-    def broadcast(self, tensor: torch.Tensor, operation: str) -> None:
+    def broadcast(self, tensor: Tensor, operation: str) -> None:
         """On the first worker of every host: the first host's values, for all."""
         whole = tensor.detach().cpu() if tensor.device.type != "cpu" else tensor
         self._collective(broadcast, whole.view(-1), operation)
         if whole is not tensor:
             tensor.copy_(whole)
 
-    def gather_compression(self) -> dict[str, torch.Tensor]:
+    def gather_to_first(self, parts: Mapping[int, Sequence[Tensor]], operation: str) -> None:
+        """On the first worker of every host: what hosts have in parts of the state, to the first one's same parts.
+
+        Arguments:
+            parts: flat tensors, by host.
+        """
+        wire = self._control
+        assert wire is not None
+        if not any(parts.values()):
+            return
+
+        def work() -> bool:
+            sends = [(part, 0) for part in parts.get(wire.rank, ())] if wire.rank else []
+            receives = [(part, h) for h, several in parts.items() if h for part in several] if not wire.rank else []
+            wire.post(sends, receives, self._tag(3)).wait(operation)
+            return True
+
+        self._call(work, operation)
+
+    def gather_from_hosts(self, payload: bytes, operation: str) -> list[bytes]:
+        """On the first worker of every host: everyone's payload, in order of host."""
+        wire = self._control
+        assert wire is not None
+        return self._call(lambda: gather_bytes(wire, payload, self._tag(1), operation), operation)
+
+    def gather_compression(self) -> dict[str, Tensor]:
         """On the first worker of every host: the errors of all hosts, added up; kept by the first."""
         if self._wire_state is None:
             return {}
         result = gathered(self._wire_state, self._flat, functools.partial(self._collective, ring))
         return result if self.rank == 0 else {}
 
-    def restore_compression(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def restore_compression(self, tensors: Mapping[str, Tensor]) -> None:
         """On the first worker of every host: take an equal part of the errors that were added up."""
         if self._wire_state is None or self._way.compression is None:
             return
@@ -359,7 +423,7 @@ class HierarchicalGroup:
         share = functools.partial(self._collective, broadcast)
         restore(self._wire_state, self._flat, self._way.compression, tensors, hosts, share)
 
-    def _collective(self, collective: AllReduce, tensor: torch.Tensor, operation: str) -> None:
+    def _collective(self, collective: AllReduce, tensor: Tensor, operation: str) -> None:
         wire = self._control
         assert wire is not None
 
@@ -392,7 +456,13 @@ class HierarchicalGroup:
             wire.close()
 
     def reform(self, generation: int, members: Sequence[int]) -> "HierarchicalGroup":
-        """The next generation: ``members`` are world ranks of this one, in order."""
+        """The next generation: ``members`` are world ranks of this one, in order.
+
+        Raises:
+            GroupError: where hosts share one state, of which those that are gone had a part.
+        """
+        if self._shards is not None and len({self.place.hosts.place(rank)[0] for rank in members}) < self._shards.hosts:
+            raise GroupError("a host is gone that kept a part of the state; resume from the last checkpoint")
         self.close()
         places = [self.place.hosts.place(rank) for rank in members]
         hosts = sorted({host for host, _ in places})
@@ -400,7 +470,7 @@ class HierarchicalGroup:
         slots = [self.local.members[local_rank] for host, local_rank in places if host == self.place.host]
         local = self.local.reform(generation, slots)
         place = Place(Hosts(sizes), members.index(self.rank))
-        return HierarchicalGroup(local, place, self._link, self._flat, self._way, self._count, self._name)
+        return HierarchicalGroup(local, place, self._link, self._flat, self._way, self._count, self._name, self._shards)
 
 
 def _one_thread() -> None:

@@ -188,6 +188,9 @@ class HostGroup:
             lambda: f"{len(set(nodes) - published())} sums of this host are not published; {self.doing()}",
         )
 
+    def distribute(self, step: int, values: Callable[[int, int, int], Tensor]) -> None:
+        """Whoever shares the state reads it where it was updated."""
+
     def finish(self, step: int) -> None:
         """One store: this slot is done with the step."""
         self.header.set_done(self.slot, step)

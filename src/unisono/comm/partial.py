@@ -116,6 +116,13 @@ class Partial:
             result.entries[entry] = whole.entries[entry].narrow(dim, first, length)
         return result
 
+    def over(self, other: "Partial") -> "Partial":
+        """This partial with the gradients of another one."""
+        result = copy.copy(self)
+        result.segments = other.segments
+        result.entries = [*other.entries[: self.uses], *self.entries[self.uses :]]
+        return result
+
     def counts_array(self) -> NDArray[np.int32]:
         """The counts as an array over the same memory."""
         return np.frombuffer(self.counts, dtype=np.int32)

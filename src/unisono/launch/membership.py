@@ -19,6 +19,7 @@ from unisono.config import TrainingConfig
 from unisono.errors import LaunchError
 from unisono.launch.world import World
 from unisono.plan.hosts import Hosts, Place
+from unisono.plan.shards import StateShards
 from unisono.run.fingerprint import fingerprint
 from unisono.state.layout import StateLayout
 
@@ -42,6 +43,7 @@ def join_hosts(
     world: World,
     device: torch.device,
     samples: int,
+    shards: StateShards | None,
 ) -> HierarchicalGroup:
     """The group of several hosts, all of which were given the same run."""
     link = Link(
@@ -54,7 +56,7 @@ def join_hosts(
     flat = layout.flat
     name = f"training {world.trainings}"
     travel = replace(way(config), table=_shared_table(link.store, world) if config.wire.algorithm == "auto" else ())
-    group = HierarchicalGroup(local, place, link, flat, travel, config.micro_batches, name)
+    group = HierarchicalGroup(local, place, link, flat, travel, config.micro_batches, name, shards)
     try:
         _agree(group, {"model": layout, "samples": samples, **config.model_dump(exclude={"run_dir", "observe"})})
         group.unlike = _unlike(group, config, device)

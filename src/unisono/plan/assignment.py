@@ -89,35 +89,47 @@ def one_team(layout: FlatLayout, buffers: int) -> Teams:
 
 
 def owners(
-    layout: FlatLayout, update: UpdateClass, members: Sequence[Sequence[int]], teams: Teams
+    layout: FlatLayout,
+    update: UpdateClass,
+    members: Sequence[Sequence[int]],
+    teams: Teams,
+    kept: Sequence[int] | None = None,
 ) -> tuple[tuple[int, ...], ...]:
     """The blocks that each worker reduces and updates, in flat order: some of those that its team computes with.
 
     Arguments:
         members: the ranks of each team.
+        kept: the blocks that this host keeps; None for all.
     """
     total = sum(map(len, members))
+    here = range(len(layout.blocks)) if kept is None else kept
     if update is UpdateClass.COUPLED:
-        return (tuple(range(len(layout.blocks))), *([()] * (total - 1)))
+        return (tuple(here), *([()] * (total - 1)))
     result: list[tuple[int, ...]] = [()] * total
     team_of = teams.of_blocks(layout)
     for team, ranks in enumerate(members):
-        blocks = [i for i, own in enumerate(team_of) if own == team]
+        blocks = [i for i in here if team_of[i] == team]
         for rank, share in zip(ranks, _shares(layout, update, blocks, len(ranks)), strict=True):
             result[rank] = share
     return tuple(result)
 
 
-def _shares(layout: FlatLayout, update: UpdateClass, blocks: Sequence[int], workers: int) -> list[tuple[int, ...]]:
-    units: list[list[int]] = []
+def units(layout: FlatLayout, update: UpdateClass, blocks: Sequence[int]) -> list[list[int]]:
+    """Blocks, in flat order, that one worker has to update together."""
+    result: list[list[int]] = []
     for i in blocks:
         if update is UpdateClass.PARAMETER and layout.blocks[i].index > 0:
-            units[-1].append(i)
+            result[-1].append(i)
         else:
-            units.append([i])
-    costs = [sum(layout.blocks[i].stop - layout.blocks[i].start for i in unit) for unit in units]
+            result.append([i])
+    return result
+
+
+def _shares(layout: FlatLayout, update: UpdateClass, blocks: Sequence[int], workers: int) -> list[tuple[int, ...]]:
+    parts = units(layout, update, blocks)
+    costs = [sum(layout.blocks[i].stop - layout.blocks[i].start for i in unit) for unit in parts]
     shares = contiguous_shares(costs, workers)
-    return [tuple(i for unit in units[share.start : share.stop] for i in unit) for share in shares]
+    return [tuple(i for unit in parts[share.start : share.stop] for i in unit) for share in shares]
 
 
 def runs(layout: FlatLayout, update: UpdateClass, share: Sequence[int]) -> tuple[Run, ...]:

@@ -7,6 +7,7 @@ Parameters of one dtype lie behind each other in one *segment*; every one starts
 address is a multiple of 64 bytes in every layout (a kernel's last bits can depend on it).
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -112,6 +113,12 @@ class FlatLayout:
         """
         place = self.block_place(block)
         return Place(place.segment, place.offset, aligned(place.numel))
+
+    def blocks_of(self, parameter: int) -> range:
+        """The numbers of a parameter's blocks."""
+        first = bisect_left(self.blocks, parameter, key=lambda block: block.parameter)
+        stop = bisect_right(self.blocks, parameter, key=lambda block: block.parameter)
+        return range(first, stop)
 
     def uses_of(self, parameter: int) -> list[int]:
         """The uses of a parameter in order of name: the order in which their gradients are added."""

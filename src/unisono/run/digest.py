@@ -25,8 +25,18 @@ def digest(step: int, tensors: Iterable[tuple[str, Tensor]]) -> str:
     ... )
     True
     """
+    return joined(step, (line(name, tensor) for name, tensor in tensors))
+
+
+def line(name: str, tensor: Tensor) -> tuple[str, str]:
+    """A tensor's name, and what the digest says of it."""
+    inner = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+    return name, f"{name} {tensor.dtype} {tuple(tensor.shape)} {inner}\n"
+
+
+def joined(step: int, lines: Iterable[tuple[str, str]]) -> str:
+    """The digest from what it says of each tensor."""
     whole = hashlib.sha256(f"step {step}\n".encode())
-    for name, tensor in sorted(tensors, key=lambda item: item[0]):
-        inner = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
-        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {inner}\n".encode())
+    for _, text in sorted(lines):
+        whole.update(text.encode())
     return whole.hexdigest()

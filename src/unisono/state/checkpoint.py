@@ -16,7 +16,7 @@ from torch import Tensor
 
 from unisono.comm.wire_state import PREFIX
 from unisono.errors import CheckpointError
-from unisono.run.digest import digest
+from unisono.run.digest import joined, line
 from unisono.state.manifest import NAME, Manifest, SavedFile, SavedTensor, checksums, encode, read
 
 SHARD_BYTES = 128 << 20
@@ -57,20 +57,23 @@ def save(
 ) -> tuple[Path, Manifest]:
     """Write the checkpoint of a step; an older one of the same step is replaced.
 
+    Arguments:
+        tensors: one after another, in order of name; each is read before the next is asked for.
+
     Raises:
         CheckpointError: where it cannot be written; nothing of it is left, and older ones are as they were.
     """
     target = path_of(directory, step)
     temporary = target.with_suffix(".tmp")
-    named = sorted(tensors, key=lambda item: item[0])
     try:
         directory.mkdir(parents=True, exist_ok=True)
         remove_leftovers(directory)
         temporary.mkdir()
-        saved, files = _write_shards(temporary, named)
+        lines: list[tuple[str, str]] = []
+        saved, files = _write_shards(temporary, _noted(tensors, lines))
         manifest = Manifest(
             step=step,
-            digest=digest(step, [(name, tensor) for name, tensor in named if not name.startswith(PREFIX)]),
+            digest=joined(step, lines),
             tensors=saved,
             files=files,
             ties=dict(about.ties),
@@ -105,14 +108,22 @@ def _same(path: Path, manifest: Manifest) -> bool:
         return False
 
 
+def _noted(tensors: Iterable[tuple[str, Tensor]], lines: list[tuple[str, str]]) -> Iterator[tuple[str, Tensor]]:
+    """Copies of tensors; ``lines`` receives what the digest says of them."""
+    for name, tensor in tensors:
+        if not name.startswith(PREFIX):
+            lines.append(line(name, tensor))
+        yield name, tensor.detach().cpu().contiguous().clone()
+
+
 def _write_shards(
-    directory: Path, named: list[tuple[str, Tensor]]
+    directory: Path, named: Iterable[tuple[str, Tensor]]
 ) -> tuple[dict[str, SavedTensor], dict[str, SavedFile]]:
     saved: dict[str, SavedTensor] = {}
     files: dict[str, SavedFile] = {}
     for number, shard in enumerate(_shards(named)):
         name = f"state-{number:05d}.safetensors"
-        data = safetensors.torch.save({key: tensor.detach().cpu().contiguous().clone() for key, tensor in shard})
+        data = safetensors.torch.save(dict(shard))
         _write(directory / name, data)
         files[name] = SavedFile(size_bytes=len(data), chunks=checksums(data))
         for key, tensor in shard:
@@ -121,7 +132,7 @@ def _write_shards(
     return saved, files
 
 
-def _shards(named: list[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:
+def _shards(named: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:
     shard: list[tuple[str, Tensor]] = []
     size = 0
     for name, tensor in named:

@@ -43,16 +43,25 @@ class CheckpointWriter:
         """Whether a checkpoint is being written."""
         return self._thread is not None and self._thread.is_alive()
 
+    def write(self, step: int, tensors: Iterable[tuple[str, Tensor]], about: Description) -> None:
+        """Write tensors, here and now; they come in order of name.
+
+        Raises:
+            CheckpointError: where they cannot be written.
+        """
+        self.finish()
+        self._saved(self._write(step, tensors, about))
+
     def begin(
         self, step: int, state: TrainingState, about: Description, more: Mapping[str, Tensor] | None = None
     ) -> None:
         """Start writing ``state``, and ``more``, which must not change until the writer is no longer busy."""
         self.finish()
-        tensors = (more or {}).items()
+        tensors = sorted([*state.named_tensors(), *(more or {}).items()], key=lambda item: item[0])
 
         def write() -> None:
             try:
-                self._outcome = self._write(step, [*state.named_tensors(), *tensors], about)
+                self._outcome = self._write(step, tensors, about)
             except BaseException as error:
                 self._outcome = error
 

@@ -1,10 +1,11 @@
 """Replicas agree at every step: the canonical sum, one update of each block by its owner, a commit."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from unisono.comm.group import SNAPSHOT, Group
 from unisono.comm.journal import Journal
@@ -37,7 +38,9 @@ class EveryStep:
         flat: where gradients lie.
         teams: who computes which part of the model.
         count: micro-batches in a step.
-        sharers: workers that share one state, each updating a part of it.
+        keepers: those who share one state, each updating a part of it, and maybe other states' keepers behind them.
+        sharers: how many of them share this one.
+        values: (segment, start, stop) -> the parameters that lie there.
         owned: the runs that this worker updates.
         buffers: the buffers, where this worker commits them.
         journal, optimizer: how a run is committed, and how it is updated.
@@ -49,7 +52,9 @@ class EveryStep:
         flat: FlatLayout,
         teams: Teams,
         count: int,
+        keepers: Group,
         sharers: int,
+        values: Callable[[int, int, int], Tensor],
         owned: Sequence[OwnedRun],
         buffers: OwnedBuffers | None,
         journal: Journal,
@@ -60,7 +65,9 @@ class EveryStep:
         self._flat = flat
         self._teams = teams
         self._count = count
+        self._keepers = keepers
         self._sharers = sharers
+        self._values = values
         self._owned = owned
         self._buffers = buffers
         self._journal = journal
@@ -96,6 +103,9 @@ class EveryStep:
                     for span in owned.spans:
                         span.scratch.mul_(factor)
                 self._update(owned, sums, step, snapshot)
+        if sums.weight != 0:
+            phases.enter("wait")
+            self._group.distribute(step, self._values)
         if self._buffers is not None:
             self._commit_buffers(self._buffers, sums, step, snapshot)
         return Outcome(
@@ -137,7 +147,7 @@ class EveryStep:
             self._reduce(owned, sums)
             squares += squared_norms(owned.gradients)
         phases.enter("wait")
-        everyone = self._group.owners.all_gather(np.array(squares).tobytes(), f"norm of step {step}")
+        everyone = self._keepers.all_gather(np.array(squares).tobytes(), f"norm of step {step}")
         norm = global_norm(square for payload in everyone[: self._sharers] for square in np.frombuffer(payload))
         if not np.isfinite(norm):
             raise TrainingError(

@@ -1,0 +1,77 @@
+"""Hosts that share one training state: which of them keeps and updates each block."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from unisono.plan.assignment import UpdateClass, contiguous_shares, units
+from unisono.plan.blocks import FlatLayout, aligned
+from unisono.plan.exchange import Bucket
+
+
+@dataclass(frozen=True, slots=True)
+class StateShards:
+    """Who keeps what.
+
+    Attributes:
+        flat: where parameters and gradients lie.
+        hosts: how many share.
+        of_block: the host of each block.
+    """
+
+    flat: FlatLayout
+    hosts: int
+    of_block: tuple[int, ...]
+
+    def blocks(self, host: int) -> list[int]:
+        """The blocks of a host, in flat order."""
+        return [i for i, owner in enumerate(self.of_block) if owner == host]
+
+    def gradients(self, bucket: Bucket) -> list[list[slice]]:
+        """For each host: the parts of a bucket's gradients that it sums, as places in the bucket."""
+        return self._parts(bucket, bucket.uses)
+
+    def values(self, bucket: Bucket) -> list[list[slice]]:
+        """For each host: the parts of a bucket's parameters that it updates, as places in the bucket."""
+        first_uses = [use for use in bucket.uses if self.flat.use_places[use] == self._place(use)]
+        return self._parts(bucket, first_uses)
+
+    def _place(self, use: int) -> object:
+        return self.flat.places[self.flat.uses[use][1]]
+
+    def _parts(self, bucket: Bucket, uses: Sequence[int]) -> list[list[slice]]:
+        result: list[list[slice]] = [[] for _ in range(self.hosts)]
+        for start, stop, host in self._pieces(uses):
+            start, stop = start - bucket.start, stop - bucket.start
+            parts = result[host]
+            if parts and parts[-1].stop == start:
+                parts[-1] = slice(parts[-1].start, stop)
+            else:
+                parts.append(slice(start, stop))
+        return result
+
+    def _pieces(self, uses: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+        """(first element, end, host) of every block of every use, padding included."""
+        flat = self.flat
+        for use in uses:
+            parameter, offset = flat.uses[use][1], flat.use_places[use].offset
+            for i in flat.blocks_of(parameter):
+                block = flat.blocks[i]
+                yield offset + block.start, offset + block.start + aligned(block.stop - block.start), self.of_block[i]
+
+
+def state_shards(flat: FlatLayout, update: UpdateClass, buckets: Sequence[Bucket], hosts: int) -> StateShards:
+    """Divide a state: of every bucket each host keeps a part, so that all have something to sum at any time."""
+    of_block = [0] * len(flat.blocks)
+    load = [0] * hosts
+    for bucket in buckets if update is not UpdateClass.COUPLED else ():
+        members = [flat.uses[use][1] for use in bucket.uses if flat.use_places[use] == flat.places[flat.uses[use][1]]]
+        found = [i for parameter in members for i in flat.blocks_of(parameter)]
+        parts = units(flat, update, found)
+        costs = [sum(flat.blocks[i].stop - flat.blocks[i].start for i in unit) for unit in parts]
+        shares = sorted(contiguous_shares(costs, hosts), key=lambda share: -sum(costs[share.start : share.stop]))
+        for host, share in zip(sorted(range(hosts), key=load.__getitem__), shares, strict=True):
+            load[host] += sum(costs[share.start : share.stop])
+            for unit in parts[share.start : share.stop]:
+                for i in unit:
+                    of_block[i] = host
+    return StateShards(flat, hosts, tuple(of_block))

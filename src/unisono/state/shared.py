@@ -1,0 +1,185 @@
+"""A training state that hosts share: each keeps some blocks; tensor by tensor it can be made whole, on the first host.
+
+All hosts run the same calls in the same order. Memory that is not kept is given back, page by page.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from unisono.comm.arena import Region
+from unisono.comm.hierarchical import HierarchicalGroup
+from unisono.plan.assignment import Run, UpdateClass
+from unisono.plan.blocks import Block
+from unisono.plan.shards import StateShards
+from unisono.state.training_state import BUFFER, OPTIMIZER, PARAMETER, TrainingState
+
+CHUNK_BYTES = 4 << 20
+
+
+class SharedState:
+    """This host's view of it; for the first worker of every host.
+
+    Arguments:
+        state: where the whole would lie.
+        shards: who keeps what.
+        group: the workers of all hosts.
+        release: gives back the memory of a region of the state, as far as it is whole pages.
+        values_everywhere: every host has all parameters, and shares the optimizer's state alone.
+    """
+
+    def __init__(
+        self,
+        state: TrainingState,
+        shards: StateShards,
+        group: HierarchicalGroup,
+        release: Callable[[Region], None],
+        *,
+        values_everywhere: bool,
+    ) -> None:
+        self._state = state
+        self._shards = shards
+        self._group = group
+        self._host = group.place.host
+        self._release = release
+        self._everywhere = values_everywhere
+
+    def spread(self, *, with_optimizer: bool) -> None:
+        """What the first host has, to all: each takes what it keeps.
+
+        Arguments:
+            with_optimizer: the optimizer's state too, which else nobody has yet.
+        """
+        layout = self._state.layout
+        for name, region in layout.regions.named.items():
+            kind = name.split()[0]
+            if kind == "state" and not with_optimizer:
+                continue
+            divided = kind == "state" or (kind == "values" and not self._everywhere)
+            kept = self._kept(region) if divided else [region]
+            for start in range(0, region.size_bytes, CHUNK_BYTES):
+                chunk = region.part(start, min(CHUNK_BYTES, region.size_bytes - start))
+                self._spread(chunk, kept)
+            if divided and self._host == 0:
+                self._release_all_but(region, kept)
+
+    def _spread(self, chunk: Region, kept: Sequence[Region]) -> None:
+        inside = [part for part in (_overlap(chunk, own) for own in kept) if part is not None]
+        if self._host == 0 or inside == [chunk]:
+            self._group.broadcast(self._bytes(chunk), "initial state")
+            return
+        received = torch.empty(chunk.size_bytes, dtype=torch.uint8)
+        self._group.broadcast(received, "initial state")
+        for part in inside:
+            start = part.offset - chunk.offset
+            self._bytes(part).copy_(received[start : start + part.size_bytes])
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the state, in order of name; whole on the first host, until the next one is asked for."""
+        self._share_rows()
+        pieces = self._pieces()
+        for name, tensor in sorted(self._state.named_tensors(), key=lambda item: item[0]):
+            several = pieces.get(name, {})
+            self._group.gather_to_first(several, f"state: {name}")
+            yield name, tensor
+            if self._host == 0:
+                for host, parts in several.items():
+                    for part in parts if host else ():
+                        self._release(self._place(part))
+
+    def _share_rows(self) -> None:
+        """Everyone's scalars of the blocks that it keeps."""
+        layout, row = self._state.layout, self._state.layout.row_bytes
+        region = layout.regions.named["scalars"]
+        own = self._bytes(region)
+        payloads = self._group.gather_from_hosts(own.numpy().tobytes(), "scalars of the state")
+        for host, payload in enumerate(payloads):
+            theirs = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+            for i in self._shards.blocks(host) if host != self._host else ():
+                own[i * row : (i + 1) * row] = theirs[i * row : (i + 1) * row]
+
+    def _pieces(self) -> Mapping[str, Mapping[int, list[Tensor]]]:
+        """By name of a tensor and host: the parts of it that other hosts than the first keep, flat."""
+        state, layout, flat = self._state, self._state.layout, self._state.layout.flat
+        elementwise = layout.optimizer.update is UpdateClass.ELEMENT
+        result: dict[str, dict[int, list[Tensor]]] = {}
+        for name, tensor in state.named_tensors():
+            kind, rest = name.split("/", 1)
+            if kind == BUFFER or (kind == PARAMETER and self._everywhere) or (tensor.dim() == 0 and elementwise):
+                continue
+            parameter = self._parameter(rest if kind == PARAMETER else rest.rpartition("/")[0])
+            if parameter is None or flat.parameters[parameter].group is None:
+                continue
+            blocks = flat.blocks_of(parameter)
+            if kind == OPTIMIZER and not elementwise:
+                host = self._shards.of_block[blocks[0]] if blocks else 0
+                result[name] = {host: [tensor.reshape(-1)]} if host else {}
+                continue
+            several: dict[int, list[Tensor]] = {}
+            whole = tensor.view(-1)
+            for start, stop, host in _joined((flat.blocks[i], self._shards.of_block[i]) for i in blocks):
+                if host:
+                    several.setdefault(host, []).append(whole[start:stop])
+            result[name] = several
+        return result
+
+    def _parameter(self, name: str) -> int | None:
+        return next((p for p, spec in enumerate(self._state.layout.flat.parameters) if spec.tensor.name == name), None)
+
+    def _kept(self, region: Region) -> list[Region]:
+        """The parts of a region that this host keeps."""
+        layout = self._state.layout
+        found: list[Region | None] = []
+        for i in self._shards.blocks(self._host):
+            found += [_overlap(region, own) for own in layout.image(Run(i, i + 1))]
+        found += [_overlap(region, self._place(value)) for value in self._frozen() if value.numel()]
+        return _merged([part for part in found if part is not None])
+
+    def _frozen(self) -> list[Tensor]:
+        """Parameters that nobody trains: everyone has them."""
+        parameters = zip(self._state.layout.flat.parameters, self._state.values, strict=True)
+        return [value for spec, value in parameters if spec.group is None]
+
+    def _release_all_but(self, region: Region, kept: Sequence[Region]) -> None:
+        at = region.offset
+        for part in kept:
+            self._release(Region(at, part.offset - at))
+            at = part.offset + part.size_bytes
+        self._release(Region(at, region.offset + region.size_bytes - at))
+
+    def _bytes(self, region: Region) -> Tensor:
+        return self._state.memory[region.offset : region.offset + region.size_bytes]
+
+    def _place(self, part: Tensor) -> Region:
+        """Where a part of the state lies in it."""
+        return Region(part.data_ptr() - self._state.memory.data_ptr(), part.nbytes)
+
+
+def _overlap(a: Region, b: Region) -> Region | None:
+    start, stop = max(a.offset, b.offset), min(a.offset + a.size_bytes, b.offset + b.size_bytes)
+    return Region(start, stop - start) if stop > start else None
+
+
+def _merged(regions: Sequence[Region]) -> list[Region]:
+    """Regions in order, those that touch as one."""
+    result: list[Region] = []
+    for region in sorted(regions, key=lambda region: region.offset):
+        last = result[-1] if result else None
+        if last is not None and region.offset <= last.offset + last.size_bytes:
+            stop = max(last.offset + last.size_bytes, region.offset + region.size_bytes)
+            result[-1] = Region(last.offset, stop - last.offset)
+        else:
+            result.append(region)
+    return result
+
+
+def _joined(blocks: Iterator[tuple[Block, int]]) -> list[tuple[int, int, int]]:
+    """(first element, end, host) of blocks of one parameter, neighbours of one host as one."""
+    result: list[tuple[int, int, int]] = []
+    for block, host in blocks:
+        if result and result[-1][2] == host:
+            result[-1] = (result[-1][0], block.stop, host)
+        else:
+            result.append((block.start, block.stop, host))
+    return result

@@ -21,7 +21,7 @@ from unisono.comm.passage import Passages
 from unisono.comm.tensor_group import ArenaTensorGroup
 from unisono.config import TrainingConfig
 from unisono.data.feed import Feed, TrainingFeed
-from unisono.engine import Engine, WorkShare, work_share
+from unisono.engine import Engine, WorkShare, rounds_share, work_share
 from unisono.errors import CheckpointError, UnisonoError
 from unisono.evaluation import Evaluator
 from unisono.events import Emitter
@@ -207,6 +207,9 @@ def _share(
     """What this worker does in a step, and its ways to the other stages of its replica."""
     layout = config.layout
     replica, worker = divmod(group.rank, layout.model_workers)
+    if prepared.shards is not None and prepared.shards.rounds:
+        turns = range(replica, config.micro_batches, group.size)
+        return rounds_share(turns, timetable("1f1b", 1, turns).workers[0]), None
     own = micro_batches(config.micro_batches, group.size // layout.model_workers)[replica]
     table = timetable(layout.schedule, layout.pipeline, own, layout.virtual_stages)
     passages = None

@@ -18,17 +18,22 @@ from unisono.data.feed import TrainingFeed
 from unisono.errors import ImpureRunError
 from unisono.parallel.replicated import Forwarded, Replica
 from unisono.plan.schedule import Action, Kind
-from unisono.run.summation import Leaf, accumulation
+from unisono.run.summation import Leaf, Node, accumulation
 from unisono.sync.phases import Phases
 from unisono.sync.policy import Outcome, Policy
 
 
 @dataclass(frozen=True, slots=True)
 class WorkShare:
-    """What one worker does in a step, as data: its timetable, and how its micro-batches enter the sums."""
+    """What one worker does in a step, as data: its timetable, and how its micro-batches enter the sums.
+
+    Attributes:
+        rounds: each micro-batch's gradient is summed with others' at once.
+    """
 
     actions: tuple[Action, ...]
     leaves: Mapping[int, Leaf]
+    rounds: bool = False
 
 
 def work_share(micro_batches: range, count: int, actions: Sequence[Action]) -> WorkShare:
@@ -39,6 +44,12 @@ def work_share(micro_batches: range, count: int, actions: Sequence[Action]) -> W
     """
     leaves, _ = accumulation(micro_batches.start, micro_batches.stop, count)
     return WorkShare(tuple(actions), {leaf.micro_batch: leaf for leaf in leaves})
+
+
+def rounds_share(micro_batches: range, actions: Sequence[Action]) -> WorkShare:
+    """The share of a worker whose micro-batches are each summed at once with those of the others."""
+    leaves = {m: Leaf(m, (number,), True, (Node(0, m), number)) for number, m in enumerate(micro_batches)}
+    return WorkShare(tuple(actions), leaves, rounds=True)
 
 
 @dataclass(slots=True)
@@ -173,18 +184,23 @@ class Engine:
         if check_purity:
             copies = [(alike(tensor, tensor, tensor.data_ptr() % LINE_BYTES), needed) for tensor, needed in arrived]
             first = self._replica.forward(step, m, batch, stage, copies)
-            if len(self._stages) == 1 and self._passages is None:
+            if self._whole:
                 self._replica.backward(first, self._chain(m), opens=True)
                 self._first = _copy(self._chain(m)[0])
             batch = self._feed.load(step, m)  # loading must be pure too, and the model may have changed its input
         forwarded = self._replica.forward(step, m, batch, stage, arrived)
-        if check_purity and self._passages is not None:
+        if check_purity and not self._whole:
             _compare_made(step, stage, first, forwarded)
         self._under_way[stage, m] = _UnderWay(forwarded, activations)
 
+    @property
+    def _whole(self) -> bool:
+        """Whether this worker computes and keeps whole gradients, until the step is over."""
+        return self._passages is None and not self._share.rounds
+
     def _on_gradient(self, m: int) -> Callable[[int], None] | None:
         """Who waits for gradients that are final in this worker's sums."""
-        return self._group.on_gradient if m == self._last_micro_batch else None
+        return self._group.on_gradient if m == self._last_micro_batch or self._share.rounds else None
 
     def _backward_inputs(self, m: int, stage: int) -> None:
         self._phases.enter("compute", m)
@@ -257,7 +273,7 @@ def _compare_made(step: int, stage: int, first: Forwarded, second: Forwarded) ->
         if not _same(a, b):
             raise ImpureRunError(
                 f"the run is not pure: micro-batch 0 of step {step}, computed twice from the same state, gave two "
-                f"results in stage {stage} of the pipeline; with layout.pipeline=1 the parameter is named"
+                f"results in stage {stage}; with one worker (-n 1), the parameter is named"
             )
 
 

@@ -122,7 +122,9 @@ def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) 
     replicas = mesh.data if config.layout.zero == 0 else 1
     shards = None
     if several_hosts and config.layout.zero:
-        shards = state_shards(flat, update, way(config).buckets(flat), len(place.hosts.sizes))
+        hosts = len(place.hosts.sizes)
+        rounds = config.micro_batches // hosts if config.layout.zero > 1 else 0
+        shards = state_shards(flat, update, way(config).buckets(flat), hosts, rounds)
     members = [sum(crews, ()) for crews in crews_of(replace(mesh, data=mesh.data // replicas))]
     kept = shards.blocks(place.host) if shards is not None else None
     shares = owners(flat, update, members, teams, kept) * replicas
@@ -131,7 +133,7 @@ def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) 
     host = host_layout(
         slots=workers,
         blocks=layout.blocks,
-        entries=2 * max(1, (config.micro_batches - 1).bit_length()) + 2,
+        entries=2 * max(1, (config.micro_batches - 1).bit_length()) + 2 + (shards.rounds if shards else 0),
         partial_bytes=partials.size_bytes,
         state_bytes=layout.size_bytes,
         replicas=replicas,

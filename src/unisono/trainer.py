@@ -20,6 +20,9 @@ from unisono.parallel.replicated import Loss
 from unisono.preparation import Objects, OptimizerFactory
 from unisono.training import Job, Result, Training
 
+MOST_ROUNDS = 200
+"""Micro-batches of a host in a step, where each one's gradient is summed at once: as many as can be published."""
+
 
 class Trainer:
     """Trains a model on however many workers this process was started with.
@@ -216,9 +219,24 @@ class Trainer:
                 f"layout.zero is {zero} over {len(sizes)} hosts with device {config.device}; hosts share a state in "
                 "the CPU's memory so far: leave layout.zero out"
             )
-        if zero in (2, 3):
+        if zero == 1:
+            return
+        if max(sizes) > 1:
             raise ConfigurationError(
-                f"layout.zero is {zero} over {len(sizes)} hosts, which share the optimizer's state so far: use "
+                f"layout.zero is {zero} over {len(sizes)} hosts of up to {max(sizes)} workers; between hosts of "
+                f"several workers layout.zero=1 is possible, or one worker a host (-n {len(sizes)}) with more threads"
+            )
+        if config.micro_batches % len(sizes):
+            least, count = config.micro_batch_size, config.micro_batches
+            near = [n * least for n in (count - count % len(sizes), count + -count % len(sizes)) if n]
+            raise ConfigurationError(
+                f"layout.zero is {zero} over {len(sizes)} hosts, which take turns, and a step has {count} "
+                f"micro-batches; use global_batch_size {' or '.join(map(str, near))}, or layout.zero=1"
+            )
+        if config.micro_batches // len(sizes) > MOST_ROUNDS:
+            raise ConfigurationError(
+                f"layout.zero is {zero} and each of {len(sizes)} hosts has {config.micro_batches // len(sizes)} "
+                f"micro-batches in a step; at most {MOST_ROUNDS} are possible: use a larger micro_batch_size, or "
                 "layout.zero=1"
             )
 

@@ -67,7 +67,7 @@ def exchange(
         ordered=ordered,
         last=lambda step: ALGORITHMS["direct"](wire, torch.zeros(3), 99),
         finished=lambda: done.append(-1),
-    ).run(1)
+    ).run(1, 1, last=True)
     return done
 
 

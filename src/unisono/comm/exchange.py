@@ -292,8 +292,13 @@ class Lane:
     finished: Callable[[], None]
     exchanging_s: float = 0.0
 
-    def run(self, step: int) -> None:
-        """Exchange all of the lane's buckets."""
+    def run(self, step: int, turn: int, *, last: bool) -> None:
+        """Exchange all of the lane's buckets.
+
+        Arguments:
+            turn: the step's number, or that of one of its rounds.
+            last: no round of the step follows.
+        """
         queue = _Queue()
         began = None
         for bucket in self.buckets:
@@ -302,10 +307,10 @@ class Lane:
             self.await_ready(bucket)
             began = began or time.perf_counter()
             name = f"exchange of bucket {bucket.index} of step {step}"
-            queue.begin(_UnderWay(name, self.reduce(bucket, step), functools.partial(self.done, bucket)))
+            queue.begin(_UnderWay(name, self.reduce(bucket, turn), functools.partial(self.done, bucket)))
             for _ in range(queue.early - 1):  # with all first rounds at once, what they lead to would queue behind them
                 queue.advance()
-        if self.last is not None:
+        if self.last is not None and last:
             queue.begin(_UnderWay(f"sums of step {step}", self.last(step), self.finished))
         while queue:
             queue.advance()

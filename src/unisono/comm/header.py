@@ -19,7 +19,7 @@ MOST_MICRO_BATCHES = 1 << (NODE_BITS - 1)
 _MAGIC, _GENERATION, _REVOKED, _CLOSED, _COMMITTED, _HEADER_WORDS = 0, 1, 2, 3, 4, 8
 # Words of a slot.
 _DONE, _SEQUENCE, _FLAGS, _ACTIVITY, _LAYOUT, _PUBLISHED = 0, 1, 2, 3, 4, 16
-ENTRIES = 48  # published subtrees: two a level of the largest tree
+ENTRIES = 256  # published subtrees: two a level of the largest tree, and one a round (see `comm.rounds`)
 UNDO_VERSION, UNDO_RUN, UNDO_PLACE = 8, 9, 10
 SLOT_WORDS = _PUBLISHED + ENTRIES
 

@@ -30,17 +30,21 @@ from unisono.comm.packing import Packed, Trial
 from unisono.comm.partial import Partial, item_size
 from unisono.comm.patience import GRACE_S, Patience
 from unisono.comm.reductions import Algorithm, Compressed, Ends
+from unisono.comm.rounds import RoundSums
 from unisono.comm.way import Way
 from unisono.comm.wire_state import WireState, gathered, restore, wire_regions, wire_state
 from unisono.errors import GroupError
 from unisono.events import PHASES, WireUse
 from unisono.plan.blocks import FlatLayout
-from unisono.plan.exchange import Bucket, host_shares
+from unisono.plan.exchange import Bucket, host_shares, round_shares
 from unisono.plan.hosts import Hosts, Place
 from unisono.plan.shards import StateShards
-from unisono.run.summation import Node, root
+from unisono.run.summation import Node, accumulation, root
 
 T = TypeVar("T")
+
+BUCKETS_WAITING = 2
+"""In rounds, how many buckets of a gradient may wait for the link before its backward does."""
 
 
 class HierarchicalGroup:
@@ -78,12 +82,15 @@ class HierarchicalGroup:
         self._buckets = way.buckets(flat, place.hosts.lanes)
         self._count = count
         self._name = name
-        self._plan = ExchangePlan(self._buckets, host_shares(place.hosts.sizes, count), count)
+        self._rounds = shards.rounds if shards is not None else 0
+        sizes = place.hosts.sizes
+        shares = round_shares(len(sizes), count) if self._rounds else host_shares(sizes, count)
+        self._plan = ExchangePlan(self._buckets, shares, count)
         self._words = Words(local)
         self._shards = shards
         self._total = local.total()
         if shards is not None and local.size == 1:  # what is summed here takes the place of what was sent
-            first = self._plan.shares[place.host].parts[0].entry
+            first = self._rounds + 1 if self._rounds else self._plan.shares[place.host].parts[0].entry
             self._total = self._total.over(local.view(local.slot, first))
         self._heads = Heads(local, place, self._plan, self._total)
         self._thread: ThreadPoolExecutor | None = None
@@ -94,6 +101,7 @@ class HierarchicalGroup:
         self._waiting: dict[int, int] = {}
         self._bucket_of = {use: bucket for bucket in self._buckets for use in bucket.uses}
         self._step, self._began, self._flags = 0, 0.0, 0
+        self._round, self._exchanged = 0, 0  # that this worker computes, and that its lane exchanges
         self._packed: Packed | None = None
         self._trial = Trial() if way.lossless == "auto" and place.rank == 0 else None
         generation = f"{name}/generation {local.generation}"
@@ -136,7 +144,9 @@ class HierarchicalGroup:
             finished=self._heads_are_summed,
         )
 
-    def _reduction(self, data: NetworkWire, control: NetworkWire) -> Canonical | Sharded | Algorithm | Compressed:
+    def _reduction(
+        self, data: NetworkWire, control: NetworkWire
+    ) -> Canonical | Sharded | RoundSums | Algorithm | Compressed:
         """How this lane sums a bucket."""
         way, flat = self._way, self._flat
         share = self._plan.shares[self.place.host]
@@ -146,6 +156,12 @@ class HierarchicalGroup:
         if way.compression is not None:
             assert self._wire_state is not None
             return Compressed(ends, way.compression, self._wire_state)
+        if self._shards is not None and self._rounds:
+            leaves, most = accumulation(0, self._count, self._count)
+            pending = [self.local.view(self.local.slot, self._rounds + 1 + number) for number in range(most)]
+            return RoundSums(
+                carrier, control, self._shards, leaves, self._leaf, pending, self._total, self._release_gradient
+            )
         if self._shards is not None:
             return Sharded(carrier, control, self._plan, self._shards, sums, self._total)
         if way.algorithm == "canonical":
@@ -191,17 +207,36 @@ class HierarchicalGroup:
         self._step, self._began = step, time.perf_counter()
         if self._packed is not None:
             self._packed.on = self._way.lossless == "always" or bool(self._flags & PACKED)
+        self._round = 0
         self._waiting = {bucket.index: len(bucket.uses) for bucket in self._buckets}
         if self._thread is not None:
             self._running = self._thread.submit(self._exchange, step)
 
     def partial(self, entry: int) -> Partial:
-        """This worker's buffer number ``entry``."""
-        return self.local.partial(entry)
+        """This worker's buffer number ``entry``; in rounds all share the memory of one gradient, one after another."""
+        if self._rounds == 0:
+            return self.local.partial(entry)
+        if entry > 0:
+            self._await_summed(len(self._buckets) - 1, entry - 1)
+        return self._leaf(entry)
+
+    def _leaf(self, number: int) -> Partial:
+        """This worker's micro-batch of a round."""
+        return self.local.partial(number).over(self.local.view(self.local.slot, self._rounds))
+
+    def _release_gradient(self, segment: int, start: int, stop: int) -> None:
+        """Elements of this worker's gradient have been summed."""
+        fields, size = self.local.partials.fields.named, item_size(self._flat.segment_dtypes[segment])
+        field = fields[f"segment {segment}"]
+        whole = self.local.layout.partial(self.local.slot, self._rounds)
+        self.local.arena.release(whole.part(field.offset + start * size, (stop - start) * size))
 
     def publish(self, step: int, entry: int, node: Node) -> None:
         """The subtree is complete; with this worker's last one, so are all its buckets."""
         self.local.publish(step, entry, node)
+        if self._rounds:
+            self._end_round()
+            return
         mine = [part for part in self._plan.shares[self.place.host].parts if part.local_rank == self.local.rank]
         if node == mine[-1].node:
             for bucket in self._waiting:
@@ -209,22 +244,51 @@ class HierarchicalGroup:
             self._waiting = {}
             self._stirred.set()
 
+    def _end_round(self) -> None:
+        """What no gradient has come for is ready too; the next round begins."""
+        for bucket in list(self._waiting):
+            self._is_final(bucket)
+        self._round += 1
+        self._waiting = {bucket.index: len(bucket.uses) for bucket in self._buckets}
+
     def _gradient_is_final(self, use: int) -> None:
         bucket = self._bucket_of[use].index
         left = self._waiting.get(bucket, 0) - 1
         self._waiting[bucket] = left
         if left == 0:
-            del self._waiting[bucket]
-            store_fence()
-            self._words.set_ready(self.local.slot, bucket, self._step)
-            self._stirred.set()
+            self._is_final(bucket)
+
+    def _is_final(self, bucket: int) -> None:
+        del self._waiting[bucket]
+        store_fence()
+        turn = self._turn(self._round)
+        self._words.set_ready(self.local.slot, bucket, turn)
+        self._stirred.set()
+        if self._rounds:  # who computes faster than the link carries would pile gradients up
+            first_waiting = min(self._waiting, default=len(self._buckets))
+            self._await_summed(first_waiting - 1 - BUCKETS_WAITING, self._round)
+
+    def _await_summed(self, last: int, number: int) -> None:
+        """Wait until all buckets up to one have been summed in a round of this step."""
+        turn = self._turn(number)
+
+        def summed() -> bool | None:
+            return True if all(self._words.summed(bucket, turn) for bucket in range(last + 1)) else None
+
+        self._patience.wait(summed, self._running, f"exchange of buckets up to {last} of step {self._step}")
+
+    def _turn(self, number: int) -> int:
+        """The number of a round among those of all steps; without rounds, that of the step."""
+        return self._step * self._rounds + number if self._rounds else self._step
 
     def collect(self, step: int, count: int) -> list[Cover]:
         """Wait until the exchange is over: one subtree, the whole, in this host's total."""
         arrived = time.perf_counter()
 
+        last = self._turn(self._rounds - 1)
+
         def ready() -> bool | None:
-            return True if self._words.all_summed(step) else None
+            return True if self._words.all_summed(last) else None
 
         self._patience.wait(ready, self._running, f"exchange of step {step}")
         if self._data is not None and self._control is not None:
@@ -281,8 +345,9 @@ class HierarchicalGroup:
 
     def _late(self) -> set[int]:
         """Local ranks that have not finished their part of an exchange."""
-        late = {b.lane for b in self._buckets if not self._words.summed(b.index, self._step)}
-        if not late and not self._words.summed(len(self._buckets), self._step):
+        turn = self._turn(self._rounds - 1)
+        late = {b.lane for b in self._buckets if not self._words.summed(b.index, turn)}
+        if not late and not self._words.summed(len(self._buckets), turn):
             late = {0}
         return late
 
@@ -294,18 +359,21 @@ class HierarchicalGroup:
 
     def _exchange(self, step: int) -> None:
         """On the exchange thread: a lane's buckets and, in the first lane, all that is no gradient."""
+        rounds = max(1, self._rounds)
         with self._patience.telling():
-            self._lane.run(step)
+            for number in range(rounds):
+                self._exchanged = self._turn(number)
+                self._lane.run(step, self._exchanged, last=number == rounds - 1)
 
     def _is_ready(self, bucket: Bucket) -> bool:
-        return all(self._words.ready(slot, bucket.index, self._step) for slot in self.local.members)
+        return all(self._words.ready(slot, bucket.index, self._exchanged) for slot in self.local.members)
 
     def _await_ready(self, bucket: Bucket) -> None:
         """This worker's own backward may take its time; for the mates there is a deadline from then on."""
-        step = self._step
+        step, turn = self._step, self._exchanged
 
         def arrived(slot: int) -> bool:
-            return self._words.ready(slot, bucket.index, step)
+            return self._words.ready(slot, bucket.index, turn)
 
         def doze(seconds: float) -> None:
             if self._stirred.wait(seconds):
@@ -321,13 +389,13 @@ class HierarchicalGroup:
 
     def _is_summed(self, bucket: Bucket) -> None:
         store_fence()
-        self._words.set_summed(bucket.index, self._step)
+        self._words.set_summed(bucket.index, self._exchanged)
 
     def _heads_are_summed(self) -> None:
         self._remote.update(self._heads.reports)
         self._words.flags = self._heads.flags
         store_fence()
-        self._words.set_summed(len(self._buckets), self._step)
+        self._words.set_summed(len(self._buckets), self._exchanged)
 
     def _tag(self, number: int) -> int:
         """Tags of what is no bucket."""

@@ -102,6 +102,19 @@ class HostShare:
     parts: tuple[Part, ...]
 
 
+def round_shares(hosts: int, count: int) -> tuple[HostShare, ...]:
+    """The shares of hosts of one worker each that take turns: one micro-batch each, then the next.
+
+    >>> [share.nodes for share in round_shares(2, 4)]
+    [(Node(level=0, index=0), Node(level=0, index=2)), (Node(level=0, index=1), Node(level=0, index=3))]
+    """
+    result = []
+    for host in range(hosts):
+        nodes = tuple(Node(0, m) for m in range(host, count, hosts))
+        result.append(HostShare(nodes, tuple(Part(node, 0, number) for number, node in enumerate(nodes))))
+    return tuple(result)
+
+
 def host_shares(hosts: Sequence[int], count: int) -> tuple[HostShare, ...]:
     """The shares of hosts with the given numbers of workers in ``count`` micro-batches.
 

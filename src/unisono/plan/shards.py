@@ -16,11 +16,14 @@ class StateShards:
         flat: where parameters and gradients lie.
         hosts: how many share.
         of_block: the host of each block.
+        rounds: in which a step's gradients are summed, each of one micro-batch a host; 0 where each host first sums
+            its own.
     """
 
     flat: FlatLayout
     hosts: int
     of_block: tuple[int, ...]
+    rounds: int = 0
 
     def blocks(self, host: int) -> list[int]:
         """The blocks of a host, in flat order."""
@@ -59,7 +62,9 @@ class StateShards:
                 yield offset + block.start, offset + block.start + aligned(block.stop - block.start), self.of_block[i]
 
 
-def state_shards(flat: FlatLayout, update: UpdateClass, buckets: Sequence[Bucket], hosts: int) -> StateShards:
+def state_shards(
+    flat: FlatLayout, update: UpdateClass, buckets: Sequence[Bucket], hosts: int, rounds: int = 0
+) -> StateShards:
     """Divide a state: of every bucket each host keeps a part, so that all have something to sum at any time."""
     of_block = [0] * len(flat.blocks)
     load = [0] * hosts
@@ -74,4 +79,4 @@ def state_shards(flat: FlatLayout, update: UpdateClass, buckets: Sequence[Bucket
             for unit in parts[share.start : share.stop]:
                 for i in unit:
                     of_block[i] = host
-    return StateShards(flat, hosts, tuple(of_block))
+    return StateShards(flat, hosts, tuple(of_block), rounds)

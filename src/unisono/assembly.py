@@ -16,7 +16,7 @@ from unisono.comm.group import Group
 from unisono.comm.hierarchical import HierarchicalGroup
 from unisono.comm.host import HostGroup
 from unisono.comm.journal import Journal
-from unisono.comm.partial import Partial
+from unisono.comm.partial import Partial, item_size
 from unisono.comm.passage import Passages
 from unisono.comm.tensor_group import ArenaTensorGroup
 from unisono.config import TrainingConfig
@@ -35,11 +35,12 @@ from unisono.parallel.buffers import Buffers
 from unisono.parallel.initial import initialise, initialisers, shares
 from unisono.parallel.recompute import Recomputation, blocks
 from unisono.parallel.replicated import Replica
+from unisono.parallel.sharded import ShardedValues
 from unisono.parallel.stages import Stages
 from unisono.parallel.tensor import TensorParallel
 from unisono.plan.assignment import micro_batches
 from unisono.plan.schedule import timetable
-from unisono.preparation import Objects, Prepared, crews_of, prepare, rehearse
+from unisono.preparation import Objects, Prepared, crews_of, prepare, rehearse, value_groups
 from unisono.run.rng import ModuleRandom
 from unisono.run.sampling import Sampler
 from unisono.state.shared import SharedState
@@ -80,6 +81,8 @@ class Worker:
         """Give the model memory of its own, and leave the group; once."""
         if not self.released:
             self.released = True
+            if cause is None and self.prepared.copies:
+                self.replica.bring_all()
             self.group.close(cause)
             self.replica.buffers.invalidate()
             self.replica.buffers.reset()
@@ -156,8 +159,9 @@ def _worker(
     shared = _shared(prepared, config, group, local, state)
     step = _fill(prepared, config, group, local, state, shared, memory, versions, restore)
     bound = bound or bind(prepared.model, prepared.layout.flat, state.values)
+    sharded = _sharded(prepared, objects, config, group, local, state, feed)
     tensor = _tensor(prepared, local, loss_parallel=config.layout.loss_parallel)
-    replica = _replica(prepared, objects, config, state, bound, feed, tensor)
+    replica = _replica(prepared, objects, config, state, bound, feed, tensor, sharded)
     memories = RunMemory(prepared.layout, state.memory, memory(host.undo(local.slot)), snapshot.memory)
     policy = _policy(prepared, config, group, local, state, memories, versions, schedule)
     share, passages = _share(prepared, config, group, local)
@@ -219,6 +223,34 @@ def _share(
     return work_share(own, config.micro_batches, table.workers[worker // layout.tensor]), passages
 
 
+def _sharded(
+    prepared: Prepared,
+    objects: Objects,
+    config: TrainingConfig,
+    group: HostGroup | HierarchicalGroup,
+    local: HostGroup,
+    state: TrainingState,
+    feed: Feed,
+) -> ShardedValues | None:
+    """What brings parameters here that other hosts keep."""
+    shards = prepared.shards
+    if shards is None or not shards.values or not isinstance(group, HierarchicalGroup):
+        return None
+    flat = prepared.layout.flat
+    layers, members = value_groups(prepared.model, flat, objects.loss, config, feed)
+    parameter_of = {use: p for p, spec in enumerate(flat.parameters) for use in spec.uses}
+    pieces = [shards.pieces(sorted({parameter_of[name] for name in names})) for names in members]
+    whole = prepared.host.state(0)
+
+    def release(segment: int, start: int, stop: int) -> None:
+        size, region = item_size(flat.segment_dtypes[segment]), prepared.layout.regions.named[f"values {segment}"]
+        local.arena.release(whole.part(region.offset + start * size, (stop - start) * size))
+
+    values = group.values(pieces, state.span, release)
+    parameters = dict(prepared.model.named_parameters(remove_duplicate=False))
+    return ShardedValues(prepared.model, layers, members, parameters, values)
+
+
 def _tensor(prepared: Prepared, local: HostGroup, *, loss_parallel: bool) -> TensorParallel | None:
     """This worker's part of the layers that several divide."""
     if prepared.tensor is None:
@@ -255,6 +287,7 @@ def _replica(
     bound: Sequence[nn.Parameter],
     feed: Feed,
     tensor: TensorParallel | None,
+    sharded: ShardedValues | None,
 ) -> Replica:
     """The model over the state's values."""
     flat, buffers = prepared.layout.flat, [spec.name for spec in prepared.layout.buffers]
@@ -279,6 +312,7 @@ def _replica(
         Stages(prepared.model, prepared.division) if prepared.division is not None else None,
         recomputation,
         tensor,
+        sharded,
     )
 
 

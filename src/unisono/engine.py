@@ -126,8 +126,9 @@ class Engine:
         self._group.begin(step)
         self._replica.buffers.invalidate()  # whoever used the model since may have written to them
         self._left = dict.fromkeys(self._share.leaves, len(self._stages))
+        first = self._share.actions[0].micro_batch if self._share.rounds else 0
         for action in self._share.actions:
-            self._execute(step, action, check_purity and action.micro_batch == 0)
+            self._execute(step, action, check_purity and action.micro_batch == first)
         outcome = self._policy.conclude(step, phases)
         self._group.report(step, phases.lap())
         self._group.finish(step)

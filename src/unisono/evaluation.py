@@ -48,7 +48,7 @@ class Evaluator:
         Raises:
             ConfigurationError: where the metrics do not hold ``metric``.
         """
-        with _evaluating(self._replica.model):
+        with self._replica.whole(), _evaluating(self._replica.model):
             names = self._leaf(0)
         self._replica.buffers.invalidate()
         if metric not in names:
@@ -60,7 +60,7 @@ class Evaluator:
         self._replica.buffers.invalidate()  # other workers may have committed some
         count = -(-self.samples // self._batch_size)
         share = micro_batches(count, self._group.size)[self._group.rank]
-        with _evaluating(self._replica.model):
+        with self._replica.whole(), _evaluating(self._replica.model):
             leaves = {m: self._leaf(m) for m in share}
         mine = []
         for node in subtrees(share.start, share.stop, count):

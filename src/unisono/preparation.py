@@ -23,10 +23,11 @@ from unisono.optim.eager import without_compiler
 from unisono.optim.state_spec import state_spec
 from unisono.parallel.bind import ModelTensors, model_tensors
 from unisono.parallel.initial import without_values
+from unisono.parallel.recompute import blocks
 from unisono.parallel.replicated import Loss, call, split
 from unisono.parallel.tensor_trial import ProvenPlan, proven_plan
 from unisono.plan.assignment import Run, Teams, UpdateClass, micro_batches, one_team, owners, runs
-from unisono.plan.blocks import aligned, flat_layout
+from unisono.plan.blocks import FlatLayout, aligned, flat_layout
 from unisono.plan.flow import flow
 from unisono.plan.hosts import Place
 from unisono.plan.mesh import Mesh
@@ -34,6 +35,7 @@ from unisono.plan.outline import Cut, Outline
 from unisono.plan.partition import Division, divide
 from unisono.plan.rehearsal import outline
 from unisono.plan.schedule import placement
+from unisono.plan.sharding import within
 from unisono.plan.shards import StateShards, state_shards
 from unisono.run.rng import Isolation, derive
 from unisono.state.layout import StateLayout, state_layout
@@ -124,7 +126,8 @@ def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) 
     if several_hosts and config.layout.zero:
         hosts = len(place.hosts.sizes)
         rounds = config.micro_batches // hosts if config.layout.zero > 1 else 0
-        shards = state_shards(flat, update, way(config).buckets(flat), hosts, rounds)
+        divides_values = config.layout.zero == 3
+        shards = state_shards(flat, update, way(config).buckets(flat), hosts, rounds, values=divides_values)
     members = [sum(crews, ()) for crews in crews_of(replace(mesh, data=mesh.data // replicas))]
     kept = shards.blocks(place.host) if shards is not None else None
     shares = owners(flat, update, members, teams, kept) * replicas
@@ -219,6 +222,27 @@ def _forward(model: nn.Module, loss: Loss, config: TrainingConfig, feed: Feed) -
             return loss(call(model, inputs), target)
 
     return forward
+
+
+def value_groups(
+    model: nn.Module, flat: FlatLayout, loss: Loss, config: TrainingConfig, feed: Feed
+) -> tuple[list[str], list[list[str]]]:
+    """The layers whose parameters are brought together, the whole model first; the trained parameters of each.
+
+    What is used elsewhere too, or under several names, belongs to the whole model.
+    """
+    users = flow(model, _forward(model, loss, config, feed), "layout.zero=2").parameter_users
+    layers = blocks(model)
+    members: dict[str, list[str]] = {path: [] for path in ("", *layers)}
+    for spec in flat.parameters:
+        if spec.group is None:
+            continue
+        name = spec.tensor.name
+        found = [path for path in layers if all(within(user, path) for user in (name, *users.get(name, ())))]
+        own = max(found, key=len) if found and len(spec.uses) == 1 else ""
+        members[own] += spec.uses
+    layers = ["", *(path for path in layers if members[path])]
+    return layers, [members[path] for path in layers]
 
 
 def crews_of(mesh: Mesh) -> list[list[tuple[int, ...]]]:

@@ -168,7 +168,7 @@ class Training:
         started = time.perf_counter()
         worker = self._assembled
         self._announce()
-        if worker.evaluator is not None and worker.group.rank == 0:
+        if worker.evaluator is not None and (worker.group.rank == 0 or worker.replica.divides_values):
             worker.evaluator.rehearse(self._config.validation.metric)
         reason = "finished"
         step = self._start

@@ -31,6 +31,7 @@ from unisono.comm.partial import Partial, item_size
 from unisono.comm.patience import GRACE_S, Patience
 from unisono.comm.reductions import Algorithm, Compressed, Ends
 from unisono.comm.rounds import RoundSums
+from unisono.comm.values import Values
 from unisono.comm.way import Way
 from unisono.comm.wire_state import WireState, gathered, restore, wire_regions, wire_state
 from unisono.errors import GroupError
@@ -38,10 +39,12 @@ from unisono.events import PHASES, WireUse
 from unisono.plan.blocks import FlatLayout
 from unisono.plan.exchange import Bucket, host_shares, round_shares
 from unisono.plan.hosts import Hosts, Place
-from unisono.plan.shards import StateShards
+from unisono.plan.shards import Piece, StateShards
 from unisono.run.summation import Node, accumulation, root
 
 T = TypeVar("T")
+View = Callable[[int, int, int], Tensor]
+"""(segment, start, stop) -> the parameters that lie there."""
 
 BUCKETS_WAITING = 2
 """In rounds, how many buckets of a gradient may wait for the link before its backward does."""
@@ -111,24 +114,18 @@ class HierarchicalGroup:
         if way.compression is not None:
             regions = wire_regions(flat, way.compression)
             self._wire_state = wire_state(flat, way.compression, regions, local.memory("wire"))
+        self._wires: list[NetworkWire] = []
         self._control: NetworkWire | None = None
         self._data: NetworkWire | None = None
         if place.local_rank < place.hosts.lanes:
-            self._connect(generation)
+            self._connect()
 
-    def _connect(self, generation: str) -> None:
+    def _connect(self) -> None:
         """Join this worker's lane."""
-        lane, hosts = self.place.local_rank, self.place.hosts
-
-        def explain(peer: int, operation: str, deadline: str) -> GroupError:
-            return self._bulletin.explain(hosts.rank(peer, lane), operation, deadline)
-
-        def wire(link: Link, kind: str) -> NetworkWire:
-            return NetworkWire(link, f"{generation}/lane {lane}/{kind}", self.place.host, len(hosts.sizes), explain)
-
+        lane = self.place.local_rank
         on_cpu = replace(self._link, backend="gloo", device=torch.device("cpu"))
-        self._data = wire(self._link, "data")
-        self._control = control = self._data if self._link == on_cpu else wire(on_cpu, "control")
+        self._data = self._new_wire(self._link, "data")
+        self._control = control = self._data if self._link == on_cpu else self._new_wire(on_cpu, "control")
         if self._way.may_pack and not self._data.ordered:
             self._packed = Packed(self._data)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="unisono-exchange", initializer=_one_thread)
@@ -143,6 +140,18 @@ class HierarchicalGroup:
             last=(lambda step: self._heads(step, control, self._tag(0))) if lane == 0 else None,
             finished=self._heads_are_summed,
         )
+
+    def _new_wire(self, link: Link, kind: str) -> NetworkWire:
+        """One more wire of this worker's lane."""
+        lane, hosts = self.place.local_rank, self.place.hosts
+
+        def explain(peer: int, operation: str, deadline: str) -> GroupError:
+            return self._bulletin.explain(hosts.rank(peer, lane), operation, deadline)
+
+        name = f"{self._name}/generation {self.local.generation}/lane {lane}/{kind}"
+        wire = NetworkWire(link, name, self.place.host, len(hosts.sizes), explain)
+        self._wires.append(wire)
+        return wire
 
     def _reduction(
         self, data: NetworkWire, control: NetworkWire
@@ -292,7 +301,7 @@ class HierarchicalGroup:
 
         self._patience.wait(ready, self._running, f"exchange of step {step}")
         if self._data is not None and self._control is not None:
-            sent = sum(wire.take_sent_bytes() for wire in {self._data, self._control})
+            sent = sum(wire.take_sent_bytes() for wire in self._wires)
             self._use = self._measured(sent, time.perf_counter() - arrived)
         if self._trial is not None and self._packed is not None:
             self._trial.note(self._packed.on, time.perf_counter() - self._began)
@@ -311,13 +320,13 @@ class HierarchicalGroup:
             saved = self._packed.take_saved_bytes()
         return WireUse(sent, self._lane.exchanging_s, exposed_s, saved, norm)
 
-    def distribute(self, step: int, values: Callable[[int, int, int], Tensor]) -> None:
+    def distribute(self, step: int, values: View) -> None:
         """Where hosts share one state: what each has updated, to all; nothing is to be done where each has all of it.
 
         Arguments:
             values: (segment, start, stop) -> the parameters that lie there.
         """
-        if self._shards is None:
+        if self._shards is None or self._shards.values:
             return
         operation = f"values of step {step}"
         if self.local.size > 1:
@@ -331,7 +340,7 @@ class HierarchicalGroup:
             for bucket in self._lane.buckets:
                 parts = [
                     [values(bucket.segment, bucket.start + p.start, bucket.start + p.stop) for p in own]
-                    for own in shards.values(bucket)
+                    for own in shards.updated(bucket)
                 ]
                 others = [h for h in range(wire.size) if h != wire.rank]
                 sends = [(part, h) for h in others for part in parts[wire.rank]]
@@ -342,6 +351,17 @@ class HierarchicalGroup:
             return True
 
         self._call(work, operation)
+
+    def values(self, groups: Sequence[Sequence[Piece]], view: View, release: Callable[[int, int, int], None]) -> Values:
+        """What brings together parameters of which every host keeps a part; all hosts make it at the same time.
+
+        Arguments:
+            groups: what is brought together.
+            view: (segment, start, stop) -> the memory of values.
+            release: gives that memory back.
+        """
+        wire = self._new_wire(self._link, "values")
+        return Values(wire, groups, view, release)
 
     def _late(self) -> set[int]:
         """Local ranks that have not finished their part of an exchange."""
@@ -504,9 +524,8 @@ class HierarchicalGroup:
     def revoke(self, cause: str = "") -> None:
         """End this generation on this host, and free whoever waits on its wires."""
         self.local.revoke(cause)
-        for wire in (self._data, self._control):
-            if wire is not None:
-                wire.revoke()
+        for wire in self._wires:
+            wire.revoke()
 
     def close(self, cause: BaseException | None = None) -> None:
         """Let go of the wires and their thread; others that still wait on them fail, and are told the cause."""
@@ -514,13 +533,11 @@ class HierarchicalGroup:
             self._bulletin.post(None, f"{type(cause).__name__}: {cause}")
         if cause is not None or (self._running is not None and not self._running.done()):
             self.local.revoke(str(cause) if cause is not None else "this worker left in the middle of a step")
-        for wire in {self._data, self._control} - {None}:
-            assert wire is not None
+        for wire in self._wires:
             wire.revoke()
         if self._thread is not None:
             self._thread.shutdown(wait=True)
-        for wire in {self._data, self._control} - {None}:
-            assert wire is not None
+        for wire in self._wires:
             wire.close()
 
     def reform(self, generation: int, members: Sequence[int]) -> "HierarchicalGroup":

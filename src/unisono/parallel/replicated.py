@@ -1,7 +1,7 @@
 """A model on one worker, whole or in stages: a micro-batch's forward and backward, its gradient's way into the sums."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,6 +14,7 @@ from unisono.errors import ConfigurationError, TrainingError
 from unisono.parallel.buffers import Buffers
 from unisono.parallel.entrance import Entrance
 from unisono.parallel.recompute import Recomputation
+from unisono.parallel.sharded import ShardedValues
 from unisono.parallel.split import Rest, first_part, second_part
 from unisono.parallel.stages import Left, Stages
 from unisono.parallel.tensor import TensorParallel
@@ -99,6 +100,7 @@ class Replica:
         stages: the model cut into stages; None where this worker computes all of it.
         recomputation: which of its blocks are computed again in the backward; None for none.
         tensor: this worker's part of layers that several divide; None where it computes whole layers.
+        sharded: brings parameters that other hosts keep; None where all are here.
     """
 
     def __init__(
@@ -113,6 +115,7 @@ class Replica:
         stages: Stages | None = None,
         recomputation: Recomputation | None = None,
         tensor: TensorParallel | None = None,
+        sharded: ShardedValues | None = None,
     ) -> None:
         self.model = model
         self.buffers = buffers
@@ -124,6 +127,7 @@ class Replica:
         self._stages = stages
         self._recomputation = recomputation
         self._tensor = tensor
+        self._sharded = sharded
         self._last = stages.division.stages - 1 if stages is not None else 0
         self._use_sets = [self._of_stage(stage, [name for name, _ in uses]) for stage in range(self._last + 1)]
         self._buffer_sets = [self._of_stage(stage, buffers.names) for stage in range(self._last + 1)]
@@ -148,7 +152,7 @@ class Replica:
         for handle in self._handles:
             handle.remove()
         self.random.close()
-        for wrapping in (self._stages, self._recomputation, self._tensor):
+        for wrapping in (self._stages, self._recomputation, self._tensor, self._sharded):
             if wrapping is not None:
                 wrapping.close()
 
@@ -164,6 +168,8 @@ class Replica:
             TrainingError: where the loss is not a finite number, or the model wrote to its parameters.
         """
         self.buffers.reset()
+        if self._sharded is not None:
+            self._sharded.begin_forward()
         draws = self.random.enter(step - 1, micro_batch)
         inputs, target = split(batch)
         entrance = Entrance([tensor for tensor, _ in arrived], [needed for _, needed in arrived])
@@ -197,6 +203,25 @@ class Replica:
             )
         return [loss], value, weight
 
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """This worker's model is whole, whoever else divides it: what `evaluate` needs. All workers enter it."""
+        with ExitStack() as stack:
+            for divided in (self._tensor, self._sharded):
+                if divided is not None:
+                    stack.enter_context(divided.whole())
+            yield
+
+    @property
+    def divides_values(self) -> bool:
+        """Whether parameters have to be brought here."""
+        return self._sharded is not None
+
+    def bring_all(self) -> None:
+        """All parameters are here from now on; all workers call it."""
+        if self._sharded is not None:
+            self._sharded.bring_all()
+
     @torch.no_grad()
     def evaluate(self, key: int, micro_batch: int, batch: object) -> tuple[object, object, float, float]:
         """Output, target, and loss as (sum, weight) of a batch; a mean counts once for every sample.
@@ -206,7 +231,7 @@ class Replica:
         self.buffers.reset()
         self.random.enter(key, micro_batch)
         inputs, target = split(batch)
-        with self._precision(), self._tensor.whole() if self._tensor is not None else nullcontext():
+        with self._precision():
             output = call(self.model, inputs)
             result = self._loss(output, target)
         loss, weight = loss_and_weight(result)
@@ -289,6 +314,8 @@ class Replica:
     ) -> None:
         """Gradients that come from here on belong to this micro-batch."""
         self._resume(forwarded)
+        if self._sharded is not None:
+            self._sharded.begin_backward()
         if opens and self._stages is None:
             chain[0].clear()
         elif opens:
@@ -306,6 +333,8 @@ class Replica:
             if not self._seen[u]:
                 add_entry(chain, u, None)
         self._chain = ()
+        if self._sharded is not None:
+            self._sharded.end()
         self.buffers.add(chain, forwarded.buffers, self._buffer_sets[forwarded.stage])
         if forwarded.stage == self._last:
             for i, value in enumerate((forwarded.value, forwarded.weight)):

@@ -65,6 +65,7 @@ class Flow:
         modules: the first call of each.
         calls: how often each module is called.
         users: identity of a tensor -> the innermost modules in which a function uses it.
+        parameter_users: name of a parameter, under each of its names -> the innermost modules in which it is used.
         drawers: modules with code that draws random numbers otherwise than by `HANDLED_DRAWS`, and by what.
     """
 
@@ -73,15 +74,17 @@ class Flow:
     modules: dict[str, ModuleCall] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
     users: dict[int, set[str]] = field(default_factory=dict)
+    parameter_users: dict[str, set[str]] = field(default_factory=dict)
     drawers: dict[str, str] = field(default_factory=dict)
 
 
-def flow(model: nn.Module, forward: Callable[[], object]) -> Flow:
+def flow(model: nn.Module, forward: Callable[[], object], remedy: str = "layout.tensor=1") -> Flow:
     """Follow the values through a model.
 
     Arguments:
         model: with or without values.
         forward: calls it on a real micro-batch, and computes the loss.
+        remedy: what to use where that cannot be, for the error.
 
     Raises:
         ConfigurationError: where the model's code needs values.
@@ -103,7 +106,7 @@ def flow(model: nn.Module, forward: Callable[[], object]) -> Flow:
             where = f"in module {tracing.inside[-1]}" if tracing.inside else "in the model's or the loss's own forward"
             raise ConfigurationError(
                 f"the model cannot be divided between workers: its code, run without values, fails {where} with "
-                f"{type(error).__name__}: {reason[0]}; use layout.tensor=1, or let that code not look at values"
+                f"{type(error).__name__}: {reason[0]}; use {remedy}, or let that code not look at values"
             ) from error
     tracing.found.ends = frozenset().union(*(tracing.marks.get(key, frozenset()) for key in _identities(result)))
     return tracing.found
@@ -171,6 +174,8 @@ class _Tracing(TorchFunctionMode):
         here = self.inside[-1] if self.inside else ""
         for tensor in given:
             self.found.users.setdefault(id(tensor), set()).add(here)
+            if id(tensor) in self._names:
+                self.found.parameter_users.setdefault(self._names[id(tensor)], set()).add(here)
         marks: frozenset[str] = frozenset().union(*(self.marks.get(id(tensor), frozenset()) for tensor in given))
         weight = self._names.get(id(args[1])) if func is F.linear and len(args) > 1 else None
         if weight is not None:

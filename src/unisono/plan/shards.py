@@ -9,6 +9,16 @@ from unisono.plan.exchange import Bucket
 
 
 @dataclass(frozen=True, slots=True)
+class Piece:
+    """Elements [start, stop) of a segment's values, and the host that keeps them."""
+
+    segment: int
+    start: int
+    stop: int
+    host: int
+
+
+@dataclass(frozen=True, slots=True)
 class StateShards:
     """Who keeps what.
 
@@ -18,12 +28,14 @@ class StateShards:
         of_block: the host of each block.
         rounds: in which a step's gradients are summed, each of one micro-batch a host; 0 where each host first sums
             its own.
+        values: parameters are divided too; else every host has all of them.
     """
 
     flat: FlatLayout
     hosts: int
     of_block: tuple[int, ...]
     rounds: int = 0
+    values: bool = False
 
     def blocks(self, host: int) -> list[int]:
         """The blocks of a host, in flat order."""
@@ -33,10 +45,24 @@ class StateShards:
         """For each host: the parts of a bucket's gradients that it sums, as places in the bucket."""
         return self._parts(bucket, bucket.uses)
 
-    def values(self, bucket: Bucket) -> list[list[slice]]:
+    def updated(self, bucket: Bucket) -> list[list[slice]]:
         """For each host: the parts of a bucket's parameters that it updates, as places in the bucket."""
         first_uses = [use for use in bucket.uses if self.flat.use_places[use] == self._place(use)]
         return self._parts(bucket, first_uses)
+
+    def pieces(self, parameters: Sequence[int]) -> list[Piece]:
+        """Some parameters' values, cut where another host keeps them; neighbours of one host are one piece."""
+        result: list[Piece] = []
+        first_use = {parameter: use for use, (_, parameter) in reversed(list(enumerate(self.flat.uses)))}
+        for parameter in sorted(parameters):
+            segment = self.flat.places[parameter].segment
+            for start, stop, host in self._pieces([first_use[parameter]]):
+                last = result[-1] if result else None
+                if last is not None and (last.segment, last.stop, last.host) == (segment, start, host):
+                    result[-1] = Piece(segment, last.start, stop, host)
+                else:
+                    result.append(Piece(segment, start, stop, host))
+        return result
 
     def _place(self, use: int) -> object:
         return self.flat.places[self.flat.uses[use][1]]
@@ -63,7 +89,13 @@ class StateShards:
 
 
 def state_shards(
-    flat: FlatLayout, update: UpdateClass, buckets: Sequence[Bucket], hosts: int, rounds: int = 0
+    flat: FlatLayout,
+    update: UpdateClass,
+    buckets: Sequence[Bucket],
+    hosts: int,
+    rounds: int = 0,
+    *,
+    values: bool = False,
 ) -> StateShards:
     """Divide a state: of every bucket each host keeps a part, so that all have something to sum at any time."""
     of_block = [0] * len(flat.blocks)
@@ -79,4 +111,4 @@ def state_shards(
             for unit in parts[share.start : share.stop]:
                 for i in unit:
                     of_block[i] = host
-    return StateShards(flat, hosts, tuple(of_block), rounds)
+    return StateShards(flat, hosts, tuple(of_block), rounds, values)

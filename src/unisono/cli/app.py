@@ -36,6 +36,7 @@ bench_app.command()(bench.train)
 bench_app.command()(bench.comm)
 bench_app.command()(bench.pipeline)
 bench_app.command()(bench.sharding)
+bench_app.command()(bench.memory)
 bench_app.command()(bench.network)
 
 

@@ -380,7 +380,7 @@ def _fill(
     """Initial values, or those of a checkpoint; the first state's, of which all others are copies. Returns the step."""
     step, failure, compression = 0, "", Restored().compression
     if config.init == "by_name":
-        _initialise(prepared, config, local)
+        _initialise(prepared, config, local, shared)
     if group.rank == 0:
         with torch.no_grad():
             for value, parameter in zip(state.values, prepared.originals, strict=True):
@@ -403,7 +403,9 @@ def _fill(
         raise CheckpointError(failure)
     if local.rank == 0:
         if shared is not None:
-            shared.spread(with_optimizer=step > 0)
+            known = config.init == "by_name" and config.start_from is None and step == 0
+            divided = prepared.shards is not None and prepared.shards.values
+            shared.spread(with_values=not (known and divided), with_optimizer=step > 0)
         for part in state.parts() if shared is None else ():
             group.broadcast(part, "initial state")
         group.restore_compression(compression)
@@ -418,16 +420,17 @@ def _fill(
     return step
 
 
-def _initialise(prepared: Prepared, config: TrainingConfig, local: HostGroup) -> None:
+def _initialise(prepared: Prepared, config: TrainingConfig, local: HostGroup, shared: SharedState | None) -> None:
     """Each worker of the first state gives some modules their initial values; what holds them follows."""
+    done = shared.keep if shared is not None else lambda: None
     members = initialisers(prepared.model)
     further = {name for spec in prepared.layout.flat.parameters for name in spec.uses[1:]}
     own, holding = shares(members, prepared.model, local.size // prepared.host.replicas)
     if local.rank < len(own):
-        initialise(config.seed, own[local.rank], further)
+        initialise(config.seed, own[local.rank], further, done)
     local.barrier("initial values")
     if local.rank == 0:
-        initialise(config.seed, holding, further)
+        initialise(config.seed, holding, further, done)
 
 
 def _take_weights(prepared: Prepared, path: Path, state: TrainingState) -> None:

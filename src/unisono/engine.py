@@ -200,7 +200,9 @@ class Engine:
         return self._passages is None and not self._share.rounds
 
     def _on_gradient(self, m: int) -> Callable[[int], None] | None:
-        """Who waits for gradients that are final in this worker's sums."""
+        """Who waits for gradients that are final in this worker's sums; nobody before they have been compared."""
+        if self._first is not None:
+            return None
         return self._group.on_gradient if m == self._last_micro_batch or self._share.rounds else None
 
     def _backward_inputs(self, m: int, stage: int) -> None:

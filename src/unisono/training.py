@@ -416,9 +416,11 @@ class Training:
         worker = self._assembled
         replicated = worker.prepared.host.replicas > 1
         mine = ""
-        if worker.shared is not None:  # the first host sees the whole, the others give their part
-            found = digest(step, worker.shared.tensors())
-            mine = found if worker.group.rank == 0 else ""
+        if worker.shared is not None:
+            tensors = worker.shared.tensors()
+            mine = digest(step, tensors) if worker.group.rank == 0 else ""
+            for _ in tensors:  # to which this host gives its part; to read the rest would take memory for it
+                pass
         elif not self._shares_state and (replicated or worker.group.owners.rank == 0):
             mine = worker.state.digest(step)
         digests = [payload.decode() for payload in worker.group.all_gather(mine.encode(), "digest") if payload]

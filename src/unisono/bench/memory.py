@@ -33,7 +33,7 @@ def bench(launcher: Launcher, hosts: Sequence[int], say: Callable[[str], None] |
     rows = []
     for count in hosts:
         for zero in (1, 2, 3):
-            for micro_batches in (1, 2):
+            for micro_batches in (1, 4):
                 arguments = {"zero": zero, "hosts": count, "micro_batches": micro_batches * count}
                 target = {"call": "unisono.bench.states:measure", "arguments": arguments}
                 results = launcher.run(target, count, hosts=count, output=STANDARD_ERROR).results

@@ -115,11 +115,14 @@ def shares(
 
 
 @torch.no_grad()
-def initialise(seed: int, members: Sequence[Initialiser], further: Set[str]) -> None:
+def initialise(
+    seed: int, members: Sequence[Initialiser], further: Set[str], done: Callable[[], None] = lambda: None
+) -> None:
     """Give modules their initial values, in place.
 
     Arguments:
         further: names of tied parameters besides the first, which take its values.
+        done: called after each module.
     """
     with Isolation() as random:
         for member in members:
@@ -134,3 +137,4 @@ def initialise(seed: int, members: Sequence[Initialiser], further: Set[str]) -> 
             member.function()
             for p, values in zip(tied, kept, strict=True):
                 p.data = values
+            done()

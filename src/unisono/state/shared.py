@@ -44,17 +44,26 @@ class SharedState:
         self._host = group.place.host
         self._release = release
         self._everywhere = values_everywhere
+        named = state.layout.regions.named
+        regions = [] if values_everywhere else [named[name] for name in named if name.startswith("values ")]
+        self._divided_values = [(region, self._kept(region)) for region in regions]
 
-    def spread(self, *, with_optimizer: bool) -> None:
+    def keep(self) -> None:
+        """Give back the memory of all values that other hosts keep."""
+        for region, kept in self._divided_values:
+            self._release_all_but(region, kept)
+
+    def spread(self, *, with_values: bool, with_optimizer: bool) -> None:
         """What the first host has, to all: each takes what it keeps.
 
         Arguments:
+            with_values: parameters too, which else everyone has that keeps them.
             with_optimizer: the optimizer's state too, which else nobody has yet.
         """
         layout = self._state.layout
         for name, region in layout.regions.named.items():
             kind = name.split()[0]
-            if kind == "state" and not with_optimizer:
+            if (kind == "state" and not with_optimizer) or (kind == "values" and not with_values):
                 continue
             divided = kind == "state" or (kind == "values" and not self._everywhere)
             kept = self._kept(region) if divided else [region]

@@ -46,6 +46,20 @@ def test_a_stopped_worker_is_named_by_all_others(tolerant: LocalLauncher, worker
         assert result["at"] - started < DEADLINE_S + 2 + 1.5  # 1.5: to start, and to train two steps
 
 
+@pytest.mark.parametrize("zero", [1, 2, 3])
+@pytest.mark.parametrize(("how", "phase"), [("stop", "compute"), ("stop", "wait"), ("kill", "compute")])
+def test_a_host_that_keeps_a_part_of_the_state_is_named_by_all_others(
+    tolerant: LocalLauncher, zero: int, how: str, phase: str
+) -> None:
+    """(last rank, step 3): the others wait for sums, for values, or for a layer's parameters."""
+    started = time.monotonic()
+    settings: dict[str, Any] = {"layout": {"zero": zero}, "global_batch_size": 24}
+    for result in survivors(tolerant, 3, 3, rank=2, how=how, step=3, phase=phase, **settings):
+        assert result["kind"] in ("WaitTimeout", "Revoked", "PeerLost")
+        assert "rank 2 (host 2)" in result["error"], result["error"]
+        assert result["at"] - started < DEADLINE_S + 2 + 1.5
+
+
 def test_a_worker_that_only_its_mates_miss_is_named_by_other_hosts(tolerant: LocalLauncher) -> None:
     """(last rank, step 3, its sums are sent but not marked): other hosts are a step ahead, and wait for its mate."""
     for result in survivors(tolerant, 4, 2, call="survive_silence", rank=3, step=3):

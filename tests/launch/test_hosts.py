@@ -15,6 +15,8 @@ import pytest
 
 from tests.proxy import proxy
 from unisono.bench.namespaces import Namespaces, unavailable
+from unisono.errors import UnisonoError
+from unisono.launch.local import LocalLauncher
 from unisono.launch.spanning import _without_hosts
 
 SECRET = "a secret of twenty-four c"
@@ -267,3 +269,36 @@ def test_bytes_at_the_interface_are_as_stated(hosts: Callable[..., Namespaces], 
 def test_the_command_for_other_hosts_leaves_a_scripts_words_alone() -> None:
     words = ["run", "--hosts", "file", "-n", "3", "-n4", "--workers=2", "./script.py", "-n", "5", "--json"]
     assert _without_hosts(words, 3) == ["run", "./script.py", "-n", "5", "--json"]
+
+
+@pytest.mark.parametrize(
+    ("workers", "hosts", "options", "expected"),
+    [
+        (4, 2, {"layout": {"zero": 3}}, "layout.zero is 3 over 2 hosts of up to 2 workers; between hosts of several"),
+        (3, 3, {"layout": {"zero": 2}}, "a step has 7 micro-batches; use global_batch_size 24 or 36, or layout.zero=1"),
+        (
+            2,
+            2,
+            {"layout": {"zero": 1}, "wire": {"compression": "int8"}},
+            "zero is 1 over 2 hosts, and int8 loses",
+        ),
+        (
+            2,
+            2,
+            {"layout": {"tensor": 2}},
+            "layout.tensor is 2 on 2 hosts with device cpu; tensor-parallel",
+        ),
+        (
+            2,
+            2,
+            {"layout": {"zero": 3}, "model": "untouched", "global_batch_size": 24},
+            "use layout.zero=2, or let that code not look at values",
+        ),
+    ],
+)
+def test_hosts_that_cannot_share_a_state_say_why(
+    pool: LocalLauncher, workers: int, hosts: int, options: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(UnisonoError) as caught:
+        pool.run({"call": "tests.jobs:train", "arguments": options}, workers, hosts=hosts)
+    assert expected in str(caught.value) and "Traceback" not in str(caught.value), caught.value

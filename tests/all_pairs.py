@@ -1,8 +1,9 @@
 """Layouts in which every two settings that can meet do: a greedy covering set.
 
-Run as a program it writes configs/layouts.txt.
+Run as a program it writes configs/layouts.txt; with ``--all`` it prints every layout, those of up to 16 workers too.
 """
 
+import sys
 from collections.abc import Iterator
 from itertools import combinations, product
 from pathlib import Path
@@ -27,12 +28,12 @@ HEAD = """\
 Layout = dict[str, object]
 
 
-def layouts() -> Iterator[Layout]:
+def layouts(most_workers: int = MOST_WORKERS) -> Iterator[Layout]:
     """Every layout with few enough workers; without a pipeline there is one schedule."""
     for values in product(*SETTINGS.values()):
         layout = dict(zip(SETTINGS, values, strict=True))
         workers = int(str(layout["data"])) * int(str(layout["pipeline"]))
-        if workers <= MOST_WORKERS and (layout["pipeline"] != 1 or layout["schedule"] == "1f1b"):
+        if workers <= most_workers and (layout["pipeline"] != 1 or layout["schedule"] == "1f1b"):
             yield layout
 
 
@@ -55,9 +56,16 @@ def covering() -> list[Layout]:
 
 def text() -> str:
     """The file."""
-    lines = [" ".join(f"{key}={value}" for key, value in layout.items()) for layout in covering()]
-    return HEAD + "\n".join(lines) + "\n"
+    return HEAD + "\n".join(map(line, covering())) + "\n"
+
+
+def line(layout: Layout) -> str:
+    """A layout as a line of a file."""
+    return " ".join(f"{key}={value}" for key, value in layout.items())
 
 
 if __name__ == "__main__":
-    FILE.write_text(text(), encoding="utf-8")
+    if "--all" in sys.argv:
+        print("\n".join(map(line, layouts(16))))
+    else:
+        FILE.write_text(text(), encoding="utf-8")

@@ -245,3 +245,11 @@ def test_a_run_that_is_long_enough_already_is_said(tmp_path: Path) -> None:
 def test_one_cuda_device_is_exact_with_itself() -> None:
     digests = {jobs.trainer(device="cuda", clip=1.0).fit(4).digest for _ in range(2)}
     assert len(digests) == 1
+
+
+def test_a_run_that_cannot_fit_into_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unisono.assembly.machine_bytes", lambda: 100 << 20)
+    with pytest.raises(
+        ConfigurationError, match=r"1 worker of this host would take 160\.. MiB, among it process .*100\.0 MiB"
+    ):
+        trainer().fit(1)

@@ -25,7 +25,7 @@ from unisono.engine import Engine, WorkShare, rounds_share, work_share
 from unisono.errors import CheckpointError, UnisonoError
 from unisono.evaluation import Evaluator
 from unisono.events import Emitter
-from unisono.footprint import chosen_recomputation
+from unisono.footprint import chosen_recomputation, machine_bytes, refuse_what_cannot_fit
 from unisono.launch.membership import join_hosts, place_of
 from unisono.launch.world import World
 from unisono.optim.blockwise import BlockOptimizer
@@ -110,6 +110,7 @@ def assemble(
     several = len(place.hosts.sizes) > 1
     feed = Feed(objects.data, config.seed, "training", objects.collate, device)
     prepared = prepare(objects, config, place, feed)
+    refuse_what_cannot_fit(prepared, config, machine_bytes())
     host, mesh = prepared.host, prepared.mesh
     arena = _map(world.arena(host.size_bytes, alone=host.slots == 1), host.size_bytes)
     memory = DeviceMemory(device) if device.type != "cpu" else lambda region: arena.tensor(region, torch.uint8)

@@ -6,9 +6,11 @@ from itertools import pairwise
 
 from unisono.comm.partial import item_size
 from unisono.config import Layout, TrainingConfig
+from unisono.errors import ConfigurationError
+from unisono.events import readable
 from unisono.parallel.recompute import blocks
 from unisono.plan.assignment import micro_batches
-from unisono.plan.memory import ModelState, activations, most_activations, worker_memory
+from unisono.plan.memory import Activations, ModelState, activations, most_activations, worker_memory
 from unisono.plan.outline import Outline, Unit
 from unisono.plan.schedule import in_flight, timetable
 from unisono.plan.sharding import within
@@ -18,9 +20,36 @@ from unisono.run.summation import accumulation
 
 def memory_bytes(layout: Layout) -> int:
     """What a host's workers may take: as configured, or the machine's memory."""
-    if layout.memory_gib is not None:
-        return int(layout.memory_gib * 2**30)
+    return int(layout.memory_gib * 2**30) if layout.memory_gib is not None else machine_bytes()
+
+
+def machine_bytes() -> int:
+    """The machine's memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def refuse_what_cannot_fit(prepared: Prepared, config: TrainingConfig, limit_bytes: int) -> None:
+    """Compare what is known before a rehearsal (after one, in a pipeline) with the machine's memory.
+
+    Raises:
+        ConfigurationError: where the workers of this host would take more.
+    """
+    found = prepared.division.outline if prepared.division is not None else None
+    recompute = "full" if config.layout.recompute == "auto" else config.layout.recompute
+    used = footprint(prepared, found, config, recompute)
+    total = sum(sum(kinds.values()) for kinds in used)
+    if total <= limit_bytes:
+        return
+    by_kind = {kind: sum(kinds[kind] for kinds in used) for kind in used[0]}
+    first, second = sorted(by_kind, key=by_kind.__getitem__, reverse=True)[:2]
+    remedy = "more hosts with layout.zero=3" + (", fewer workers on this one" if len(used) > 1 else "")
+    if "activations" in (first, second) and recompute != "full":
+        remedy = "layout.recompute=full"
+    raise ConfigurationError(
+        f"{len(used)} worker{'s' * (len(used) > 1)} of this host would take {readable(total)}, among it {first} "
+        f"{readable(by_kind[first])} and {second} {readable(by_kind[second])}, and it has {readable(limit_bytes)}; use "
+        f"{remedy}, or a smaller model (unisono plan shows every worker's part)"
+    )
 
 
 def chosen_recomputation(prepared: Prepared, found: Outline, config: TrainingConfig) -> str:
@@ -39,12 +68,20 @@ def edges_of(prepared: Prepared, found: Outline) -> tuple[int, ...]:
     return prepared.division.edges if prepared.division is not None else (0, len(found.units))
 
 
-def footprint(prepared: Prepared, found: Outline, config: TrainingConfig, recompute: str) -> list[dict[str, int]]:
-    """Bytes by kind of each worker of a host, in order of rank."""
+def footprint(
+    prepared: Prepared, found: Outline | None, config: TrainingConfig, recompute: str
+) -> list[dict[str, int]]:
+    """Bytes by kind of each worker of a host, in order of rank.
+
+    Arguments:
+        found: by a rehearsal; without one, activations are left out.
+    """
     layout, mesh = config.layout, prepared.mesh
-    found = _in_parts(prepared, found)
-    again = blocks(prepared.model, prepared.division)
-    each = [activations(found, range(a, b), recompute, again) for a, b in pairwise(edges_of(prepared, found))]
+    each = [Activations(0)]
+    if found is not None:
+        found = _in_parts(prepared, found)
+        again = blocks(prepared.model, prepared.division)
+        each = [activations(found, range(a, b), recompute, again) for a, b in pairwise(edges_of(prepared, found))]
     states = [_state(prepared, team) for team in range(mesh.pipeline)]
     shares = micro_batches(config.micro_batches, mesh.data)
     messages = prepared.passages.sizes if prepared.passages is not None else ()
@@ -67,7 +104,21 @@ def footprint(prepared: Prepared, found: Outline, config: TrainingConfig, recomp
                 clips=config.clip is not None,
             )
         )
-    return result
+    return [_shared(prepared, config, kinds) for kinds in result]
+
+
+def _shared(prepared: Prepared, config: TrainingConfig, kinds: dict[str, int]) -> dict[str, int]:
+    """What a worker takes where hosts share one state."""
+    shards = prepared.shards
+    if shards is None:
+        return kinds
+    kinds = {**kinds, "optimizer": kinds["optimizer"] // shards.hosts}
+    if shards.rounds:
+        partials = accumulation(0, config.micro_batches, config.micro_batches)[1]
+        kinds["gradients"] = partials * _state(prepared, 0).gradient_bytes // shards.hosts
+    if shards.values:
+        kinds["parameters"] //= shards.hosts
+    return kinds
 
 
 def _in_parts(prepared: Prepared, found: Outline) -> Outline:

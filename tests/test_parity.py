@@ -125,6 +125,22 @@ def test_one_result_where_hosts_share_the_state(pool: LocalLauncher, case: str) 
         assert result["losses"] == expected["losses"] and result["validations"] == expected["validations"]
 
 
+@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
+def test_layers_whose_backward_is_not_announced(pool: LocalLauncher, recompute: str) -> None:
+    settings: dict[str, Any] = {"model": "hands_on", "global_batch_size": 24}
+    expected = train(pool, 1, **settings)
+    found = train(pool, 2, 2, layout={"zero": 3, "recompute": recompute}, **settings)
+    assert (found["digest"], found["losses"]) == (expected["digest"], expected["losses"])
+
+
+def test_a_micro_batch_without_a_gradient_keeps_no_host_waiting(pool: LocalLauncher) -> None:
+    settings: dict[str, Any] = {"model": "mlp", "loss": "sometimes", "global_batch_size": 24}
+    expected = train(pool, 1, **settings)
+    for hosts, zero in ((2, 1), (2, 2), (2, 3), (3, 3)):
+        found = train(pool, hosts, hosts, layout={"zero": zero}, **settings)
+        assert (found["digest"], found["losses"]) == (expected["digest"], expected["losses"]), (hosts, zero)
+
+
 @pytest.mark.parametrize("model", ["norm", "tied", "mlp"])
 def test_one_result_across_resumes_where_hosts_share_the_state(pool: LocalLauncher, tmp_path: Path, model: str) -> None:
     settings: dict[str, Any] = {"model": model, "global_batch_size": 24}

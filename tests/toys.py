@@ -107,6 +107,37 @@ class WritesParameter(nn.Module):
         return y
 
 
+class HandsOn(nn.Module):
+    """Layers that hand on what they were given, keep results on themselves, add a parameter last, and are changed in
+    place behind: where a layer's backward begins is not plain to see."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.shift = nn.Linear(8, 8), nn.Parameter(torch.zeros(8))
+            self.aside: Tensor | None = None
+
+        def forward(self, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+            y = torch.tanh(self.linear(x)) * scale
+            self.aside = self.linear.weight.t().mean()
+            return y + self.shift, scale
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.scale = nn.Linear(6, 8), nn.Linear(6, 8)
+        self.layers = nn.ModuleList(HandsOn.Layer() for _ in range(4))
+        self.out = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, y = self.scale(x), self.first(x)
+        for layer in self.layers:
+            y, scale = layer(y, scale)
+            y += 1.0
+        asides: list[Any] = [layer.aside for layer in self.layers]
+        result: Tensor = self.out(y) + sum(asides)
+        return result
+
+
 def mlp() -> nn.Module:
     """Larger than one block, with dropout."""
     return nn.Sequential(
@@ -146,6 +177,7 @@ def wide() -> nn.Module:
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
+    "hands_on": HandsOn,
     "mlp": mlp,
     "plain": plain,
     "norm": norm,
@@ -194,6 +226,13 @@ def no_weight(output: Tensor, target: Tensor) -> tuple[Tensor, float]:
     return ((output - target) ** 2).sum(), 0.0
 
 
+def sometimes(output: Tensor, target: Tensor) -> tuple[Tensor, float]:
+    """Some micro-batches are masked whole, and depend on nothing."""
+    if float(target[0, 0]) > 0.5:
+        return torch.zeros(()), 0.0
+    return ((output - target) ** 2).mean(), 1.0
+
+
 def not_a_number(output: Tensor, target: Tensor) -> Tensor:
     """A loss that is NaN."""
     return (output - target).sum() * float("nan")
@@ -203,6 +242,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "mse": F.mse_loss,
     "weighted": weighted,
     "no_weight": no_weight,
+    "sometimes": sometimes,
     "nan": not_a_number,
 }
 

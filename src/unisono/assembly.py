@@ -33,7 +33,7 @@ from unisono.optim.schedules import Schedule, scale
 from unisono.parallel.bind import bind, unbind
 from unisono.parallel.buffers import Buffers
 from unisono.parallel.initial import initialise, initialisers, shares
-from unisono.parallel.recompute import Recomputation, blocks
+from unisono.parallel.recompute import Recomputation, blocks, refuse_inside
 from unisono.parallel.replicated import Replica
 from unisono.parallel.sharded import ShardedValues
 from unisono.parallel.stages import Stages
@@ -81,12 +81,17 @@ class Worker:
         """Give the model memory of its own, and leave the group; once."""
         if not self.released:
             self.released = True
-            if cause is None and self.prepared.copies:
-                self.replica.bring_all()
-            self.group.close(cause)
-            self.replica.buffers.invalidate()
-            self.replica.buffers.reset()
-            self.replica.close()
+            try:
+                if cause is None and self.prepared.copies:
+                    self.replica.bring_all()
+            except BaseException as error:
+                cause = error
+                raise
+            finally:
+                self.group.close(cause)
+                self.replica.buffers.invalidate()
+                self.replica.buffers.reset()
+                self.replica.close()
             unbind(self.prepared.model, self.prepared.layout.flat, copies=self.prepared.copies)
 
 
@@ -160,9 +165,10 @@ def _worker(
     shared = _shared(prepared, config, group, local, state)
     step = _fill(prepared, config, group, local, state, shared, memory, versions, restore)
     bound = bound or bind(prepared.model, prepared.layout.flat, state.values)
+    recompute = _chosen(prepared, objects, config, feed)
     sharded = _sharded(prepared, objects, config, group, local, state, feed)
     tensor = _tensor(prepared, local, loss_parallel=config.layout.loss_parallel)
-    replica = _replica(prepared, objects, config, state, bound, feed, tensor, sharded)
+    replica = _replica(prepared, objects, config, state, bound, feed, recompute, tensor, sharded)
     memories = RunMemory(prepared.layout, state.memory, memory(host.undo(local.slot)), snapshot.memory)
     policy = _policy(prepared, config, group, local, state, memories, versions, schedule)
     share, passages = _share(prepared, config, group, local)
@@ -222,6 +228,14 @@ def _share(
         at = prepared.mesh.coordinates(local.rank)
         passages = Passages(local, prepared.passages, at["data"] * layout.tensor + at["tensor"])
     return work_share(own, config.micro_batches, table.workers[worker // layout.tensor]), passages
+
+
+def _chosen(prepared: Prepared, objects: Objects, config: TrainingConfig, feed: Feed) -> str:
+    """What is computed again in the backward; the model is as its user made it."""
+    if config.layout.recompute != "auto":
+        return config.layout.recompute
+    found = prepared.division.outline if prepared.division else rehearse(prepared.model, objects.loss, config, feed)
+    return chosen_recomputation(prepared, found, config)
 
 
 def _sharded(
@@ -287,18 +301,16 @@ def _replica(
     state: TrainingState,
     bound: Sequence[nn.Parameter],
     feed: Feed,
+    recompute: str,
     tensor: TensorParallel | None,
     sharded: ShardedValues | None,
 ) -> Replica:
     """The model over the state's values."""
     flat, buffers = prepared.layout.flat, [spec.name for spec in prepared.layout.buffers]
-    recompute: str = config.layout.recompute
-    if recompute == "auto":
-        found = prepared.division.outline if prepared.division else rehearse(prepared.model, objects.loss, config, feed)
-        recompute = chosen_recomputation(prepared, found, config)
     recomputation = None
     if recompute != "none":
         again = blocks(prepared.model, prepared.division)
+        refuse_inside(again, [r.path for r in prepared.tensor.plan.regions] if prepared.tensor is not None else [])
         recomputation = Recomputation(prepared.model, again, selective=recompute == "selective")
     local = tensor.local if tensor is not None else {}
     uses = [(name, local.get(name, parameter)) for (name, _), parameter in zip(flat.uses, bound, strict=True)]
@@ -363,7 +375,13 @@ def _is_head(prepared: Prepared, local: HostGroup) -> bool:
 
 def _fingerprint(prepared: Prepared, config: TrainingConfig, samples: int) -> int:
     """A hash of what all workers must agree on, never 0."""
-    agreed = (prepared.layout, prepared.host, samples, config.model_dump(exclude={"run_dir", "observe"}))
+    agreed = (
+        prepared.layout,
+        prepared.host,
+        prepared.tensor,
+        samples,
+        config.model_dump(exclude={"run_dir", "observe"}),
+    )
     return int.from_bytes(hashlib.sha256(repr(agreed).encode()).digest()[:8], "little") | 1
 
 

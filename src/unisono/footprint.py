@@ -83,12 +83,13 @@ def footprint(
         again = blocks(prepared.model, prepared.division)
         each = [activations(found, range(a, b), recompute, again) for a, b in pairwise(edges_of(prepared, found))]
     states = [_state(prepared, team) for team in range(mesh.pipeline)]
-    shares = micro_batches(config.micro_batches, mesh.data)
+    first = sum(prepared.place.hosts.sizes[: prepared.place.host]) // layout.model_workers
+    shares = micro_batches(config.micro_batches, prepared.place.hosts.size // layout.model_workers)
     messages = prepared.passages.sizes if prepared.passages is not None else ()
     result = []
     for rank in range(mesh.size):
         at = mesh.coordinates(rank)
-        own = shares[at["data"]]
+        own = shares[first + at["data"]]
         actions = timetable(layout.schedule, layout.pipeline, own, layout.virtual_stages).workers[at["pipeline"]]
         stages = {action.stage for action in actions}
         received = sum(messages[stage - 1] for stage in stages if stage > 0)

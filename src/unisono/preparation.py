@@ -74,6 +74,7 @@ class Prepared:
     Attributes:
         owned: the runs that each worker of this host updates.
         mesh: of this host's workers.
+        place: of this worker among all.
         division, passages: of the model into stages, and the memory between them; None where there is one stage.
         shards: which host keeps what; None where each has all of it.
         tensor: what the tensor-parallel workers divide; None where there is one.
@@ -90,6 +91,7 @@ class Prepared:
     owned: tuple[tuple[Run, ...], ...]
     host: HostLayout
     mesh: Mesh
+    place: Place
     teams: Teams
     division: Division | None
     passages: PassageLayout | None
@@ -158,6 +160,7 @@ def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) 
         owned=owned,
         host=host,
         mesh=mesh,
+        place=place,
         teams=teams,
         division=division,
         passages=passages,

@@ -406,7 +406,12 @@ class Training:
         run_dir = str(self._run_dir) if self._run_dir else None
         worker.release()
         summary = self._job.objects.summary
-        if summary is not None and self._world.rank == 0 and self._observed and reason != "stopped":
+        shards = worker.prepared.shards
+        elsewhere = shards is not None and shards.values and not worker.prepared.copies
+        if elsewhere:
+            self._emit(Notice("every host keeps a part of the model; unisono checkpoint export writes the whole"))
+        shown = self._world.rank == 0 and self._observed and reason != "stopped" and not elsewhere
+        if summary is not None and shown:
             self._emit(Summary(dict(summary(worker.prepared.model))))
         self._emit(RunFinished(step, reason, digest, seconds))
         return Result(step, reason, digest, self._loss, self._metrics, run_dir)

@@ -1,5 +1,6 @@
 """Layers in parts are whole layers: plans and their trials, exchanges and divided logits, without processes."""
 
+import copy
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,9 @@ from torch.nn import functional as F
 
 from unisono.comm.tensor_group import ThreadTensorGroup
 from unisono.errors import ConfigurationError
-from unisono.parallel.tensor import Crossings
+from unisono.parallel.initial import without_values
+from unisono.parallel.recompute import refuse_inside
+from unisono.parallel.tensor import Crossings, TensorParallel, _Draws
 from unisono.parallel.tensor_trial import ProvenPlan, proven_plan
 from unisono.parallel.vocabulary import Logits
 from unisono.plan.flow import flow
@@ -132,7 +135,7 @@ def test_sequence_parallel_regions_lead_to_each_other() -> None:
 
 def test_what_every_head_shares_has_a_gradient_to_be_summed() -> None:
     found = proven(Layers(FewerHeads))
-    assert found.findings["layers.0"].summed == {"layers.0.norm.weight", "layers.0.norm.bias"}
+    assert found.findings["layers.0"].summed == ("layers.0.norm.bias", "layers.0.norm.weight")
 
 
 def test_a_model_without_values_gives_the_same_plan() -> None:
@@ -319,3 +322,128 @@ def test_a_sequence_that_cannot_be_divided_is_one_sentence() -> None:
         ConfigurationError, match=r"blocks\.0 has activations of 5 positions, which tensor=2 does not divide"
     ):
         Crossings(group, "blocks.0").split(torch.randn(2, 5, 4), 1)
+
+
+class Between2(nn.Module):
+    """Two kinds of one class: what lies between its layers hangs on an attribute."""
+
+    def __init__(self, softmax: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.softmax = nn.Linear(16, 32), nn.Linear(32, 16), softmax
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        result: Tensor = x + self.b(y.softmax(-1) if self.softmax else y.tanh())
+        return result
+
+
+class OnlyInTraining(nn.Module):
+    """Random functions that are called in training alone."""
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__()
+        self.a, self.b, self.p = nn.Linear(16, 32), nn.Linear(32, 16), p
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        if self.training:
+            y = F.dropout(y, self.p)
+        result: Tensor = x + self.b(y)
+        return result
+
+
+class Masked(nn.Module):
+    """A mask in a buffer, which has values also where the model is built without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 32), nn.Linear(32, 16)
+        self.register_buffer("mask", torch.ones(1, device="cpu"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = x + self.b(self.a(x) / self.mask)
+        return result
+
+
+def test_modules_of_one_class_that_compute_something_else_are_tried_apart() -> None:
+    kinds = iter((False, True))
+    plan = proven(Layers(lambda: Between2(next(kinds)))).plan
+    assert set(plan.styles) == {"layers.0.a", "layers.0.b"} and "layers.1.a" in plan.left
+
+
+def test_random_functions_of_training_are_found() -> None:
+    assert proven(Layers(OnlyInTraining)).findings["layers.0"].draws == (2,)
+
+
+def test_buffers_keep_their_values_in_a_trial() -> None:
+    with without_values():
+        bare = Layers(Masked)
+    assert "layers.1.a" in proven(bare).plan.styles
+
+
+def test_a_region_that_calls_other_random_functions_than_in_its_trial_is_refused() -> None:
+    model = Layers(OnlyInTraining, 1)
+    found = proven(model)
+
+    def run(group: ThreadTensorGroup) -> Any:
+        own = copy.deepcopy(model)
+        TensorParallel(own, found.plan, found.findings, group)
+        own.layers[0].training = True
+        own.layers[0].forward = lambda x: x
+        with _Draws((2,), Crossings(group, "layers.0")) as drawing:
+            own.layers[0](torch.zeros(2, 3, 16))
+        drawing.check_end()
+
+    with pytest.raises(ConfigurationError, match=r"layers\.0 calls fewer random functions \(dropout\) than in"):
+        on_threads(2, run)
+
+
+class Own(torch.autograd.Function):
+    """A function of the user's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 1
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
+def own_function(logits: Tensor) -> Tensor:
+    result: Tensor = Own.apply(logits).sum()  # type: ignore[no-untyped-call]
+    return result
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        (own_function, (ConfigurationError, "which would lose its gradient")),
+        (
+            lambda logits: F.cross_entropy(logits.view(-1, 4), torch.tensor([1, 4])),
+            (IndexError, "class is 4,"),
+        ),
+        (
+            lambda logits: F.cross_entropy(logits.view(-1, 4), torch.tensor([-1, 0])),
+            (IndexError, "class is -1,"),
+        ),
+    ],
+)
+def test_what_divided_logits_cannot_do_fails(
+    loss: Callable[[Tensor], Tensor], expected: tuple[type[Exception], str]
+) -> None:
+    group = ThreadTensorGroup.several(1)[0]
+    with pytest.raises(expected[0], match=expected[1]):
+        torch.autograd.backward(loss(Logits(torch.randn(2, 4, requires_grad=True), group, lambda t: t)))
+
+
+def test_divided_logits_turned_keep_their_gradient() -> None:
+    part = torch.randn(2, 4, requires_grad=True)
+    logits = Logits(part, ThreadTensorGroup.several(1)[0], lambda t: t)
+    assert logits.requires_grad and F.cross_entropy(logits.mT, torch.tensor([0, 1, 0, 1])).requires_grad
+
+
+def test_recomputation_of_a_part_of_a_region_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"would compute layers\.0\.mlp again, a part of layers\.0"):
+        refuse_inside(["layers.0.mlp"], ["layers.0"])
+    refuse_inside(["layers.0"], ["layers.0", "layers.1.attention"])

@@ -78,7 +78,7 @@ class Verification:
     def loss_difference(self) -> float:
         """The largest difference of a last loss from the first trial's, relative to it."""
         first, *others = self.losses.values()
-        return max((abs(loss - first) / abs(first) for loss in others), default=0.0)
+        return max((abs(loss - first) / max(abs(first), 1e-30) for loss in others), default=0.0)
 
     def as_dict(self) -> dict[str, Any]:
         """As data."""

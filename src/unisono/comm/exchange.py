@@ -314,7 +314,7 @@ class Lane:
             queue.begin(_UnderWay(f"sums of step {step}", self.last(step), self.finished))
         while queue:
             queue.advance()
-        self.exchanging_s = time.perf_counter() - began if began else 0.0
+        self.exchanging_s += time.perf_counter() - began if began else 0.0
 
 
 class _UnderWay:

@@ -380,6 +380,7 @@ class HierarchicalGroup:
     def _exchange(self, step: int) -> None:
         """On the exchange thread: a lane's buckets and, in the first lane, all that is no gradient."""
         rounds = max(1, self._rounds)
+        self._lane.exchanging_s = 0.0
         with self._patience.telling():
             for number in range(rounds):
                 self._exchanged = self._turn(number)

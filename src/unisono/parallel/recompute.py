@@ -8,6 +8,7 @@ Sources: Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016; Korth
 Recomputation in Large Transformer Models, 2022.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -15,8 +16,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from unisono.errors import ConfigurationError
 from unisono.plan.outline import DEAR, entered
 from unisono.plan.partition import Division
+from unisono.plan.sharding import within
 from unisono.plan.wrapping import Forward, Wrapping
 
 
@@ -45,6 +48,21 @@ def blocks(model: nn.Module, division: Division | None = None) -> list[str]:
         else:
             result.append(path)
     return [path for path in result if not getattr(names[path], "inplace", False)]  # they write over their input
+
+
+def refuse_inside(again: Sequence[str], regions: Sequence[str]) -> None:
+    """A module that tensor-parallel workers divide is computed again as a whole, or not at all.
+
+    Raises:
+        ConfigurationError: where only a part of one would be.
+    """
+    for path in again:
+        region = next((region for region in regions if path != region and within(path, region)), None)
+        if region is not None:
+            raise ConfigurationError(
+                f"layout.recompute would compute {path} again, a part of {region or 'the model'}, whose layers are "
+                "divided together; use layout.recompute=none, layout.tensor=1, or put that part into modules of a list"
+            )
 
 
 def _cut_modules(division: Division) -> set[str]:

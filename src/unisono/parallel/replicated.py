@@ -258,6 +258,8 @@ class Replica:
         roots = _roots(forwarded, gradients)
         if roots:  # a micro-batch of weight 0 need not depend on anything
             torch.autograd.backward([root for root, _ in roots], [gradient for _, gradient in roots])
+        elif self._sharded is not None:
+            self._sharded.without_backward()
         self._close(forwarded, chain)
 
     def backward_inputs(

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from unisono.comm.tensor_group import TensorGroup
 from unisono.errors import ConfigurationError
-from unisono.parallel.vocabulary import Logits
+from unisono.parallel.vocabulary import Logits, check_range
 from unisono.plan.sharding import Region, Style, TensorPlan, within
 from unisono.plan.wrapping import Forward, Wrapping
 
@@ -123,7 +123,7 @@ class Findings:
     """
 
     draws: tuple[int | None, ...] = ()
-    summed: frozenset[str] = frozenset()
+    summed: tuple[str, ...] = ()
     kept: float = 1.0
 
 
@@ -140,7 +140,7 @@ class TensorParallel:
 
     Arguments:
         model: bound to its memory.
-        findings: of the plan's regions, by path.
+        findings: of the plan's regions, by path; none in a trial.
         loss_parallel: gathered outputs stay divided until the loss needs them.
 
     Attributes:
@@ -162,13 +162,13 @@ class TensorParallel:
         self.parts: dict[str, Part] = {}
         self._model = model
         self._whole: dict[str, nn.Parameter] = {}
-        self._summed = frozenset[str]().union(*(found.summed for found in findings.values()))
+        self._summed = {name for found in findings.values() for name in found.summed}
         self._active = True
         self._loss_parallel = loss_parallel
         self._wrapping = Wrapping()
         self._divide(plan)
         for region in plan.regions:
-            self._wrap(plan, region, findings.get(region.path, Findings()))
+            self._wrap(plan, region, findings.get(region.path))
 
     def _divide(self, plan: TensorPlan) -> None:
         for name, dim in plan.parameters().items():
@@ -212,7 +212,7 @@ class TensorParallel:
             path, _, attribute = name.rpartition(".")
             setattr(self._model.get_submodule(path), attribute, parameter)
 
-    def _wrap(self, plan: TensorPlan, region: Region, found: Findings) -> None:
+    def _wrap(self, plan: TensorPlan, region: Region, found: Findings | None) -> None:
         """The forwards of a region's divided layers, of where their inputs come in, and its own."""
         divided = region.hidden is not None
         entered = _Entered()
@@ -233,7 +233,8 @@ class TensorParallel:
             self._add(module, partial(_entering, enter, index, entered))
         module = self._model.get_submodule(region.path)
         crossings = Crossings(self.group, region.path or type(module).__name__)
-        self._add(module, partial(_region, module, crossings, region, found.draws, entered))
+        draws = found.draws if found is not None else None
+        self._add(module, partial(_region, module, crossings, region, draws, entered))
 
     def _add(self, module: nn.Module, wrap: Callable[[Forward], Forward]) -> None:
         def wrapped(forward: Forward) -> Forward:
@@ -251,7 +252,7 @@ def _rowwise(module: Any, crossings: Crossings, divided: bool, forward: Forward)
     def rowwise(values: Tensor) -> Tensor:
         sums = F.linear(values, module.weight)
         result = crossings.scatter(sums, SEQUENCE) if divided else crossings.reduce(sums)
-        return result if module.bias is None else result + module.bias
+        return result if module.bias is None else result + module.bias.to(result.dtype)
 
     return rowwise
 
@@ -273,6 +274,7 @@ def _divided_logits(crossings: Crossings, forward: Forward) -> Forward:
 def _embedding(module: Any, crossings: Crossings, forward: Forward) -> Forward:
     def embedding(indices: Tensor) -> Tensor:
         rows = module.weight.shape[0]
+        check_range(indices, rows * crossings.group.size, "an index of an embedding")
         first = crossings.group.rank * rows
         foreign = (indices < first) | (indices >= first + rows)
         own = (indices - first).masked_fill(foreign, 0)
@@ -300,19 +302,18 @@ def _region(
     module: nn.Module,
     crossings: Crossings,
     region: Region,
-    draws: Sequence[int | None],
+    draws: Sequence[int | None] | None,
     entered: _Entered,
     forward: Forward,
 ) -> Forward:
-    drawing = any(dim is not None for dim in draws)
-
     def whole(*args: Any, **kwargs: Any) -> Any:
         if region.hidden is not None and region.begins:
             (args, kwargs) = _at((args, kwargs), region.hidden[0], lambda t: crossings.split(t, SEQUENCE))
         try:
-            if drawing and module.training:
-                with _Draws(draws, crossings):
+            if module.training and draws is not None:
+                with _Draws(draws, crossings) as drawing:
                     result = forward(*args, **kwargs)
+                drawing.check_end()
             else:
                 result = forward(*args, **kwargs)
         finally:
@@ -340,15 +341,32 @@ class _Draws(TorchFunctionMode):
 
     def __init__(self, dims: Sequence[int | None], crossings: Crossings) -> None:
         super().__init__()
-        self._dims = iter(dims)
+        self._dims = list(dims)
         self._crossings = crossings
+
+    def check_end(self) -> None:
+        """The region is over.
+
+        Raises:
+            ConfigurationError: where it has not called all random functions that it called in its trial.
+        """
+        if self._dims:
+            self._refuse("fewer")
+
+    def _refuse(self, what: str) -> None:
+        raise ConfigurationError(
+            f"{self._crossings.where} calls {what} random functions (dropout) than in its trial, so that nobody knows "
+            "which of them draw for divided activations; let it call the same ones every time, or use layout.tensor=1"
+        )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         drawing = drawn(func)
         if drawing is None:
             return func(*args, **kwargs)
-        dim = next(self._dims, None)
+        if not self._dims:
+            self._refuse("more")
+        dim = self._dims.pop(0)
         p, shape = drawing(*args, **kwargs)
         if dim is None or p == 0.0:
             return func(*args, **kwargs)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -33,6 +34,7 @@ from unisono.plan.sharding import (
     within,
     without,
 )
+from unisono.run.digest import tensor_bytes
 
 TOLERANCE = 1e-3
 """Of the largest value: rounding stays far below, and a wrong division far above."""
@@ -83,9 +85,7 @@ def proven_plan(
         for region in plan.regions:
             found = trials.of(plan, region, degree)
             if isinstance(found, Findings):
-                findings[region.path] = replace(
-                    found, summed=frozenset(_join(region.path, name) for name in found.summed)
-                )
+                findings[region.path] = replace(found, summed=tuple(_join(region.path, name) for name in found.summed))
             elif plan.source != "derived":
                 raise ConfigurationError(f"{plan.source} divides {region.path}, which cannot be: {found}")
             else:
@@ -140,10 +140,9 @@ class _Trials:
         part = regional(plan, region, only)
         module = self._model.get_submodule(region.path)
         call = self._flow.modules[region.path]
-        shapes = {name: (tuple(p.shape), p.dtype) for name, p in module.named_parameters()}
         forms = [(tuple(t.shape), t.dtype) if isinstance(t, Tensor) else None for t in _leaves(call)]
         key = (type(module), tuple(part.styles.items()), tuple(part.entrances.items()), part.regions, degree)
-        kind = (key, tuple(shapes.items()), tuple(forms))
+        kind = (key, _likeness(module), tuple(forms))
         if kind not in self._known:
             self._known[kind] = self._try(part, region, module, call, degree)
         return self._known[kind]
@@ -163,8 +162,32 @@ class _Trials:
                 return _trial(plan, module, call, degree)
         except _Differs as error:
             return str(error)
+        except (threading.BrokenBarrierError, MemoryError) as error:
+            raise ConfigurationError(
+                f"the trial of {region.path or 'the model'} in {degree} parts did not end ({type(error).__name__}); "
+                "this says nothing of the model: try again with more memory, or on a machine that is less busy"
+            ) from error
         except Exception as error:  # the model's own code, with parts of its activations
             return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+def _likeness(module: nn.Module) -> tuple[object, ...]:
+    """What two modules have to agree in to compute the same from the same parameters, as far as that can be seen."""
+    found: list[object] = []
+    for path, part in module.named_modules():
+        found.append((path, type(part)))
+        found += [(name, tuple(p.shape), p.dtype) for name, p in part._parameters.items() if p is not None]
+        found += [
+            (name, tuple(b.shape), b.dtype, None if b.is_meta else hash(bytes(tensor_bytes(b))))
+            for name, b in part._buffers.items()
+            if b is not None
+        ]
+        own = {name: value for name, value in part.__dict__.items() if not name.startswith("_")}
+        found += [(name, value if isinstance(value, _PLAIN) else id(value)) for name, value in own.items()]
+    return tuple(found)
+
+
+_PLAIN = (int, float, str, bool, type(None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,23 +235,16 @@ def _trial(plan: TensorPlan, module: nn.Module, call: ModuleCall, degree: int) -
 
 
 def _with_values(module: nn.Module) -> nn.Module:
-    """A copy of a module with random values, in evaluation mode."""
-    result = copy.deepcopy(module).to_empty(device="cpu") if _is_meta(module) else copy.deepcopy(module).cpu()
-    result.eval()
+    """A copy of a module with random values; its buffers are the same."""
+    result = copy.deepcopy(module)
+    result._apply(lambda t: torch.zeros(t.shape, dtype=t.dtype) if t.is_meta else t.cpu())  # type: ignore[no-untyped-call]
     with torch.no_grad():
         for parameter in result.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
             else:
                 parameter.uniform_(0.5, 1.5)
-        for name, buffer in result.named_buffers():
-            if _is_meta(module) and name in dict(module.named_buffers()):
-                buffer.zero_()
     return result.float() if any(p.dtype in (torch.bfloat16, torch.float16) for p in result.parameters()) else result
-
-
-def _is_meta(module: nn.Module) -> bool:
-    return any(p.is_meta for p in module.parameters())
 
 
 def _arguments(call: ModuleCall) -> tuple[Any, Any, list[Tensor]]:
@@ -319,7 +335,7 @@ def _compare(expected: _Computed, found: Sequence[_Computed], parts: Sequence[Ma
                 summed.add(name)
         _check(f"the gradient of {name} is another", apart, gradient, largest)
     draws = _divided_draws(expected.draws, found[0].draws, len(found))
-    return Findings(draws, frozenset(summed), found[0].kept_bytes / max(1, expected.kept_bytes))
+    return Findings(draws, tuple(sorted(summed)), found[0].kept_bytes / max(1, expected.kept_bytes))
 
 
 def _divided_draws(
@@ -356,7 +372,7 @@ def _check(what: str, distance: float, expected: Tensor | None, among: float = 0
 
 
 class _Recording(TorchFunctionMode):
-    """Notes for which shapes random functions draw."""
+    """Notes for which shapes random functions draw, and lets them drop nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -366,4 +382,11 @@ class _Recording(TorchFunctionMode):
         drawing: Callable[..., tuple[float, Sequence[int]]] | None = drawn(func)
         if drawing is not None:
             self.shapes.append(tuple(drawing(*args, **(kwargs or {}))[1]))
+            if func is not F.scaled_dot_product_attention:
+                return args[0] * 1
+            kwargs = {**(kwargs or {})}
+            if len(args) > 4:
+                args = (*args[:4], 0.0, *args[5:])
+            elif "dropout_p" in kwargs:
+                kwargs["dropout_p"] = 0.0
         return func(*args, **(kwargs or {}))

@@ -35,16 +35,22 @@ class Logits(Tensor):
     def __new__(cls, part: Tensor, group: TensorGroup, join: Join) -> Self:
         """Logits from this worker's part."""
         shape = (*part.shape[:-1], part.shape[-1] * group.size)
-        result: Self = Tensor._make_wrapper_subclass(cls, shape, dtype=part.dtype, device=part.device)
+        needed = part.requires_grad and torch.is_grad_enabled()
+        result: Self = Tensor._make_wrapper_subclass(
+            cls, shape, dtype=part.dtype, device=part.device, requires_grad=needed
+        )
         result.part, result.group, result.join = part, group, join
+        with torch._C.DisableTorchFunctionSubclass():
+            if needed:
+                result.register_hook(_lost)  # type: ignore[no-untyped-call]
         return result
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        with torch._C.DisableTorchFunctionSubclass():
-            if name in ("__get__", "size", "dim", "numel", "ndimension", "is_floating_point", "__len__", "__repr__"):
+        if func in _FORM or name in ("size", "dim", "numel", "ndimension", "is_floating_point", "__len__"):
+            with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         own = args[0] if args and isinstance(args[0], Logits) else None
         if own is not None:
@@ -67,8 +73,38 @@ class Logits(Tensor):
     def __torch_dispatch__(  # type: ignore[override]  # as torch's own subclasses have it
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        """Whatever is not a function of torch, for example one of the user's own, sees the whole."""
         args, kwargs = pytree.tree_map_only(Logits, lambda logits: logits.join(logits.part), (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+def _lost(gradient: Tensor) -> None:
+    """A gradient has come to the wrapper, past its part.
+
+    Raises:
+        ConfigurationError: always.
+    """
+    raise ConfigurationError(
+        "the loss gives the model's output, of which every worker has a part, to a function of its own "
+        "(torch.autograd.Function), which would lose its gradient; use layout.loss_parallel=false"
+    )
+
+
+_FORM = {getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "layout", "ndim", "is_sparse")}
+"""What is known without values."""
+
+
+def check_range(indices: Tensor, count: int, what: str, ignored: int | None = None) -> None:
+    """As torch does for whole layers.
+
+    Raises:
+        IndexError: for an index that is not below ``count``.
+    """
+    wrong = (indices < 0) | (indices >= count)
+    if ignored is not None:
+        wrong &= indices != ignored
+    if bool(wrong.any()):
+        raise IndexError(f"{what} is {int(indices[wrong][0])}, and must be from 0 to {count - 1}")
 
 
 def _same_last_dimension(logits: Logits, name: str, args: Any, kwargs: Any) -> Tensor | None:
@@ -127,6 +163,7 @@ class _CrossEntropy(torch.autograd.Function):
         where = "the cross-entropy of divided logits"
         largest = group.all_gather(part.max(dim=-1, keepdim=True).values, -1, where).max(dim=-1).values
         shifted = part - largest.unsqueeze(-1)
+        check_range(target, group.size * part.shape[-1], "a target class", ignore_index)
         first = group.rank * part.shape[-1]
         ignored = target == ignore_index
         foreign = (target < first) | (target >= first + part.shape[-1]) | ignored

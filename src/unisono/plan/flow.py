@@ -99,7 +99,7 @@ def flow(model: nn.Module, forward: Callable[[], object], remedy: str = "layout.
         tracing.calls_of(model),
     ):
         try:
-            with tracing, _Drawing(tracing), mode:
+            with tracing, _Drawing(tracing):  # what hangs on the input alone, a mask for example, has values
                 result = forward()
         except Exception as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]

@@ -92,8 +92,10 @@ def save(
             _discard(target, temporary.with_suffix(".old.tmp"))
         temporary.rename(target)
         _sync(directory)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
         raise CheckpointError(
             f"cannot write checkpoint {target}: {error.strerror}; older ones are untouched"
         ) from error

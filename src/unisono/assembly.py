@@ -4,7 +4,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,6 +49,9 @@ from unisono.state.weights import matched, weights
 from unisono.sync.every_step import EveryStep, Rates
 from unisono.sync.ownership import OwnedBuffers, Owner, RunMemory
 from unisono.sync.phases import Phases
+
+Load = Callable[[Collection[str], Iterable[tuple[str, Tensor]]], None]
+"""(names of all that will come, named tensors) -> the state holds them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +105,12 @@ def assemble(
     device: torch.device,
     schedule: Schedule,
     listeners: Emitter | None,
-    restore: Callable[[Prepared, TrainingState], Restored],
+    restore: Callable[[Prepared, Load], Restored],
 ) -> tuple[Worker, int]:
     """Share memory with the other workers, fill it, and build the engine.
 
     Arguments:
-        restore: called by rank 0 once the state holds its initial values; may load a checkpoint into it.
+        restore: called by rank 0 once the state holds its initial values; may load a checkpoint.
 
     Returns the worker and the step from which training starts.
     """
@@ -152,7 +155,7 @@ def _worker(
     feed: Feed,
     schedule: Schedule,
     listeners: Emitter | None,
-    restore: Callable[[Prepared, TrainingState], Restored],
+    restore: Callable[[Prepared, Load], Restored],
 ) -> tuple[Worker, int]:
     """A worker over its group, and the step from which it starts."""
     host, device = prepared.host, feed.device
@@ -394,7 +397,7 @@ def _fill(
     shared: SharedState | None,
     memory: Callable[[Region], Tensor],
     versions: memoryview,
-    restore: Callable[[Prepared, TrainingState], Restored],
+    restore: Callable[[Prepared, Load], Restored],
 ) -> int:
     """Initial values, or those of a checkpoint; the first state's, of which all others are copies. Returns the step."""
     step, failure, compression = 0, "", Restored().compression
@@ -410,21 +413,27 @@ def _fill(
         try:
             if config.start_from is not None:
                 _take_weights(prepared, Path(config.start_from), state)
-            restored = restore(prepared, state)
+            restored = restore(prepared, state.load if shared is None else shared.load)
             step, compression = restored.step, restored.compression
+            if shared is not None:
+                shared.loaded()
         except UnisonoError as error:  # of which all hear, so that none waits
             failure = str(error)
+            if shared is not None:
+                shared.loaded()
             group.all_gather(json.dumps([step, failure]).encode(), "initial state")
             raise
+    elif shared is not None:
+        shared.receive()
     said = json.loads(group.all_gather(json.dumps([step, failure]).encode(), "initial state")[0])
     step, failure = int(said[0]), str(said[1])
     if failure:
         raise CheckpointError(failure)
     if local.rank == 0:
         if shared is not None:
-            known = config.init == "by_name" and config.start_from is None and step == 0
+            by_name = config.init == "by_name" and config.start_from is None
             divided = prepared.shards is not None and prepared.shards.values
-            shared.spread(with_values=not (known and divided), with_optimizer=step > 0)
+            shared.spread(with_values=step == 0 and not (by_name and divided))
         for part in state.parts() if shared is None else ():
             group.broadcast(part, "initial state")
         group.restore_compression(compression)

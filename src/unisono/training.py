@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unisono.assembly import Restored, Worker, assemble
+from unisono.assembly import Load, Restored, Worker, assemble
 from unisono.comm.group import SNAPSHOT, STOP
 from unisono.comm.wire_state import PREFIX
 from unisono.config import TrainingConfig, to_yaml
@@ -216,8 +216,8 @@ class Training:
         retention = Retention(self._config.checkpoint.keep, self._config.checkpoint.keep_best)
         self._writer = CheckpointWriter(checkpoints, retention, self._emit)
 
-    def _restore(self, prepared: Prepared, state: TrainingState) -> Restored:
-        """On rank 0: load the newest intact checkpoint into the state, where that is wanted."""
+    def _restore(self, prepared: Prepared, load: Load) -> Restored:
+        """On rank 0: load the newest intact checkpoint, where that is wanted."""
         if not self._job.resume:
             return Restored()
         assert self._run_dir is not None
@@ -230,7 +230,7 @@ class Training:
         for aside in damaged:
             set_aside(aside)
         compression: dict[str, Tensor] = {}
-        state.load(manifest.tensors, _aside(stream(path), compression))
+        load(manifest.tensors, _aside(stream(path), compression))
         best = manifest.best or {}
         self._best, self._worse = best.get("value"), int(best.get("worse", 0))
         if self._writer is not None:

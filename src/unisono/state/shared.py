@@ -3,7 +3,8 @@
 All hosts run the same calls in the same order. Memory that is not kept is given back, page by page.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -47,31 +48,78 @@ class SharedState:
         named = state.layout.regions.named
         regions = [] if values_everywhere else [named[name] for name in named if name.startswith("values ")]
         self._divided_values = [(region, self._kept(region)) for region in regions]
+        self._kept_here: list[Region] = []  # everything, values that all have included
+        for name, region in named.items():
+            divided = name.startswith("state ") or region in regions
+            self._kept_here += self._kept(region) if divided else [region]
 
     def keep(self) -> None:
         """Give back the memory of all values that other hosts keep."""
         for region, kept in self._divided_values:
             self._release_all_but(region, kept)
 
-    def spread(self, *, with_values: bool, with_optimizer: bool) -> None:
-        """What the first host has, to all: each takes what it keeps.
+    def load(self, names: Collection[str], tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """On the first worker of the first host: as `TrainingState.load`; each tensor goes on to who keeps its parts.
+
+        The others call `receive`; `loaded` tells them that nothing more comes.
+        """
+        targets = self._state.targets(names)
+        self._tell(json.dumps(list(names)).encode())
+
+        def handed_on() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in tensors:
+                yield name, tensor  # which the state takes before it asks for the next
+                self._tell(name.encode())
+                self._hand_on(targets.get(name, ()))
+
+        self._state.load(names, handed_on())
+
+    def loaded(self) -> None:
+        """On the first worker of the first host: no tensor follows."""
+        self._tell(b"")
+
+    def receive(self) -> None:
+        """On the first workers of the other hosts: take what `load` hands on."""
+        names = self._tell(b"")
+        if not names:
+            return
+        targets = self._state.targets(json.loads(names))
+        while name := self._tell(b""):
+            self._hand_on(targets.get(name.decode(), ()))
+
+    def _tell(self, word: bytes) -> bytes:
+        """The first host's word to all."""
+        return self._group.gather_from_hosts(word, "state of a checkpoint")[0]
+
+    def _hand_on(self, parts: Sequence[Tensor]) -> None:
+        for part in parts:
+            if part.dim() == 0:  # scalars and buffers follow in `spread`
+                continue
+            place = self._place(part)
+            kept = [inside for own in self._kept_here if (inside := _overlap(place, own)) is not None]
+            self._spread_region(place, kept)
+            if self._host == 0:
+                self._release_all_but(place, kept)
+
+    def spread(self, *, with_values: bool) -> None:
+        """What the first host has, but for the optimizer's state, to all: each takes what it keeps.
 
         Arguments:
             with_values: parameters too, which else everyone has that keeps them.
-            with_optimizer: the optimizer's state too, which else nobody has yet.
         """
-        layout = self._state.layout
-        for name, region in layout.regions.named.items():
+        for name, region in self._state.layout.regions.named.items():
             kind = name.split()[0]
-            if (kind == "state" and not with_optimizer) or (kind == "values" and not with_values):
+            if kind == "state" or (kind == "values" and not with_values):
                 continue
-            divided = kind == "state" or (kind == "values" and not self._everywhere)
+            divided = kind == "values" and not self._everywhere
             kept = self._kept(region) if divided else [region]
-            for start in range(0, region.size_bytes, CHUNK_BYTES):
-                chunk = region.part(start, min(CHUNK_BYTES, region.size_bytes - start))
-                self._spread(chunk, kept)
+            self._spread_region(region, kept)
             if divided and self._host == 0:
                 self._release_all_but(region, kept)
+
+    def _spread_region(self, region: Region, kept: Sequence[Region]) -> None:
+        for start in range(0, region.size_bytes, CHUNK_BYTES):
+            self._spread(region.part(start, min(CHUNK_BYTES, region.size_bytes - start)), kept)
 
     def _spread(self, chunk: Region, kept: Sequence[Region]) -> None:
         inside = [part for part in (_overlap(chunk, own) for own in kept) if part is not None]

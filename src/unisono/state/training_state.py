@@ -147,7 +147,7 @@ class TrainingState:
         Raises:
             CheckpointError: for what is missing, or has another form.
         """
-        targets = self._targets(names)
+        targets = self.targets(names)
         missing = next((name for name in targets if name not in names), None)
         if missing is not None:
             raise CheckpointError(f"the checkpoint has no {missing}; it belongs to another model or optimizer")
@@ -160,7 +160,7 @@ class TrainingState:
                     )
                 target.copy_(source)
 
-    def _targets(self, names: Collection[str]) -> dict[str, list[Tensor]]:
+    def targets(self, names: Collection[str]) -> dict[str, list[Tensor]]:
         """Where each tensor of a checkpoint goes; of a parameter without optimizer state, only its values."""
         flat, spec = self.layout.flat, self.layout.optimizer
         result: dict[str, list[Tensor]] = {}

@@ -20,7 +20,6 @@ from unisono.comm.partial import Partial
 from unisono.comm.wire import Pending, Wire
 from unisono.plan.blocks import FlatLayout
 from unisono.plan.exchange import Bucket, HostShare, slices
-from unisono.plan.shards import StateShards
 from unisono.run.summation import Node
 
 TAGS_A_BUCKET = 8
@@ -106,19 +105,45 @@ def pieces(flat: FlatLayout, bucket: Bucket, part: range) -> list[slice]:
     return result
 
 
+Parts = Callable[[Bucket], Sequence[Sequence[slice]]]
+"""Bucket -> for each host, the places in it that the host sums."""
+
+
+def equal_parts(hosts: int) -> Parts:
+    """Every host sums an equal slice of each bucket."""
+
+    def parts(bucket: Bucket) -> list[list[slice]]:
+        cuts = slices(bucket.start, bucket.stop, hosts)
+        return [[slice(cut.start - bucket.start, cut.stop - bucket.start)] for cut in cuts]
+
+    return parts
+
+
 class Canonical:
-    """The exact reduction: partials to all, a canonical sum of one slice each, and the sums back to all.
+    """The exact reduction: partials to all, a canonical sum of its own parts by each, and the sums back to all.
 
     Each member sends (n - 1)/n of every partial of its host, and (n - 1)/n of the gradient again; for ranges that are
-    aligned subtrees that is one partial, as little as a ring sends.
+    aligned subtrees that is one partial, as little as a ring sends. Where hosts share one state, each keeps the sums of
+    its parts, and the second half of the way is left out.
 
     Arguments:
         data: carries gradients.
         control: carries counts, which lie in the host's memory.
+        parts: who sums what.
+        back: the sums go back to all.
     """
 
     def __init__(
-        self, data: Wire, control: Wire, plan: ExchangePlan, flat: FlatLayout, sums: HostSums, total: Partial
+        self,
+        data: Wire,
+        control: Wire,
+        plan: ExchangePlan,
+        flat: FlatLayout,
+        sums: HostSums,
+        total: Partial,
+        parts: Parts,
+        *,
+        back: bool,
     ) -> None:
         self._data = data
         self._control = control
@@ -126,78 +151,27 @@ class Canonical:
         self._flat = flat
         self._sums = sums
         self._total = total
+        self._parts = parts
+        self._back = back
         self._others = [h for h in range(data.size) if h != data.rank]
 
     def __call__(self, bucket: Bucket, step: int) -> Reduction:
         """Sum one bucket over all hosts, into the total."""
         me, tag = self._data.rank, bucket.index * TAGS_A_BUCKET
         own = self._sums(bucket)
-        cuts = slices(bucket.start, bucket.stop, self._data.size)
-        inside = [slice(c.start - bucket.start, c.stop - bucket.start) for c in cuts]
+        parts = self._parts(bucket)
+        lengths = [part.stop - part.start for part in parts[me]]
         out = self._total.segments[bucket.segment][bucket.start : bucket.stop]
 
-        values = {node: value[inside[me]] for node, value in own.values.items()}
-        counts = {me: own.counts}
-        for h in self._others:
-            nodes = self._plan.shares[h].nodes
-            values |= {node: torch.empty_like(out[inside[me]]) for node in nodes}
-            counts[h] = torch.empty(len(nodes), len(bucket.uses), dtype=torch.int32)
-        sends = [(value[inside[h]], h) for h in self._others for value in own.values.values()]
-        receives = [(values[node], h) for h in self._others for node in self._plan.shares[h].nodes]
-        moving = self._data.post(sends, receives, tag)
-        counted = self._control.post(
-            [(own.counts, h) for h in self._others], [(counts[h], h) for h in self._others], tag + 1
-        )
-        yield All([counted, moving])
-
-        touched: dict[Node, list[bool]] = {}
-        for h, rows in counts.items():
-            touched |= dict(zip(self._plan.shares[h].nodes, (rows > 0).tolist(), strict=True))
-        sum_touched(values, touched, pieces(self._flat, bucket, cuts[me]), self._plan.count, out[inside[me]])
-        yield self._data.post(
-            [(out[inside[me]], h) for h in self._others], [(out[inside[h]], h) for h in self._others], tag + 2
-        )
-
-        summed = torch.cat([counts[h] for h in range(len(counts))]).sum(0).tolist()
-        for use, number in zip(bucket.uses, summed, strict=True):
-            self._total.counts[use] = number
-
-
-class Sharded:
-    """The exact reduction where hosts share one state: each host sums the parts that it keeps, and nobody else does.
-
-    Arguments:
-        shards: who keeps what.
-    """
-
-    def __init__(
-        self, data: Wire, control: Wire, plan: ExchangePlan, shards: StateShards, sums: HostSums, total: Partial
-    ) -> None:
-        self._data = data
-        self._control = control
-        self._plan = plan
-        self._shards = shards
-        self._sums = sums
-        self._total = total
-        self._others = [h for h in range(data.size) if h != data.rank]
-
-    def __call__(self, bucket: Bucket, step: int) -> Reduction:
-        """Sum this host's parts of a bucket over all hosts, into the total."""
-        me, tag = self._data.rank, bucket.index * TAGS_A_BUCKET
-        own = self._sums(bucket)
-        parts = self._shards.gradients(bucket)
-        out = self._total.segments[bucket.segment][bucket.start : bucket.stop]
-
-        length = sum(part.stop - part.start for part in parts[me])
         values = {node: [value[part] for part in parts[me]] for node, value in own.values.items()}
         counts = {me: own.counts}
         receives = []
         for h in self._others:
             nodes = self._plan.shares[h].nodes
             for node in nodes:
-                received = out.new_empty(length)
+                received = out.new_empty(sum(lengths))
                 receives.append((received, h))
-                values[node] = list(torch.split(received, [part.stop - part.start for part in parts[me]]))
+                values[node] = list(torch.split(received, lengths))
             counts[h] = torch.empty(len(nodes), len(bucket.uses), dtype=torch.int32)
         sends = [(joined(value, parts[h]), h) for h in self._others for value in own.values.values()]
         moving = self._data.post(sends, receives, tag)
@@ -210,9 +184,16 @@ class Sharded:
         for h, rows in counts.items():
             touched |= dict(zip(self._plan.shares[h].nodes, (rows > 0).tolist(), strict=True))
         for i, part in enumerate(parts[me]):
-            inside = pieces(self._shards.flat, bucket, range(bucket.start + part.start, bucket.start + part.stop))
+            inside = pieces(self._flat, bucket, range(bucket.start + part.start, bucket.start + part.stop))
             held = {node: several[i] for node, several in values.items()}
             sum_touched(held, touched, inside, self._plan.count, out[part])
+        if self._back:
+            yield self._data.post(
+                [(out[part], h) for h in self._others for part in parts[me]],
+                [(out[part], h) for h in self._others for part in parts[h]],
+                tag + 2,
+            )
+
         summed = torch.cat([counts[h] for h in range(len(counts))]).sum(0).tolist()
         for use, number in zip(bucket.uses, summed, strict=True):
             self._total.counts[use] = number

@@ -21,7 +21,7 @@ from unisono.comm.algorithms import AllReduce, broadcast, drive, gather_bytes, r
 from unisono.comm.arena import store_fence
 from unisono.comm.blame import Bulletin
 from unisono.comm.canonical import Cover
-from unisono.comm.exchange import TAGS_A_BUCKET, Canonical, ExchangePlan, HostSums, Lane, Sharded, Words
+from unisono.comm.exchange import TAGS_A_BUCKET, Canonical, ExchangePlan, HostSums, Lane, Parts, Words, equal_parts
 from unisono.comm.group import PACKED
 from unisono.comm.heads import Heads, join, split
 from unisono.comm.host import HostGroup
@@ -46,7 +46,7 @@ T = TypeVar("T")
 View = Callable[[int, int, int], Tensor]
 """(segment, start, stop) -> the parameters that lie there."""
 
-BUCKETS_WAITING = 2
+BUCKETS_WAITING = 1
 """In rounds, how many buckets of a gradient may wait for the link before its backward does."""
 
 
@@ -153,9 +153,7 @@ class HierarchicalGroup:
         self._wires.append(wire)
         return wire
 
-    def _reduction(
-        self, data: NetworkWire, control: NetworkWire
-    ) -> Canonical | Sharded | RoundSums | Algorithm | Compressed:
+    def _reduction(self, data: NetworkWire, control: NetworkWire) -> Canonical | RoundSums | Algorithm | Compressed:
         """How this lane sums a bucket."""
         way, flat = self._way, self._flat
         share = self._plan.shares[self.place.host]
@@ -171,10 +169,10 @@ class HierarchicalGroup:
             return RoundSums(
                 carrier, control, self._shards, leaves, self._leaf, pending, self._total, self._release_gradient
             )
-        if self._shards is not None:
-            return Sharded(carrier, control, self._plan, self._shards, sums, self._total)
-        if way.algorithm == "canonical":
-            return Canonical(carrier, control, self._plan, flat, sums, self._total)
+        if way.algorithm == "canonical":  # which it is wherever hosts share one state
+            shards = self._shards
+            parts: Parts = shards.gradients if shards is not None else equal_parts(data.size)
+            return Canonical(carrier, control, self._plan, flat, sums, self._total, parts, back=shards is None)
         return Algorithm(ends, lambda size_bytes: way.choose(data, size_bytes))
 
     @property

@@ -142,6 +142,19 @@ def test_a_micro_batch_without_a_gradient_keeps_no_host_waiting(pool: LocalLaunc
         assert (found["digest"], found["losses"]) == (expected["digest"], expected["losses"]), (hosts, zero)
 
 
+def test_one_result_with_the_optimizers_state_on_a_disk(pool: LocalLauncher, tmp_path: Path) -> None:
+    expected = train(pool, 1, model="mlp", clip=0.5)
+    disk, run_dir = tmp_path / "disk", tmp_path / "run"
+    disk.mkdir()
+    for workers, hosts, zero in ((1, 1, None), (3, 1, None), (2, 1, 0), (2, 2, 1), (4, 2, None)):
+        found = train(pool, workers, hosts, layout={"offload": str(disk), "zero": zero}, model="mlp", clip=0.5)
+        assert (found["digest"], found["losses"]) == (expected["digest"], expected["losses"]), (workers, hosts, zero)
+    settings: dict[str, Any] = {"layout": {"offload": str(disk)}, "model": "mlp", "clip": 0.5, "run_dir": str(run_dir)}
+    train(pool, 2, steps=3, **settings)
+    assert train(pool, 3, resume=True, **settings)["digest"] == expected["digest"]
+    assert list(disk.iterdir()) == []
+
+
 @pytest.mark.parametrize("model", ["norm", "tied", "mlp"])
 def test_one_result_across_resumes_where_hosts_share_the_state(pool: LocalLauncher, tmp_path: Path, model: str) -> None:
     settings: dict[str, Any] = {"model": model, "global_batch_size": 24}

@@ -247,6 +247,14 @@ def test_one_cuda_device_is_exact_with_itself() -> None:
     assert len(digests) == 1
 
 
+def test_a_disk_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"layout\.offload: cannot keep \d+ bytes in .*: No such file"):
+        trainer(layout={"offload": str(tmp_path / "none")}, optimizer=lambda p: torch.optim.AdamW(p)).fit(1)
+    with pytest.raises(ConfigurationError, match=r"layout\.offload is for optimizers that update element by element"):
+        trainer(layout={"offload": str(tmp_path)}, optimizer=lambda p: torch.optim.Adafactor(p)).fit(1)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_run_that_cannot_fit_into_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("unisono.assembly.machine_bytes", lambda: 100 << 20)
     with pytest.raises(

@@ -16,13 +16,14 @@ from unisono.comm.group import Group
 from unisono.comm.hierarchical import HierarchicalGroup
 from unisono.comm.host import HostGroup
 from unisono.comm.journal import Journal
+from unisono.comm.offload import Offload
 from unisono.comm.partial import Partial, item_size
 from unisono.comm.passage import Passages
 from unisono.comm.tensor_group import ArenaTensorGroup
 from unisono.config import TrainingConfig
 from unisono.data.feed import Feed, TrainingFeed
 from unisono.engine import Engine, WorkShare, rounds_share, work_share
-from unisono.errors import CheckpointError, UnisonoError
+from unisono.errors import CheckpointError, ConfigurationError, UnisonoError
 from unisono.evaluation import Evaluator
 from unisono.events import Emitter
 from unisono.footprint import chosen_recomputation, machine_bytes, refuse_what_cannot_fit
@@ -38,7 +39,7 @@ from unisono.parallel.replicated import Replica
 from unisono.parallel.sharded import ShardedValues
 from unisono.parallel.stages import Stages
 from unisono.parallel.tensor import TensorParallel
-from unisono.plan.assignment import micro_batches
+from unisono.plan.assignment import UpdateClass, micro_batches
 from unisono.plan.schedule import timetable
 from unisono.preparation import Objects, Prepared, crews_of, prepare, rehearse, value_groups
 from unisono.run.rng import ModuleRandom
@@ -68,6 +69,7 @@ class Worker:
 
     Attributes:
         shared: the state, where hosts share it and this is the first worker of one.
+        offload: what of it lies on a disk.
     """
 
     prepared: Prepared
@@ -78,6 +80,7 @@ class Worker:
     engine: Engine
     evaluator: Evaluator | None
     shared: SharedState | None = None
+    offload: Offload | None = None
     released: bool = False
 
     def release(self, cause: BaseException | None = None) -> None:
@@ -160,6 +163,7 @@ def _worker(
     """A worker over its group, and the step from which it starts."""
     host, device = prepared.host, feed.device
     mine = prepared.mesh.coordinates(local.rank)["data"] if host.replicas > 1 else 0
+    offload = _offload(prepared, config, local)
     state = TrainingState(prepared.layout, memory(host.state(mine)))
     snapshot = TrainingState(prepared.layout, memory(host.snapshot()), frozen=state)
     versions = local.arena.words(host.versions(mine))
@@ -194,7 +198,23 @@ def _worker(
         evaluator = Evaluator(
             group, replica, held_out, config.micro_batch_size, config.validation.samples, objects.metrics
         )
-    return Worker(prepared, group, state, snapshot, replica, engine, evaluator, shared), step
+    return Worker(prepared, group, state, snapshot, replica, engine, evaluator, shared, offload), step
+
+
+def _offload(prepared: Prepared, config: TrainingConfig, local: HostGroup) -> Offload | None:
+    """The optimizer's state in a file, where that is wanted."""
+    if config.layout.offload is None:
+        return None
+    if prepared.update is not UpdateClass.ELEMENT:
+        raise ConfigurationError(
+            f"layout.offload is for optimizers that update element by element, and {type(prepared.optimizer).__name__} "
+            f"is {prepared.update}; leave it out"
+        )
+    states = [prepared.host.state(replica) for replica in range(prepared.host.replicas)]
+    named = prepared.layout.regions.named.items()
+    kept = [region for name, region in named if name.startswith("state ") and region.size_bytes]
+    regions = [state.part(region.offset, region.size_bytes) for state in states for region in kept]
+    return Offload(local, Path(config.layout.offload), regions)
 
 
 def _shared(

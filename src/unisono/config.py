@@ -66,6 +66,11 @@ class Layout(Section):
     memory_gib: float | None = Field(
         None, gt=0, description="Memory that a host's workers may take together, for recompute: auto; default: all."
     )
+    offload: str | None = Field(
+        None,
+        description="A directory on a disk: the optimizer's state lies in a file there, and takes memory while it is "
+        "updated.",
+    )
     cuts: list[str] = Field(
         default_factory=list,
         description="Modules in front of which the model is cut into stages; default: where the slowest is fastest.",

@@ -183,6 +183,11 @@ class Trainer:
                 f"the layout has {config.layout.stages} stages and device {config.device}; a pipeline's workers share "
                 "memory so far: use device cpu, or layout.pipeline=1 with layout.schedule=1f1b"
             )
+        if config.layout.offload is not None and config.device != "cpu":
+            raise ConfigurationError(
+                f"layout.offload is {config.layout.offload} with device {config.device}; the optimizer's state is put "
+                "on a disk from the CPU's memory so far: leave it out"
+            )
         if config.device.startswith("cuda") and not torch.cuda.is_available():
             raise ConfigurationError(f"device {config.device} is not there; use device cpu")
         if config.device.startswith("cuda") and config.wire.compression != "none":

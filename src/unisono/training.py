@@ -176,6 +176,8 @@ class Training:
             began = time.perf_counter()
             worker.group.set_flags(self._flags(step))
             outcome = worker.engine.step(step, check_purity=step == self._start + 1, last=step == self._steps)
+            if worker.offload is not None:
+                worker.offload.page_out()
             if self._may_be_saved(step):
                 self._keep_compression(step)
             self._after_step(step, outcome, time.perf_counter() - began)

@@ -4,7 +4,10 @@ The launcher creates it (``memfd_create``: no file, freed by the kernel with its
 on; every worker maps the same bytes. It is not inherited by what workers fork, and not kept across an exec.
 """
 
+import contextlib
+import ctypes
 import mmap
+import os
 import platform
 import threading
 from dataclasses import dataclass, field
@@ -16,6 +19,7 @@ from unisono.errors import LaunchError
 
 PAGE = 4096
 LINE = 64
+_MAP_FIXED, _MADV_PAGEOUT = 0x10, 21  # of Linux; Python has no names for them
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +78,31 @@ class Arena:
         """Give back the memory of the whole pages inside a region: they read as zeros, and cost nothing."""
         first, stop = -(-region.offset // PAGE) * PAGE, (region.offset + region.size_bytes) // PAGE * PAGE
         if stop > first and hasattr(mmap, "MADV_REMOVE"):
-            self._mapping.madvise(mmap.MADV_REMOVE, first, stop - first)
+            with contextlib.suppress(OSError):  # pages of a file on a disk that has no holes stay as they are
+                self._mapping.madvise(mmap.MADV_REMOVE, first, stop - first)
+
+    def map_file(self, region: Region, descriptor: int, offset: int) -> None:
+        """Let whole pages be those of a file; what was in them is lost.
+
+        Raises:
+            LaunchError: where the system refuses.
+        """
+        address, libc = self._tensor.data_ptr() + region.offset, ctypes.CDLL(None, use_errno=True)
+        libc.mmap.restype = ctypes.c_void_p
+        flags = mmap.MAP_SHARED | _MAP_FIXED
+        placed = libc.mmap(
+            *(ctypes.c_void_p(address), ctypes.c_size_t(region.size_bytes), mmap.PROT_READ | mmap.PROT_WRITE),
+            *(flags, descriptor, ctypes.c_long(offset)),
+        )
+        if placed != address:
+            raise LaunchError(f"cannot map {region.size_bytes} bytes of a file: {os.strerror(ctypes.get_errno())}")
+        self._mapping.madvise(mmap.MADV_DONTFORK, region.offset, region.size_bytes)
+
+    def page_out(self, region: Region) -> None:
+        """Pages of a file may leave memory now; what they hold stays in the file."""
+        first, stop = region.offset // PAGE * PAGE, -(-(region.offset + region.size_bytes) // PAGE) * PAGE
+        address = ctypes.c_void_p(self._tensor.data_ptr() + first)
+        ctypes.CDLL(None).madvise(address, ctypes.c_size_t(stop - first), _MADV_PAGEOUT)
 
     def words(self, region: Region) -> memoryview:
         """The region as unsigned 64-bit words; an assignment is one aligned store."""

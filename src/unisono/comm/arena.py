@@ -99,8 +99,9 @@ class Arena:
         self._mapping.madvise(mmap.MADV_DONTFORK, region.offset, region.size_bytes)
 
     def page_out(self, region: Region) -> None:
-        """Pages of a file may leave memory now; what they hold stays in the file."""
+        """Write pages of a file to its disk, and let them leave memory."""
         first, stop = region.offset // PAGE * PAGE, -(-(region.offset + region.size_bytes) // PAGE) * PAGE
+        self._mapping.flush(first, stop - first)  # pages that are not written yet stay
         address = ctypes.c_void_p(self._tensor.data_ptr() + first)
         ctypes.CDLL(None).madvise(address, ctypes.c_size_t(stop - first), _MADV_PAGEOUT)
 

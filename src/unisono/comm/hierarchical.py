@@ -7,7 +7,6 @@ still runs. With one worker on every host this is a plain network group: one cod
 
 import functools
 import math
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,6 +28,7 @@ from unisono.comm.network import Link, NetworkWire
 from unisono.comm.packing import Packed, Trial
 from unisono.comm.partial import Partial, item_size
 from unisono.comm.patience import GRACE_S, Patience
+from unisono.comm.readiness import Readiness
 from unisono.comm.reductions import Algorithm, Compressed, Ends
 from unisono.comm.rounds import RoundSums
 from unisono.comm.values import Values
@@ -45,9 +45,6 @@ from unisono.run.summation import Node, accumulation, root
 T = TypeVar("T")
 View = Callable[[int, int, int], Tensor]
 """(segment, start, stop) -> the parameters that lie there."""
-
-BUCKETS_WAITING = 1
-"""In rounds, how many buckets of a gradient may wait for the link before its backward does."""
 
 
 class HierarchicalGroup:
@@ -98,18 +95,22 @@ class HierarchicalGroup:
         self._heads = Heads(local, place, self._plan, self._total)
         self._thread: ThreadPoolExecutor | None = None
         self._running: Future[None] | None = None
-        self._stirred = threading.Event()  # one of this worker's buckets is ready
         self._use = WireUse(0, 0.0, 0.0)
         self._remote: dict[int, list[float]] = {}
-        self._waiting: dict[int, int] = {}
-        self._bucket_of = {use: bucket for bucket in self._buckets for use in bucket.uses}
         self._step, self._began, self._flags = 0, 0.0, 0
-        self._round, self._exchanged = 0, 0  # that this worker computes, and that its lane exchanges
+        self._exchanged = 0  # the turn that this worker's lane exchanges
         self._packed: Packed | None = None
         self._trial = Trial() if way.lossless == "auto" and place.rank == 0 else None
         generation = f"{name}/generation {local.generation}"
         self._bulletin = Bulletin(link.store, place.hosts, place.rank, generation)
         self._patience = Patience(local, place, self._bulletin, self._late, self.revoke)
+        self._readiness = Readiness(
+            self._words,
+            local.slot,
+            self._buckets,
+            self._rounds,
+            lambda ready, operation: self._patience.wait(ready, self._running, operation),
+        )
         self._wire_state: WireState | None = None
         if way.compression is not None:
             regions = wire_regions(flat, way.compression)
@@ -198,7 +199,7 @@ class HierarchicalGroup:
     @property
     def on_gradient(self) -> Callable[[int], None]:
         """Counts down the uses of each bucket; the last one sends it on its way."""
-        return self._gradient_is_final
+        return self._readiness.gradient_is_final
 
     @property
     def wire_use(self) -> WireUse:
@@ -214,8 +215,7 @@ class HierarchicalGroup:
         self._step, self._began = step, time.perf_counter()
         if self._packed is not None:
             self._packed.on = self._way.lossless == "always" or bool(self._flags & PACKED)
-        self._round = 0
-        self._waiting = {bucket.index: len(bucket.uses) for bucket in self._buckets}
+        self._readiness.begin(step)
         if self._thread is not None:
             self._running = self._thread.submit(self._exchange, step)
 
@@ -224,7 +224,7 @@ class HierarchicalGroup:
         if self._rounds == 0:
             return self.local.partial(entry)
         if entry > 0:
-            self._await_summed(len(self._buckets) - 1, entry - 1)
+            self._readiness.await_summed(len(self._buckets), entry - 1)
         return self._leaf(entry)
 
     def _leaf(self, number: int) -> Partial:
@@ -241,58 +241,14 @@ class HierarchicalGroup:
     def publish(self, step: int, entry: int, node: Node) -> None:
         """The subtree is complete; with this worker's last one, so are all its buckets."""
         self.local.publish(step, entry, node)
-        if self._rounds:
-            self._end_round()
-            return
         mine = [part for part in self._plan.shares[self.place.host].parts if part.local_rank == self.local.rank]
-        if node == mine[-1].node:
-            for bucket in self._waiting:
-                self._words.set_ready(self.local.slot, bucket, step)
-            self._waiting = {}
-            self._stirred.set()
-
-    def _end_round(self) -> None:
-        """What no gradient has come for is ready too; the next round begins."""
-        for bucket in list(self._waiting):
-            self._is_final(bucket)
-        self._round += 1
-        self._waiting = {bucket.index: len(bucket.uses) for bucket in self._buckets}
-
-    def _gradient_is_final(self, use: int) -> None:
-        bucket = self._bucket_of[use].index
-        left = self._waiting.get(bucket, 0) - 1
-        self._waiting[bucket] = left
-        if left == 0:
-            self._is_final(bucket)
-
-    def _is_final(self, bucket: int) -> None:
-        del self._waiting[bucket]
-        store_fence()
-        turn = self._turn(self._round)
-        self._words.set_ready(self.local.slot, bucket, turn)
-        self._stirred.set()
-        if self._rounds:  # who computes faster than the link carries would pile gradients up
-            first_waiting = min(self._waiting, default=len(self._buckets))
-            self._await_summed(first_waiting - 1 - BUCKETS_WAITING, self._round)
-
-    def _await_summed(self, last: int, number: int) -> None:
-        """Wait until all buckets up to one have been summed in a round of this step."""
-        turn = self._turn(number)
-
-        def summed() -> bool | None:
-            return True if all(self._words.summed(bucket, turn) for bucket in range(last + 1)) else None
-
-        self._patience.wait(summed, self._running, f"exchange of buckets up to {last} of step {self._step}")
-
-    def _turn(self, number: int) -> int:
-        """The number of a round among those of all steps; without rounds, that of the step."""
-        return self._step * self._rounds + number if self._rounds else self._step
+        if self._rounds or node == mine[-1].node:
+            self._readiness.end()
 
     def collect(self, step: int, count: int) -> list[Cover]:
         """Wait until the exchange is over: one subtree, the whole, in this host's total."""
         arrived = time.perf_counter()
-
-        last = self._turn(self._rounds - 1)
+        last = self._readiness.last_turn
 
         def ready() -> bool | None:
             return True if self._words.all_summed(last) else None
@@ -363,7 +319,7 @@ class HierarchicalGroup:
 
     def _late(self) -> set[int]:
         """Local ranks that have not finished their part of an exchange."""
-        turn = self._turn(self._rounds - 1)
+        turn = self._readiness.last_turn
         late = {b.lane for b in self._buckets if not self._words.summed(b.index, turn)}
         if not late and not self._words.summed(len(self._buckets), turn):
             late = {0}
@@ -381,7 +337,7 @@ class HierarchicalGroup:
         self._lane.exchanging_s = 0.0
         with self._patience.telling():
             for number in range(rounds):
-                self._exchanged = self._turn(number)
+                self._exchanged = self._readiness.turn(number)
                 self._lane.run(step, self._exchanged, last=number == rounds - 1)
 
     def _is_ready(self, bucket: Bucket) -> bool:
@@ -395,8 +351,8 @@ class HierarchicalGroup:
             return self._words.ready(slot, bucket.index, turn)
 
         def doze(seconds: float) -> None:
-            if self._stirred.wait(seconds):
-                self._stirred.clear()
+            if self._readiness.stirred.wait(seconds):
+                self._readiness.stirred.clear()
 
         own = replace(self.local.waiter, deadline_s=float("inf"), sleep=doze)
         own(lambda: True if arrived(self.local.slot) else None, f"bucket {bucket.index} of step {step}", str)

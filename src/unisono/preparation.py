@@ -234,7 +234,7 @@ def value_groups(
 
     What is used elsewhere too, or under several names, belongs to the whole model.
     """
-    users = flow(model, _forward(model, loss, config, feed), "layout.zero=2").parameter_users
+    users = flow(model, _forward(model, loss, config, feed), "layout.zero=2", strict=True).parameter_users
     layers = blocks(model)
     members: dict[str, list[str]] = {path: [] for path in ("", *layers)}
     for spec in flat.parameters:

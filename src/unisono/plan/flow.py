@@ -7,6 +7,7 @@ values come from without passing another one, and it is noted who uses it.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from unisono.errors import ConfigurationError
 from unisono.plan.rehearsal import with_fakes
+from unisono.plan.wrapping import Forward, Wrapping
 
 HANDLED_DRAWS = (F.dropout, torch.dropout, F.scaled_dot_product_attention)
 """Functions whose random numbers can be drawn whole by everyone, and then divided."""
@@ -78,13 +80,16 @@ class Flow:
     drawers: dict[str, str] = field(default_factory=dict)
 
 
-def flow(model: nn.Module, forward: Callable[[], object], remedy: str = "layout.tensor=1") -> Flow:
+def flow(
+    model: nn.Module, forward: Callable[[], object], remedy: str = "layout.tensor=1", *, strict: bool = False
+) -> Flow:
     """Follow the values through a model.
 
     Arguments:
         model: with or without values.
         forward: calls it on a real micro-batch, and computes the loss.
         remedy: what to use where that cannot be, for the error.
+        strict: the model's code must not look at the values of its inputs either: it uses the same modules for all.
 
     Raises:
         ConfigurationError: where the model's code needs values.
@@ -92,6 +97,7 @@ def flow(model: nn.Module, forward: Callable[[], object], remedy: str = "layout.
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     names: dict[int, str] = {}
     tracing = _Tracing(names)
+    wrapping = Wrapping()
     with (
         with_fakes(model, mode, names),
         torch.random.fork_rng(devices=[]),
@@ -99,6 +105,8 @@ def flow(model: nn.Module, forward: Callable[[], object], remedy: str = "layout.
         tracing.calls_of(model),
     ):
         try:
+            if strict:
+                wrapping.add(model, partial(_within, mode))
             with tracing, _Drawing(tracing):  # what hangs on the input alone, a mask for example, has values
                 result = forward()
         except Exception as error:
@@ -108,8 +116,18 @@ def flow(model: nn.Module, forward: Callable[[], object], remedy: str = "layout.
                 f"the model cannot be divided between workers: its code, run without values, fails {where} with "
                 f"{type(error).__name__}: {reason[0]}; use {remedy}, or let that code not look at values"
             ) from error
+        finally:
+            wrapping.close()
     tracing.found.ends = frozenset().union(*(tracing.marks.get(key, frozenset()) for key in _identities(result)))
     return tracing.found
+
+
+def _within(mode: FakeTensorMode, forward: Forward) -> Forward:
+    def on_fakes(*args: Any, **kwargs: Any) -> Any:
+        with mode:
+            return forward(*args, **kwargs)
+
+    return on_fakes
 
 
 def _identities(value: object) -> list[int]:

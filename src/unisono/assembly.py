@@ -2,10 +2,9 @@
 
 import functools
 import hashlib
-import json
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,9 +22,10 @@ from unisono.comm.tensor_group import ArenaTensorGroup
 from unisono.config import TrainingConfig
 from unisono.data.feed import Feed, TrainingFeed
 from unisono.engine import Engine, WorkShare, rounds_share, work_share
-from unisono.errors import CheckpointError, ConfigurationError, UnisonoError
+from unisono.errors import ConfigurationError
 from unisono.evaluation import Evaluator
 from unisono.events import Emitter
+from unisono.filling import Load, Restored, fill, is_head
 from unisono.footprint import chosen_recomputation, machine_bytes, refuse_what_cannot_fit
 from unisono.launch.membership import join_hosts, place_of
 from unisono.launch.world import World
@@ -33,7 +33,6 @@ from unisono.optim.blockwise import BlockOptimizer
 from unisono.optim.schedules import Schedule, scale
 from unisono.parallel.bind import bind, unbind
 from unisono.parallel.buffers import Buffers
-from unisono.parallel.initial import initialise, initialisers, shares
 from unisono.parallel.recompute import Recomputation, blocks, refuse_inside
 from unisono.parallel.replicated import Replica
 from unisono.parallel.sharded import ShardedValues
@@ -46,21 +45,9 @@ from unisono.run.rng import ModuleRandom
 from unisono.run.sampling import Sampler
 from unisono.state.shared import SharedState
 from unisono.state.training_state import TrainingState
-from unisono.state.weights import matched, weights
 from unisono.sync.every_step import EveryStep, Rates
 from unisono.sync.ownership import OwnedBuffers, Owner, RunMemory
 from unisono.sync.phases import Phases
-
-Load = Callable[[Collection[str], Iterable[tuple[str, Tensor]]], None]
-"""(names of all that will come, named tensors) -> the state holds them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Restored:
-    """What a checkpoint gave besides the state: the step it is at, and the memory of compression."""
-
-    step: int = 0
-    compression: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -170,7 +157,7 @@ def _worker(
     by_name = config.init == "by_name"
     bound = bind(prepared.model, prepared.layout.flat, state.values) if by_name else None
     shared = _shared(prepared, config, group, local, state)
-    step = _fill(prepared, config, group, local, state, shared, memory, versions, restore)
+    step = fill(prepared, config, group, local, state, shared, memory, versions, restore)
     bound = bound or bind(prepared.model, prepared.layout.flat, state.values)
     recompute = _chosen(prepared, objects, config, feed)
     sharded = _sharded(prepared, objects, config, group, local, state, feed)
@@ -369,7 +356,7 @@ def _policy(
     owner = Owner(state, memories, prepared.originals, config.clip is not None, prepared.teams, joinable)
     owned = owner.prepare(prepared.owned[local.rank], optimizer)
     buffers = None
-    if layout.buffers and _is_head(prepared, local):
+    if layout.buffers and is_head(prepared, local):
         buffers = OwnedBuffers(memories.image(layout.buffer_run), state.buffers)
     keepers = group if prepared.shards is not None else group.owners
     sharers = keepers.size if prepared.shards is not None else local.size // prepared.host.replicas
@@ -391,11 +378,6 @@ def _policy(
     )
 
 
-def _is_head(prepared: Prepared, local: HostGroup) -> bool:
-    """Whether this worker does what is done once for each state."""
-    return local.rank % (local.size // prepared.host.replicas) == 0
-
-
 def _fingerprint(prepared: Prepared, config: TrainingConfig, samples: int) -> int:
     """A hash of what all workers must agree on, never 0."""
     agreed = (
@@ -406,95 +388,3 @@ def _fingerprint(prepared: Prepared, config: TrainingConfig, samples: int) -> in
         config.model_dump(exclude={"run_dir", "observe"}),
     )
     return int.from_bytes(hashlib.sha256(repr(agreed).encode()).digest()[:8], "little") | 1
-
-
-def _fill(
-    prepared: Prepared,
-    config: TrainingConfig,
-    group: Group,
-    local: HostGroup,
-    state: TrainingState,
-    shared: SharedState | None,
-    memory: Callable[[Region], Tensor],
-    versions: memoryview,
-    restore: Callable[[Prepared, Load], Restored],
-) -> int:
-    """Initial values, or those of a checkpoint; the first state's, of which all others are copies. Returns the step."""
-    step, failure, compression = 0, "", Restored().compression
-    if config.init == "by_name":
-        _initialise(prepared, config, local, shared)
-    if group.rank == 0:
-        with torch.no_grad():
-            for value, parameter in zip(state.values, prepared.originals, strict=True):
-                if not parameter.is_meta:
-                    value.copy_(parameter)
-            for value, (_, buffer) in zip(state.buffers, prepared.tensors.buffers, strict=True):
-                value.copy_(buffer)
-        try:
-            if config.start_from is not None:
-                _take_weights(prepared, Path(config.start_from), state)
-            restored = restore(prepared, state.load if shared is None else shared.load)
-            step, compression = restored.step, restored.compression
-            if shared is not None:
-                shared.loaded()
-        except UnisonoError as error:  # of which all hear, so that none waits
-            failure = str(error)
-            if shared is not None:
-                shared.loaded()
-            group.all_gather(json.dumps([step, failure]).encode(), "initial state")
-            raise
-    elif shared is not None:
-        shared.receive()
-    said = json.loads(group.all_gather(json.dumps([step, failure]).encode(), "initial state")[0])
-    step, failure = int(said[0]), str(said[1])
-    if failure:
-        raise CheckpointError(failure)
-    if local.rank == 0:
-        if shared is not None:
-            by_name = config.init == "by_name" and config.start_from is None
-            divided = prepared.shards is not None and prepared.shards.values
-            shared.spread(with_values=step == 0 and not (by_name and divided))
-        for part in state.parts() if shared is None else ():
-            group.broadcast(part, "initial state")
-        group.restore_compression(compression)
-    local.barrier("initial state")
-    if local.rank > 0 and _is_head(prepared, local):
-        state.memory.copy_(memory(prepared.host.state(0)))
-    if _is_head(prepared, local):
-        for block in range(len(versions)):
-            versions[block] = step
-    group.finish(step)
-    group.settle(step)
-    return step
-
-
-def _initialise(prepared: Prepared, config: TrainingConfig, local: HostGroup, shared: SharedState | None) -> None:
-    """Each worker of the first state gives some modules their initial values; what holds them follows."""
-    done = shared.keep if shared is not None else lambda: None
-    members = initialisers(prepared.model)
-    further = {name for spec in prepared.layout.flat.parameters for name in spec.uses[1:]}
-    own, holding = shares(members, prepared.model, local.size // prepared.host.replicas)
-    if local.rank < len(own):
-        initialise(config.seed, own[local.rank], further, done)
-    local.barrier("initial values")
-    if local.rank == 0:
-        initialise(config.seed, holding, further, done)
-
-
-def _take_weights(prepared: Prepared, path: Path, state: TrainingState) -> None:
-    """Begin with weights that are given, in place of initial values; buffers that are not among them stay."""
-    source = weights(path)
-    uses = {spec.tensor.name: spec.uses for spec in prepared.layout.flat.parameters}
-    places = dict(zip(uses, state.values, strict=True))
-    plain = set(prepared.tensors.plain_buffers)
-    for spec, value in zip(prepared.layout.buffers, state.buffers, strict=True):
-        if spec.name in plain and any(f".{key}".endswith(f".{spec.name}") for key in source.keys):
-            uses[spec.name], places[spec.name] = (spec.name,), value
-    for name, tensor in matched(source, uses).tensors():
-        target = places[name]
-        if tensor.shape != target.shape:
-            raise CheckpointError(
-                f"{name} is {tuple(tensor.shape)} in {path} and {tuple(target.shape)} in the model; the weights are of "
-                "another model"
-            )
-        target.copy_(tensor)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unisono.assembly import Load, Restored, Worker, assemble
+from unisono.assembly import Worker, assemble
 from unisono.comm.group import SNAPSHOT, STOP
 from unisono.comm.wire_state import PREFIX
 from unisono.config import TrainingConfig, to_yaml
@@ -31,6 +31,7 @@ from unisono.events import (
     Summary,
     ValidationFinished,
 )
+from unisono.filling import Load, Restored
 from unisono.launch.membership import device_of
 from unisono.launch.runs import lock, write_config
 from unisono.launch.world import World, in_notebook

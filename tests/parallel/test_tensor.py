@@ -324,7 +324,7 @@ def test_a_sequence_that_cannot_be_divided_is_one_sentence() -> None:
         Crossings(group, "blocks.0").split(torch.randn(2, 5, 4), 1)
 
 
-class Between2(nn.Module):
+class BetweenByKind(nn.Module):
     """Two kinds of one class: what lies between its layers hangs on an attribute."""
 
     def __init__(self, softmax: bool) -> None:
@@ -367,7 +367,7 @@ class Masked(nn.Module):
 
 def test_modules_of_one_class_that_compute_something_else_are_tried_apart() -> None:
     kinds = iter((False, True))
-    plan = proven(Layers(lambda: Between2(next(kinds)))).plan
+    plan = proven(Layers(lambda: BetweenByKind(next(kinds)))).plan
     assert set(plan.styles) == {"layers.0.a", "layers.0.b"} and "layers.1.a" in plan.left
 
 

@@ -1,8 +1,9 @@
 """The workers of several hosts as a group: the arena inside a host, a network between hosts, exact.
 
-Every host holds the whole training state; its workers own and update it as on one host. What crosses the network is the
-step's gradient: each local rank, in its lane, sums its buckets with its like on the other hosts, while the backward
-still runs. With one worker on every host this is a plain network group: one code path for both.
+Every host holds the whole training state, or hosts share one (`plan.shards`); its workers own and update what it keeps.
+What crosses the network is the step's gradient: each local rank, in its lane, sums its buckets with its like on the
+other hosts, while the backward still runs. With one worker on every host this is a plain network group: one code path
+for both.
 """
 
 import functools

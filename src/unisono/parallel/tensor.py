@@ -5,7 +5,8 @@ divided is computed by every worker of the group alike, with the same random num
 
 The exchanges are those of Shoeybi et al., Megatron-LM, 2019, and, where activations between the divided layers are
 divided along their sequence, of Korthikanti et al., Reducing Activation Recomputation, 2022. They are functions over
-plain tensors: a DTensor's operations would cost 50 to 200 us each here, and draw random numbers of their own.
+plain tensors, which need no default process group, draw the random numbers of the whole activation, and leave a graph
+that a zero-bubble backward can divide; with DTensors over gloo a step takes 1.2 to 1.3 times as long (`bench`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

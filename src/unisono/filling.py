@@ -1,0 +1,128 @@
+"""The first state of a run: initial values, given weights or a checkpoint, the same for all who share it or copy it."""
+
+import json
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from unisono.comm.arena import Region
+from unisono.comm.group import Group
+from unisono.comm.host import HostGroup
+from unisono.config import TrainingConfig
+from unisono.errors import CheckpointError, UnisonoError
+from unisono.parallel.initial import initialise, initialisers, shares
+from unisono.preparation import Prepared
+from unisono.state.shared import SharedState
+from unisono.state.training_state import TrainingState
+from unisono.state.weights import matched, weights
+
+Load = Callable[[Collection[str], Iterable[tuple[str, Tensor]]], None]
+"""(names of all that will come, named tensors) -> the state holds them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What a checkpoint gave besides the state: the step it is at, and the memory of compression."""
+
+    step: int = 0
+    compression: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def fill(
+    prepared: Prepared,
+    config: TrainingConfig,
+    group: Group,
+    local: HostGroup,
+    state: TrainingState,
+    shared: SharedState | None,
+    memory: Callable[[Region], Tensor],
+    versions: memoryview,
+    restore: Callable[[Prepared, Load], Restored],
+) -> int:
+    """Initial values, or those of a checkpoint; the first state's, of which all others are copies. Returns the step."""
+    step, failure, compression = 0, "", Restored().compression
+    if config.init == "by_name":
+        _initialise(prepared, config, local, shared)
+    if group.rank == 0:
+        with torch.no_grad():
+            for value, parameter in zip(state.values, prepared.originals, strict=True):
+                if not parameter.is_meta:
+                    value.copy_(parameter)
+            for value, (_, buffer) in zip(state.buffers, prepared.tensors.buffers, strict=True):
+                value.copy_(buffer)
+        try:
+            if config.start_from is not None:
+                _take_weights(prepared, Path(config.start_from), state)
+            restored = restore(prepared, state.load if shared is None else shared.load)
+            step, compression = restored.step, restored.compression
+            if shared is not None:
+                shared.loaded()
+        except UnisonoError as error:  # of which all hear, so that none waits
+            failure = str(error)
+            if shared is not None:
+                shared.loaded()
+            group.all_gather(json.dumps([step, failure]).encode(), "initial state")
+            raise
+    elif shared is not None:
+        shared.receive()
+    said = json.loads(group.all_gather(json.dumps([step, failure]).encode(), "initial state")[0])
+    step, failure = int(said[0]), str(said[1])
+    if failure:
+        raise CheckpointError(failure)
+    if local.rank == 0:
+        if shared is not None:
+            by_name = config.init == "by_name" and config.start_from is None
+            divided = prepared.shards is not None and prepared.shards.values
+            shared.spread(with_values=step == 0 and not (by_name and divided))
+        for part in state.parts() if shared is None else ():
+            group.broadcast(part, "initial state")
+        group.restore_compression(compression)
+    local.barrier("initial state")
+    if local.rank > 0 and is_head(prepared, local):
+        state.memory.copy_(memory(prepared.host.state(0)))
+    if is_head(prepared, local):
+        for block in range(len(versions)):
+            versions[block] = step
+    group.finish(step)
+    group.settle(step)
+    return step
+
+
+def _initialise(prepared: Prepared, config: TrainingConfig, local: HostGroup, shared: SharedState | None) -> None:
+    """Each worker of the first state gives some modules their initial values; what holds them follows."""
+    done = shared.keep if shared is not None else lambda: None
+    members = initialisers(prepared.model)
+    further = {name for spec in prepared.layout.flat.parameters for name in spec.uses[1:]}
+    own, holding = shares(members, prepared.model, local.size // prepared.host.replicas)
+    if local.rank < len(own):
+        initialise(config.seed, own[local.rank], further, done)
+    local.barrier("initial values")
+    if local.rank == 0:
+        initialise(config.seed, holding, further, done)
+
+
+def _take_weights(prepared: Prepared, path: Path, state: TrainingState) -> None:
+    """Begin with weights that are given, in place of initial values; buffers that are not among them stay."""
+    source = weights(path)
+    uses = {spec.tensor.name: spec.uses for spec in prepared.layout.flat.parameters}
+    places = dict(zip(uses, state.values, strict=True))
+    plain = set(prepared.tensors.plain_buffers)
+    for spec, value in zip(prepared.layout.buffers, state.buffers, strict=True):
+        if spec.name in plain and any(f".{key}".endswith(f".{spec.name}") for key in source.keys):
+            uses[spec.name], places[spec.name] = (spec.name,), value
+    for name, tensor in matched(source, uses).tensors():
+        target = places[name]
+        if tensor.shape != target.shape:
+            raise CheckpointError(
+                f"{name} is {tuple(tensor.shape)} in {path} and {tuple(target.shape)} in the model; the weights are of "
+                "another model"
+            )
+        target.copy_(tensor)
+
+
+def is_head(prepared: Prepared, local: HostGroup) -> bool:
+    """Whether this worker does what is done once for each state."""
+    return local.rank % (local.size // prepared.host.replicas) == 0

@@ -28,7 +28,7 @@ from unisono.comm.way import Way
 from unisono.errors import GroupError
 from unisono.events import Event, Notice, PhaseEntered, StepFinished, ValidationFinished
 from unisono.launch.world import this_process
-from unisono.plan.assignment import micro_batches
+from unisono.plan.assignment import micro_batches, one_team
 from unisono.plan.blocks import ParameterSpec, TensorSpec, flat_layout
 from unisono.plan.exchange import Bucket
 from unisono.plan.hosts import Place
@@ -243,14 +243,15 @@ def reform_without(lost: int) -> dict[str, Any]:
     world = this_process()
     flat = flat_layout([ParameterSpec(TensorSpec("w", "float32", (500,)), ("w",), 0)])
     partials = partial_layout(flat, [])
-    buckets = len(Way(100).buckets(flat))
+    teams = one_team(flat, 0)
+    buckets = len(Way(100).buckets(flat, teams))
     size = world.local_size
     layout = host_layout(size, 9, 8, partials.size_bytes, 64, 1, 64, buckets)
     arena = Arena(world.arena(layout.size_bytes), layout.size_bytes)
     local = HostGroup(arena, layout, partials, world.local_rank, range(size), 1, 2.0)
     link = Link("gloo", world.store(10.0), world.address, 2.0, torch.device("cpu"))
     count = 2 * world.size
-    group = HierarchicalGroup(local, Place(world.hosts, world.rank), link, flat, Way(100), count)
+    group = HierarchicalGroup(local, Place(world.hosts, world.rank), link, flat, Way(100), count, teams)
 
     def step(group: HierarchicalGroup, number: int) -> float:
         group.begin(number)

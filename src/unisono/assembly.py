@@ -127,7 +127,9 @@ def assemble(
     local.assemble(_fingerprint(prepared, config, feed.size))
     group: HostGroup | HierarchicalGroup = local
     if several:
-        group = join_hosts(prepared.layout, config, local, place, world, device, feed.size, prepared.shards)
+        group = join_hosts(
+            prepared.layout, config, local, place, world, device, feed.size, prepared.teams, prepared.shards
+        )
     try:
         return _worker(objects, config, prepared, group, local, memory, feed, schedule, listeners, restore)
     except BaseException as error:

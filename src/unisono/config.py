@@ -113,14 +113,7 @@ class Layout(Section):
             ConfigurationError: where they do not make whole ones, or another number than is asked for.
         """
         each = self.model_workers
-        fewer, more = workers - workers % each, workers + -workers % each
-        if workers % each:
-            axes = ", ".join(f"layout.{name}={size}" for name, size in self._axes().items())
-            near = f"{fewer} or {more}" if fewer else f"{more}"
-            raise ConfigurationError(
-                f"{workers} worker{'s' * (workers > 1)} cannot make replicas of {each} ({axes}); "
-                f"use {near} workers, or another layout"
-            )
+        self.refuse_broken_replicas(workers)
         if self.data is not None and self.data * each != workers:
             raise ConfigurationError(
                 f"the layout has {self.data * each} workers (data {self.data} x {self._replica()}), but "
@@ -128,6 +121,26 @@ class Layout(Section):
                 f"or use data={workers // each}"
             )
         return workers // each
+
+    def refuse_broken_replicas(self, workers: int, host: str = "") -> None:
+        """Check that a number of workers makes whole replicas.
+
+        Arguments:
+            host: where they are, for an error, if there are several; the workers of a replica share memory.
+
+        Raises:
+            ConfigurationError: where they do not.
+        """
+        each = self.model_workers
+        fewer, more = workers - workers % each, workers + -workers % each
+        if workers % each:
+            axes = ", ".join(f"layout.{name}={size}" for name, size in self._axes().items())
+            near = f"{fewer} or {more}" if fewer else f"{more}"
+            there = f" on {host}" if host else ""
+            raise ConfigurationError(
+                f"{workers} worker{'s' * (workers > 1)}{there} cannot make replicas of {each} ({axes}); "
+                f"use {near} workers{' there' if host else ''}, or another layout"
+            )
 
     def _replica(self) -> str:
         """What a replica's workers are, in words."""

@@ -129,7 +129,7 @@ def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) 
         hosts = len(place.hosts.sizes)
         rounds = config.micro_batches // hosts if config.layout.zero > 1 else 0
         divides_values = config.layout.zero == 3
-        shards = state_shards(flat, update, way(config).buckets(flat), hosts, rounds, values=divides_values)
+        shards = state_shards(flat, update, way(config).buckets(flat, teams), hosts, rounds, values=divides_values)
     members = [sum(crews, ()) for crews in crews_of(replace(mesh, data=mesh.data // replicas))]
     kept = shards.blocks(place.host) if shards is not None else None
     shares = owners(flat, update, members, teams, kept) * replicas
@@ -143,7 +143,7 @@ def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) 
         state_bytes=layout.size_bytes,
         replicas=replicas,
         undo_bytes=undo_bytes(layout, [run for share in owned for run in share]),
-        buckets=len(way(config).buckets(flat)) if several_hosts else 0,
+        buckets=len(way(config).buckets(flat, teams)) if several_hosts else 0,
         wire_bytes=way(config).wire_bytes(flat) if several_hosts else 0,
         passages=passages,
         crews=mesh.data * mesh.pipeline if mesh.tensor > 1 else 0,

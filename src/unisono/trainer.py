@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 from unisono.comm.waiting import wake_on_time
-from unisono.config import Layout, ScheduleConfig, TrainingConfig, more_replicas_than_micro_batches, validate
+from unisono.config import Layout, ScheduleConfig, TrainingConfig, validate
 from unisono.data.feed import Collate, Dataset
 from unisono.errors import ConfigurationError
 from unisono.evaluation import Metrics
 from unisono.events import Listener
+from unisono.launch.possible import refuse_impossible
 from unisono.launch.process import keep_freed_memory
 from unisono.launch.scope import deterministic, interrupts, threads
 from unisono.launch.world import World, this_process
@@ -19,9 +20,6 @@ from unisono.optim.schedules import Schedule
 from unisono.parallel.replicated import Loss
 from unisono.preparation import Objects, OptimizerFactory
 from unisono.training import Job, Result, Training
-
-MOST_ROUNDS = 200
-"""Micro-batches of a host in a step, where each one's gradient is summed at once: as many as can be published."""
 
 
 class Trainer:
@@ -161,33 +159,7 @@ class Trainer:
         config = self.config
         if steps < 1:
             raise ConfigurationError(f"steps is {steps}; give a whole number from 1")
-        replicas = config.layout.replicas(world.size)
-        if replicas > config.micro_batches:
-            each = config.layout.model_workers
-            raise ConfigurationError(more_replicas_than_micro_batches(replicas, config.micro_batches, each))
-        if config.layout.stages > 1 and len(world.hosts.sizes) > 1:
-            raise ConfigurationError(
-                f"the layout has {config.layout.stages} stages and {len(world.hosts.sizes)} hosts; a pipeline's "
-                "workers share memory so far: use one host, or layout.pipeline=1 with layout.schedule=1f1b"
-            )
-        if config.layout.tensor > 1 and (len(world.hosts.sizes) > 1 or config.device != "cpu"):
-            raise ConfigurationError(
-                f"layout.tensor is {config.layout.tensor} on {len(world.hosts.sizes)} hosts with device "
-                f"{config.device}; tensor-parallel workers share memory so far: use one host and device cpu, or "
-                "layout.tensor=1"
-            )
-        if config.layout.zero and len(world.hosts.sizes) > 1:
-            self._check_shared(config, world)
-        if config.layout.stages > 1 and config.device != "cpu":
-            raise ConfigurationError(
-                f"the layout has {config.layout.stages} stages and device {config.device}; a pipeline's workers share "
-                "memory so far: use device cpu, or layout.pipeline=1 with layout.schedule=1f1b"
-            )
-        if config.layout.offload is not None and config.device != "cpu":
-            raise ConfigurationError(
-                f"layout.offload is {config.layout.offload} with device {config.device}; the optimizer's state is put "
-                "on a disk from the CPU's memory so far: leave it out"
-            )
+        refuse_impossible(config, world.hosts)
         if config.device.startswith("cuda") and not torch.cuda.is_available():
             raise ConfigurationError(f"device {config.device} is not there; use device cpu")
         if config.device.startswith("cuda") and config.wire.compression != "none":
@@ -206,44 +178,6 @@ class Trainer:
         if config.run_dir is None and (resume or config.checkpoint.every is not None):
             raise ConfigurationError("checkpoints and resume need a place: give run_dir")
         return config
-
-    def _check_shared(self, config: TrainingConfig, world: World) -> None:
-        """Whether hosts can share one state.
-
-        Raises:
-            ConfigurationError: where they cannot, so far.
-        """
-        zero, sizes = config.layout.zero, world.hosts.sizes
-        if config.wire.inexact is not None:
-            raise ConfigurationError(
-                f"layout.zero is {zero} over {len(sizes)} hosts, and {config.wire.inexact}; use "
-                "wire.algorithm=canonical and wire.compression=none, or leave layout.zero out"
-            )
-        if config.device != "cpu":
-            raise ConfigurationError(
-                f"layout.zero is {zero} over {len(sizes)} hosts with device {config.device}; hosts share a state in "
-                "the CPU's memory so far: leave layout.zero out"
-            )
-        if zero == 1:
-            return
-        if max(sizes) > 1:
-            raise ConfigurationError(
-                f"layout.zero is {zero} over {len(sizes)} hosts of up to {max(sizes)} workers; between hosts of "
-                f"several workers layout.zero=1 is possible, or one worker a host (-n {len(sizes)}) with more threads"
-            )
-        if config.micro_batches % len(sizes):
-            least, count = config.micro_batch_size, config.micro_batches
-            near = [n * least for n in (count - count % len(sizes), count + -count % len(sizes)) if n]
-            raise ConfigurationError(
-                f"layout.zero is {zero} over {len(sizes)} hosts, which take turns, and a step has {count} "
-                f"micro-batches; use global_batch_size {' or '.join(map(str, near))}, or layout.zero=1"
-            )
-        if config.micro_batches // len(sizes) > MOST_ROUNDS:
-            raise ConfigurationError(
-                f"layout.zero is {zero} and each of {len(sizes)} hosts has {config.micro_batches // len(sizes)} "
-                f"micro-batches in a step; at most {MOST_ROUNDS} are possible: use a larger micro_batch_size, or "
-                "layout.zero=1"
-            )
 
 
 __all__ = ["Result", "Trainer"]

@@ -15,7 +15,7 @@ from unisono.comm.network import NetworkWire
 from unisono.comm.wire import Wire
 from unisono.plan.exchange import Bucket
 
-BUCKETS = [Bucket(i, lane=0, segment=0, start=0, stop=1, uses=()) for i in range(7)]
+BUCKETS = [Bucket(i, lane=0, team=0, segment=0, start=0, stop=1, uses=()) for i in range(7)]
 ELEMENTS = 500
 
 

@@ -12,6 +12,7 @@ from unisono.launch.membership import way
 from unisono.parallel.bind import model_tensors
 from unisono.parallel.initial import without_values
 from unisono.parallel.recompute import blocks
+from unisono.plan.assignment import one_team
 from unisono.plan.blocks import flat_layout
 from unisono.run.summation import accumulation
 from unisono.tasks.lm import GPT
@@ -58,7 +59,7 @@ def _sizes(settings: dict[str, Any], micro_batches: int, hosts: int, zero: int) 
     tensors = model_tensors(bare)
     flat = flat_layout(tensors.parameter_specs(torch.optim.SGD(bare.parameters(), lr=0.1)))
     each = micro_batches if zero > 1 else micro_batches // hosts
-    buckets = way(TrainingConfig(**settings)).buckets(flat)
+    buckets = way(TrainingConfig(**settings)).buckets(flat, one_team(flat, 0))
     return {
         "parameters": float(sum(p.numel() for p in bare.parameters())),
         "partials": float(accumulation(0, each, micro_batches)[1]),

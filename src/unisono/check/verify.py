@@ -9,10 +9,12 @@ from typing import Any
 
 import yaml
 
-from unisono.config import Config, Layout, more_replicas_than_micro_batches, validate
+from unisono.config import Config, Layout, validate
 from unisono.errors import ConfigurationError
 from unisono.launch.launcher import Launcher
 from unisono.launch.local import STANDARD_ERROR
+from unisono.launch.possible import refuse_impossible
+from unisono.plan.hosts import Hosts, evenly
 
 TOLERANCE = 5e-5
 """Of the last loss, relative: what another order of sums inside layers may change in a few dozen steps."""
@@ -25,19 +27,14 @@ class Trial:
     Attributes:
         name: for the reader.
         layout: in place of the configuration's.
-        hosts: sets of workers that share no memory.
+        hosts: its workers on each set that shares no memory with others.
         where: it was asked for, for an error; empty for nothing to say.
     """
 
     name: str
     layout: Layout
-    hosts: int = 1
+    hosts: Hosts
     where: str = ""
-
-    @property
-    def workers(self) -> int:
-        """How many it takes."""
-        return (self.layout.data or 1) * self.layout.model_workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,17 +127,33 @@ def numbers_of_workers(config: Config, workers: Sequence[int], hosts: int) -> li
     trials = []
     for count in workers:
         replicas = config.layout.model_copy(update={"data": None}).replicas(count)
-        if replicas > config.micro_batches:
-            raise ConfigurationError(more_replicas_than_micro_batches(replicas, config.micro_batches, each))
-        if each < count < hosts:
-            raise ConfigurationError(f"{count} workers cannot be on {hosts} hosts; give --workers from {hosts}")
+        if 1 < replicas < hosts:
+            raise ConfigurationError(f"{count} workers cannot be on {hosts} hosts; give --workers from {hosts * each}")
         layout = config.layout.model_copy(update={"data": replicas})
-        trials.append(Trial(str(count), layout, hosts if count > each else 1))
+        trials.append(_trial(config, str(count), layout, hosts))
     return trials
 
 
-def layouts_in(path: Path, config: Config) -> list[Trial]:
+def _trial(config: Config, name: str, layout: Layout, hosts: int, where: str = "") -> Trial:
+    """A layout over so many hosts, or fewer where it has fewer replicas.
+
+    Raises:
+        ConfigurationError: where it cannot be.
+    """
+    each, replicas = layout.model_workers, layout.data or 1
+    placed = Hosts(evenly(replicas * each, min(hosts, replicas), each))
+    try:
+        refuse_impossible(config.model_copy(update={"layout": layout}), placed)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{where}: {error}" if where else str(error)) from None
+    return Trial(name, layout, placed, where)
+
+
+def layouts_in(path: Path, config: Config, hosts: int) -> list[Trial]:
     """A trial for each line of a file, ``data=2 pipeline=2 schedule=1f1b`` for example; ``#`` begins a comment.
+
+    Arguments:
+        hosts: over which replicas are spread.
 
     Raises:
         ConfigurationError: naming the line that cannot be a layout.
@@ -159,13 +172,7 @@ def layouts_in(path: Path, config: Config) -> list[Trial]:
         where = f"{path}, line {number}"
         words = dict(_setting(word, where) for word in name.split())
         layout = validate(Layout, {"data": 1, **words}, where)
-        replicas = layout.data or 1
-        if replicas > config.micro_batches:
-            each = layout.model_workers
-            raise ConfigurationError(
-                f"{where}: {more_replicas_than_micro_batches(replicas, config.micro_batches, each)}"
-            )
-        trials.append(Trial(name, layout, where=where))
+        trials.append(_trial(config, name, layout, hosts, where))
     if not trials:
         raise ConfigurationError(f"{path} holds no layout; give one a line, data=2 pipeline=2 for example")
     return trials
@@ -216,12 +223,13 @@ def verify(
         name = trial.name
         digests[name], losses[name] = result["digest"], result["loss"]
         seconds[name] = time.monotonic() - started
+        count = len(trial.hosts.sizes)
         if say is not None:
             title = name
             if name.isdigit():
-                title += f" worker{'s' * (name != '1')}" + (f" on {trial.hosts} hosts" if trial.hosts > 1 else "")
+                title += f" worker{'s' * (name != '1')}" + (f" on {count} hosts" if count > 1 else "")
             say(f"{title}: {result['digest']}  loss {result['loss']:.6f}  {seconds[name]:.1f} s")
-    hosts = max(trial.hosts for trial in trials)
+    hosts = max(len(trial.hosts.sizes) for trial in trials)
     return Verification(digests, losses, seconds, steps, resume_at, hosts, what, roundings)
 
 
@@ -237,7 +245,8 @@ def _train(
     settings = validate(Config, data, "verify").model_dump(mode="json")
     arguments = {"config": settings, "resume": resume, "evaluate": False}
     target = {"call": "unisono.tasks.job:train", "arguments": arguments}
-    ending = launcher.run(target, trial.workers, hosts=trial.hosts, output=STANDARD_ERROR)
+    each, hosts = trial.layout.model_workers, trial.hosts
+    ending = launcher.run(target, hosts.size, hosts=len(hosts.sizes), together=each, output=STANDARD_ERROR)
     if ending.interrupted:
         raise KeyboardInterrupt
     result: dict[str, Any] = ending.results[0]

@@ -156,9 +156,11 @@ def verify(
     Example: unisono verify configs/images.yaml --workers 1,2,3 --steps 20 --resume-at 7
 
     In every layout of a file: unisono verify configs/lm.yaml --layouts configs/layouts.txt
+
+    With the replicas on two hosts: unisono verify configs/lm.yaml layout.pipeline=2 --workers 4,8 --hosts 2
     """
-    if layouts is not None and (workers is not None or hosts > 1):
-        raise ConfigurationError("--layouts says how many workers there are; leave --workers and --hosts out")
+    if layouts is not None and workers is not None:
+        raise ConfigurationError("--layouts says how many workers there are; leave --workers out")
     with launcher_here() as launcher:
         from unisono.check.layouts import refuse_what_does_not_fit
         from unisono.check.verify import layouts_in, numbers_of_workers
@@ -168,7 +170,7 @@ def verify(
 
         settings = load(config, overrides or [])
         if layouts is not None:
-            trials, what = layouts_in(layouts, settings), "layouts"
+            trials, what = layouts_in(layouts, settings, hosts), "layouts"
         else:
             numbers = whole_numbers(workers or "1,2,3,4", "--workers")
             trials, what = numbers_of_workers(settings, numbers, hosts), "numbers of workers"

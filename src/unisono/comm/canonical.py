@@ -80,10 +80,15 @@ def sum_buffer(cover: Cover, buffer: int, count: int, top: Node | None = None) -
     return canonical_sum(held, count, top)
 
 
-def sum_heads(cover: Cover, count: int, into: Partial, top: Node | None = None) -> None:
-    """All that is no gradient: scalars, and buffers with how many micro-batches wrote them."""
-    into.scalars[0], into.scalars[1] = sum_scalars(cover, count, top)
-    for b in range(len(into.counts) - into.uses):
+def sum_heads(loss: Cover, buffers: Sequence[Cover], count: int, into: Partial, top: Node | None = None) -> None:
+    """All that is no gradient: scalars, and buffers with how many micro-batches wrote them.
+
+    Arguments:
+        loss: the partials that hold the scalars.
+        buffers: those that hold each buffer.
+    """
+    into.scalars[0], into.scalars[1] = sum_scalars(loss, count, top)
+    for b, cover in enumerate(buffers):
         total = sum_buffer(cover, b, count, top)
         into.counts[into.uses + b] = sum(int(p.counts[p.uses + b]) for _, p in cover)
         if total is not None and total.data_ptr() != into.entries[into.uses + b].data_ptr():

@@ -76,13 +76,9 @@ class HostSums:
         counts = torch.zeros(len(self._share.nodes), len(bucket.uses), dtype=torch.int32)
         inside = pieces(self._flat, bucket, range(bucket.start, bucket.stop))
         for i, node in enumerate(self._share.nodes):
-            held = {
-                part.node: self._local.view(self._local.members[part.local_rank], part.entry)
-                for part in self._share.parts
-                if node.start <= part.node.start < node.stop
-            }
-            views = {n: p.segments[bucket.segment][bucket.start : bucket.stop] for n, p in held.items()}
-            each = {n: [p.counts[use] for use in bucket.uses] for n, p in held.items()}
+            partials = held(self._local, self._share, bucket.team, node)
+            views = {n: p.segments[bucket.segment][bucket.start : bucket.stop] for n, p in partials.items()}
+            each = {n: [p.counts[use] for use in bucket.uses] for n, p in partials.items()}
             counts[i] = torch.tensor(list(each.values()), dtype=torch.int32).sum(0)
             if node in views:
                 values[node] = views[node]
@@ -92,6 +88,15 @@ class HostSums:
             touched = {n: [c > 0 for c in row] for n, row in each.items()}
             sum_touched(views, touched, inside, self._count, values[node], node)
         return HostSum(values, counts)
+
+
+def held(local: HostGroup, share: HostShare, team: int, node: Node) -> dict[Node, Partial]:
+    """What a team of this host has published of one of the host's subtrees."""
+    return {
+        part.node: local.view(local.teams[team][part.replica][0], part.entry)
+        for part in share.parts
+        if node.start <= part.node.start < node.stop
+    }
 
 
 def pieces(flat: FlatLayout, bucket: Bucket, part: range) -> list[slice]:
@@ -185,8 +190,8 @@ class Canonical:
             touched |= dict(zip(self._plan.shares[h].nodes, (rows > 0).tolist(), strict=True))
         for i, part in enumerate(parts[me]):
             inside = pieces(self._flat, bucket, range(bucket.start + part.start, bucket.start + part.stop))
-            held = {node: several[i] for node, several in values.items()}
-            sum_touched(held, touched, inside, self._plan.count, out[part])
+            summed_here = {node: several[i] for node, several in values.items()}
+            sum_touched(summed_here, touched, inside, self._plan.count, out[part])
         if self._back:
             yield self._data.post(
                 [(out[part], h) for h in self._others for part in parts[me]],
@@ -254,7 +259,7 @@ class Lane:
     """One worker's part of the exchange: the buckets of its lane, in order.
 
     Attributes:
-        ready: whether all workers of this host have finished their gradients of a bucket.
+        ready: whether all workers of this host that compute a bucket's gradients have finished them.
         await_ready: waits until they have.
         reduce: sums one bucket over all hosts.
         done: told of each bucket whose sum is complete.

@@ -7,11 +7,12 @@ import torch
 
 from unisono.comm.algorithms import as_tensor
 from unisono.comm.canonical import Cover, sum_heads
-from unisono.comm.exchange import ExchangePlan, Reduction
+from unisono.comm.exchange import ExchangePlan, Reduction, held
 from unisono.comm.host import HostGroup
 from unisono.comm.partial import Partial, head_layout, pack_head, unpack_head
 from unisono.comm.wire import Wire
 from unisono.events import PHASES
+from unisono.plan.assignment import Teams
 from unisono.plan.hosts import Place
 from unisono.run.summation import Node
 
@@ -19,15 +20,21 @@ from unisono.run.summation import Node
 class Heads:
     """One host's part: every host sends its subtrees' heads to all, and each finishes the tree by itself.
 
+    Arguments:
+        local: the workers of this host.
+        teams: who computes what.
+        total: receives the sums.
+
     Attributes:
         flags: everyone's requests joined, of the step that was summed last.
         reports: seconds in each phase of the step before it, by rank.
     """
 
-    def __init__(self, local: HostGroup, place: Place, plan: ExchangePlan, total: Partial) -> None:
+    def __init__(self, local: HostGroup, place: Place, plan: ExchangePlan, teams: Teams, total: Partial) -> None:
         self._local = local
         self._place = place
         self._plan = plan
+        self._teams = teams
         self._total = total
         self._layout = head_layout(local.partials.buffers)
         self._head_bytes = len(pack_head(self._new()))
@@ -39,7 +46,7 @@ class Heads:
         own = self._place.host
         share = self._plan.shares[own]
         self._local.await_published(step, [part.node for part in share.parts])
-        heads = {node: self._summed(self._parts(node), node) for node in share.nodes}
+        heads = {node: self._summed(node) for node in share.nodes}
         reports = [value for row in self._local.reports(step - 1) for value in row]
         about = np.array([self._local.all_flags(), *reports], dtype=np.float64).tobytes()
         packed = as_tensor(b"".join([about, *(pack_head(heads[node]) for node in share.nodes)]))
@@ -58,7 +65,8 @@ class Heads:
             for i, node in enumerate(self._plan.shares[host].nodes if host != own else ()):
                 heads[node] = self._new()
                 unpack_head(data[8 * words + i * self._head_bytes :], heads[node])
-        sum_heads(list(heads.items()), self._plan.count, self._total)
+        cover = list(heads.items())
+        sum_heads(cover, [cover] * len(self._teams.buffers), self._plan.count, self._total)
 
     def _words_of(self, host: int) -> int:
         """Numbers that a host sends: its requests, and its workers' reports."""
@@ -67,18 +75,12 @@ class Heads:
     def _bytes_of(self, host: int) -> int:
         return 8 * self._words_of(host) + len(self._plan.shares[host].nodes) * self._head_bytes
 
-    def _parts(self, node: Node) -> Cover:
-        """What the workers of this host have published of a subtree."""
-        members = self._local.members
-        return [
-            (part.node, self._local.view(members[part.local_rank], part.entry))
-            for part in self._plan.shares[self._place.host].parts
-            if node.start <= part.node.start < node.stop
-        ]
-
-    def _summed(self, cover: Cover, node: Node) -> Partial:
-        head = self._new()
-        sum_heads(cover, self._plan.count, head, node)
+    def _summed(self, node: Node) -> Partial:
+        """The head of one of this host's subtrees."""
+        head, share = self._new(), self._plan.shares[self._place.host]
+        covers: list[Cover] = [list(held(self._local, share, team, node).items()) for team in range(self._teams.count)]
+        buffers = [covers[team] for team in self._teams.buffers]
+        sum_heads(covers[self._teams.loss], buffers, self._plan.count, head, node)
         return head
 
     def _new(self) -> Partial:

@@ -37,6 +37,7 @@ from unisono.comm.way import Way
 from unisono.comm.wire_state import WireState, gathered, restore, wire_regions, wire_state
 from unisono.errors import GroupError
 from unisono.events import PHASES, WireUse
+from unisono.plan.assignment import Teams
 from unisono.plan.blocks import FlatLayout
 from unisono.plan.exchange import Bucket, host_shares, round_shares
 from unisono.plan.hosts import Hosts, Place
@@ -58,6 +59,7 @@ class HierarchicalGroup:
         flat: where gradients lie.
         way: how they travel.
         count: micro-batches in a step.
+        teams: who computes which part of the model; each host's workers are whole replicas.
         name: of the run's set of workers; generations add their number.
         shards: which host keeps what, where they share one state; None where every host has all of it.
     """
@@ -70,6 +72,7 @@ class HierarchicalGroup:
         flat: FlatLayout,
         way: Way,
         count: int,
+        teams: Teams,
         name: str = "group",
         shards: StateShards | None = None,
     ) -> None:
@@ -80,12 +83,15 @@ class HierarchicalGroup:
         self._link = link
         self._flat = flat
         self._way = way
-        self._buckets = way.buckets(flat, place.hosts.lanes)
+        team_of = {slot: t for t, crews in enumerate(local.teams) for crew in crews for slot in crew}
+        self._team = team_of[local.slot]
+        self._buckets = way.buckets(flat, teams, [team_of[slot] for slot in local.members[: place.hosts.lanes]])
         self._count = count
+        self._teams = teams
         self._name = name
         self._rounds = shards.rounds if shards is not None else 0
-        sizes = place.hosts.sizes
-        shares = round_shares(len(sizes), count) if self._rounds else host_shares(sizes, count)
+        sizes, each = place.hosts.sizes, local.size // len(local.teams[0])
+        shares = round_shares(len(sizes), count) if self._rounds else host_shares([n // each for n in sizes], count)
         self._plan = ExchangePlan(self._buckets, shares, count)
         self._words = Words(local)
         self._shards = shards
@@ -93,7 +99,7 @@ class HierarchicalGroup:
         if shards is not None and local.size == 1:  # what is summed here takes the place of what was sent
             first = self._rounds + 1 if self._rounds else self._plan.shares[place.host].parts[0].entry
             self._total = self._total.over(local.view(local.slot, first))
-        self._heads = Heads(local, place, self._plan, self._total)
+        self._heads = Heads(local, place, self._plan, teams, self._total)
         self._thread: ThreadPoolExecutor | None = None
         self._running: Future[None] | None = None
         self._use = WireUse(0, 0.0, 0.0)
@@ -108,7 +114,7 @@ class HierarchicalGroup:
         self._readiness = Readiness(
             self._words,
             local.slot,
-            self._buckets,
+            [bucket for bucket in self._buckets if bucket.team == self._team],
             self._rounds,
             lambda ready, operation: self._patience.wait(ready, self._running, operation),
         )
@@ -242,7 +248,9 @@ class HierarchicalGroup:
     def publish(self, step: int, entry: int, node: Node) -> None:
         """The subtree is complete; with this worker's last one, so are all its buckets."""
         self.local.publish(step, entry, node)
-        mine = [part for part in self._plan.shares[self.place.host].parts if part.local_rank == self.local.rank]
+        crews = self.local.teams[self._team]
+        replica = next(number for number, crew in enumerate(crews) if self.local.slot in crew)
+        mine = [part for part in self._plan.shares[self.place.host].parts if part.replica == replica]
         if self._rounds or node == mine[-1].node:
             self._readiness.end()
 
@@ -342,14 +350,16 @@ class HierarchicalGroup:
                 self._lane.run(step, self._exchanged, last=number == rounds - 1)
 
     def _is_ready(self, bucket: Bucket) -> bool:
-        return all(self._words.ready(slot, bucket.index, self._exchanged) for slot in self.local.members)
+        crews = self.local.teams[bucket.team]
+        return all(self._words.ready(slot, bucket.index, self._exchanged) for crew in crews for slot in crew)
 
     def _await_ready(self, bucket: Bucket) -> None:
         """This worker's own backward may take its time; for the mates there is a deadline from then on."""
         step, turn = self._step, self._exchanged
+        team = {slot for crew in self.local.teams[bucket.team] for slot in crew}
 
         def arrived(slot: int) -> bool:
-            return self._words.ready(slot, bucket.index, turn)
+            return slot not in team or self._words.ready(slot, bucket.index, turn)
 
         def doze(seconds: float) -> None:
             if self._readiness.stirred.wait(seconds):
@@ -511,7 +521,9 @@ class HierarchicalGroup:
         slots = [self.local.members[local_rank] for host, local_rank in places if host == self.place.host]
         local = self.local.reform(generation, slots)
         place = Place(Hosts(sizes), members.index(self.rank))
-        return HierarchicalGroup(local, place, self._link, self._flat, self._way, self._count, self._name, self._shards)
+        return HierarchicalGroup(
+            local, place, self._link, self._flat, self._way, self._count, self._teams, self._name, self._shards
+        )
 
 
 def _one_thread() -> None:

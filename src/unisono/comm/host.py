@@ -139,15 +139,6 @@ class HostGroup:
     def collect(self, step: int, count: int) -> list[Cover]:
         """Wait for all micro-batches of the step, then close it."""
 
-        def published(team: Sequence[Sequence[int]]) -> dict[Node, Publication]:
-            found: dict[Node, Publication] = {}
-            for first, *others in team:
-                also = [{p.node for p in self._publications(step, (other,))} for other in others]
-                for publication in self._publications(step, (first,)):
-                    if all(publication.node in nodes for nodes in also):
-                        found.setdefault(publication.node, publication)
-            return found
-
         def cover_of(found: Mapping[Node, Publication]) -> Cover | None:
             chosen = covering(found, count)
             if chosen is None:
@@ -158,16 +149,16 @@ class HostGroup:
 
         def ready() -> bool | None:
             while len(covers) < len(self.teams):
-                cover = cover_of(published(self.teams[len(covers)]))
+                cover = cover_of(self._published(step, len(covers)))
                 if cover is None:
                     return None
                 covers.append(cover)
             return True
 
         def absent() -> str:
-            lost = missing(published(self.teams[len(covers)]), count)
-            of = f" by worker {len(covers)} of the pipelines" if len(self.teams) > 1 else ""
-            return f"micro-batches {_ranges(lost)} of step {step} are not published{of}; {self.doing()}"
+            lost = missing(self._published(step, len(covers)), count)
+            whose = self._name(len(covers))
+            return f"micro-batches {_ranges(lost)} of step {step} are not published{whose}; {self.doing()}"
 
         self.waiter(ready, f"collect of step {step}", absent)
         self.header.closed = step
@@ -176,16 +167,31 @@ class HostGroup:
     def _publications(self, step: int, slots: Sequence[int]) -> Iterable[Publication]:
         return self.header.publications(self._generation, step, slots)
 
-    def await_published(self, step: int, nodes: Sequence[Node]) -> None:
-        """Wait until the workers have published all of these subtrees of a step."""
+    def _published(self, step: int, team: int) -> dict[Node, Publication]:
+        """What all of a crew of a team have published, as its first worker has."""
+        found: dict[Node, Publication] = {}
+        for first, *others in self.teams[team]:
+            also = [{p.node for p in self._publications(step, (other,))} for other in others]
+            for publication in self._publications(step, (first,)):
+                if all(publication.node in nodes for nodes in also):
+                    found.setdefault(publication.node, publication)
+        return found
 
-        def published() -> set[Node]:
-            return {p.node for p in self._publications(step, self.members)}
+    def _name(self, team: int) -> str:
+        """A team, for an error."""
+        return f" by worker {team} of the pipelines" if len(self.teams) > 1 else ""
+
+    def await_published(self, step: int, nodes: Sequence[Node]) -> None:
+        """Wait until every team has published all of these subtrees of a step."""
+
+        def absent() -> list[str]:
+            lost = [len(set(nodes).difference(self._published(step, team))) for team in range(len(self.teams))]
+            return [f"{number} sums of this host{self._name(team)}" for team, number in enumerate(lost) if number]
 
         self.waiter(
-            lambda: True if published().issuperset(nodes) else None,
+            lambda: None if absent() else True,
             f"collect of step {step}",
-            lambda: f"{len(set(nodes) - published())} sums of this host are not published; {self.doing()}",
+            lambda: f"{', '.join(absent())} are not published; {self.doing()}",
         )
 
     def distribute(self, step: int, values: Callable[[int, int, int], Tensor]) -> None:

@@ -20,7 +20,7 @@ class Readiness:
     Arguments:
         words: through which the host's workers follow an exchange.
         slot: this worker's.
-        buckets: in the order in which they leave.
+        buckets: of its team, in the order in which they leave.
         rounds: of a step; 0 where a step's gradients leave once.
         wait: for the exchange.
 

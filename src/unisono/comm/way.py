@@ -9,6 +9,7 @@ from unisono.comm.network import NetworkWire
 from unisono.comm.partial import item_size
 from unisono.comm.tuning import Measured, quickest
 from unisono.comm.wire_state import wire_regions
+from unisono.plan.assignment import Teams
 from unisono.plan.blocks import FlatLayout
 from unisono.plan.exchange import Bucket, buckets
 
@@ -41,12 +42,13 @@ class Way:
         """Whether gradients may travel packed."""
         return self.lossless != "never" and self.compression is None
 
-    def buckets(self, flat: FlatLayout, lanes: int = 1) -> tuple[Bucket, ...]:
-        """The buckets of a model; their number does not depend on the lanes."""
+    def buckets(self, flat: FlatLayout, teams: Teams, lanes: Sequence[int] = ()) -> tuple[Bucket, ...]:
+        """The buckets of a model; their number does not depend on the lanes (default: one for each team)."""
         little = self.compression is not None and self.compression.sends_little
         least = self.bucket_bytes or (COMPRESSED_BUCKET_BYTES if little else BUCKET_BYTES)
         first = least if little else FIRST_BYTES
-        return buckets(flat, [item_size(dtype) for dtype in flat.segment_dtypes], first, least, lanes)
+        item_bytes = [item_size(dtype) for dtype in flat.segment_dtypes]
+        return buckets(flat, item_bytes, first, least, teams, lanes or range(teams.count))
 
     def wire_bytes(self, flat: FlatLayout) -> int:
         """Bytes of a host's memory of compression."""

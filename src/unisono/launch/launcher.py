@@ -33,6 +33,7 @@ class Launcher(Protocol):
         workers: int,
         *,
         hosts: int = 1,
+        together: int = 1,
         show_all: bool = False,
         output: int = STANDARD_OUTPUT,
     ) -> Ending:
@@ -68,6 +69,7 @@ class SoloLauncher:
         workers: int,
         *,
         hosts: int = 1,
+        together: int = 1,
         show_all: bool = False,
         output: int = STANDARD_OUTPUT,
     ) -> Ending:

@@ -139,6 +139,7 @@ class LocalLauncher:
         workers: int,
         *,
         hosts: int = 1,
+        together: int = 1,
         show_all: bool = False,
         output: int = STANDARD_OUTPUT,
     ) -> Ending:
@@ -149,6 +150,7 @@ class LocalLauncher:
             workers: on this host, where the run spans several.
             hosts: as many separate sets of workers, which share no memory and reach each other over loopback, as if on
                 hosts of their own.
+            together: workers that stay in one set.
             show_all: every worker's output is shown, not only rank 0's.
             output: the descriptor that it goes to; the error's, where this process prints a result for programs.
 
@@ -160,7 +162,7 @@ class LocalLauncher:
         self._reported = False
         self._workers = []
         self._board = Board()
-        self._placed, ranks = self._place(workers, hosts)
+        self._placed, ranks = self._place(workers, hosts, together)
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             for rank in ranks:
@@ -187,10 +189,10 @@ class LocalLauncher:
             self._workers = []
             self._keeper.close()
 
-    def _place(self, workers: int, hosts: int) -> tuple[Hosts, range]:
+    def _place(self, workers: int, hosts: int, together: int) -> tuple[Hosts, range]:
         """The hosts of the run, and which ranks are started here."""
         if self._nodes is None:
-            return Hosts(evenly(workers, hosts)), range(workers)
+            return Hosts(evenly(workers, hosts, together)), range(workers)
         self._nodes.on_set = self._board.set
         placed = self._nodes.join(workers)
         first = placed.rank(self._nodes.number, 0)

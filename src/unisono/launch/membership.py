@@ -18,6 +18,7 @@ from unisono.comm.way import Way
 from unisono.config import TrainingConfig
 from unisono.errors import LaunchError
 from unisono.launch.world import World
+from unisono.plan.assignment import Teams
 from unisono.plan.hosts import Hosts, Place
 from unisono.plan.shards import StateShards
 from unisono.run.fingerprint import fingerprint
@@ -43,6 +44,7 @@ def join_hosts(
     world: World,
     device: torch.device,
     samples: int,
+    teams: Teams,
     shards: StateShards | None,
 ) -> HierarchicalGroup:
     """The group of several hosts, all of which were given the same run."""
@@ -56,7 +58,7 @@ def join_hosts(
     flat = layout.flat
     name = f"training {world.trainings}"
     travel = replace(way(config), table=_shared_table(link.store, world) if config.wire.algorithm == "auto" else ())
-    group = HierarchicalGroup(local, place, link, flat, travel, config.micro_batches, name, shards)
+    group = HierarchicalGroup(local, place, link, flat, travel, config.micro_batches, teams, name, shards)
     try:
         _agree(group, {"model": layout, "samples": samples, **config.model_dump(exclude={"run_dir", "observe"})})
         group.unlike = _unlike(group, config, device)

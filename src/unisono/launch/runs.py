@@ -6,9 +6,11 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from unisono.config import Config, Layout, more_replicas_than_micro_batches
+from unisono.config import Config, Layout
 from unisono.errors import ConfigurationError
 from unisono.launch.launcher import shares_memory
+from unisono.launch.possible import refuse_impossible
+from unisono.plan.hosts import Hosts
 
 ROOT = Path("runs")
 _COMPILER = "torch._dynamo"
@@ -44,9 +46,7 @@ def choose_workers(config: Config, wanted: int | None = None) -> int:
         replicas = min(default_workers() // config.threads // each, config.micro_batches)
         return each * max(1, replicas)
     workers = each * layout.data if wanted is None and layout.data is not None else wanted or each
-    replicas = layout.replicas(workers)
-    if replicas > config.micro_batches:
-        raise ConfigurationError(more_replicas_than_micro_batches(replicas, config.micro_batches, each))
+    refuse_impossible(config, Hosts((workers,)))
     return workers
 
 
@@ -57,17 +57,18 @@ def workers_here(config: Config, wanted: int | None, nodes: int) -> int:
         ConfigurationError: where the layout's workers cannot be divided.
     """
     if wanted is not None:
+        config.layout.refuse_broken_replicas(wanted, "this host")
         return wanted
     each = config.layout.model_workers
     if config.layout.data is None:
         most = max(1, config.micro_batches // nodes)
         return each * max(1, min(default_workers() // config.threads // each, most))
-    workers = config.layout.data * each
-    if workers % nodes:
+    if config.layout.data % nodes:
+        workers = f"{config.layout.data * each} workers" + (f" in replicas of {each}" if each > 1 else "")
         raise ConfigurationError(
-            f"the layout has {workers} workers, which {nodes} hosts do not divide; say how many each has with -n"
+            f"the layout has {workers}, which {nodes} hosts do not divide; say how many each has with -n"
         )
-    return workers // nodes
+    return config.layout.data // nodes * each
 
 
 def next_run_dir(given: str | None, task: str, *, resume: bool) -> Path:

@@ -371,18 +371,20 @@ class Replica:
                 )
             self._seen[use] = 1
             own = gradient if self._tensor is None else self._tensor.gradient(name, gradient)
-            if own is None:
-                return
-            gradient = own
-            if len(self._chain) == 1 and not self._chain[0].counts[use] and not gradient.is_sparse:
-                self._chain[0].entries[use].copy_(gradient)  # the usual case, without detours
-                self._chain[0].counts[use] = 1
-            else:
-                add_entry(self._chain, use, gradient.to_dense() if gradient.is_sparse else gradient)
+            if own is not None:
+                self._add(use, own)
             if self._on_gradient is not None:
                 self._on_gradient(use)
 
         return take
+
+    def _add(self, use: int, gradient: Tensor) -> None:
+        """A gradient goes into the sums."""
+        if len(self._chain) == 1 and not self._chain[0].counts[use] and not gradient.is_sparse:
+            self._chain[0].entries[use].copy_(gradient)  # the usual case, without detours
+            self._chain[0].counts[use] = 1
+        else:
+            add_entry(self._chain, use, gradient.to_dense() if gradient.is_sparse else gradient)
 
     def _check_versions(self) -> None:
         for u, (name, parameter) in enumerate(self._uses):

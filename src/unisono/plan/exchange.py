@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from unisono.plan.assignment import micro_batches
+from unisono.plan.assignment import Teams, micro_batches
 from unisono.plan.blocks import FlatLayout, aligned
 from unisono.run.summation import Node, accumulation, subtrees
 
@@ -16,10 +16,12 @@ class Bucket:
     Attributes:
         index: its place in the order in which a backward finishes buckets.
         lane: the local rank that exchanges it, on every host.
+        team: who computes its gradients; its lane's worker is one of them.
     """
 
     index: int
     lane: int
+    team: int
     segment: int
     start: int
     stop: int
@@ -27,41 +29,44 @@ class Bucket:
 
 
 def buckets(
-    flat: FlatLayout, item_bytes: Sequence[int], first_bytes: int, bucket_bytes: int, lanes: int
+    flat: FlatLayout, item_bytes: Sequence[int], first_bytes: int, bucket_bytes: int, teams: Teams, lanes: Sequence[int]
 ) -> tuple[Bucket, ...]:
     """Cut the gradient into buckets, from its end: a backward finishes the last use first.
 
     Arguments:
         item_bytes: of an element of each segment.
-        first_bytes: the least size of the first; each one after it may be twice as large,
+        first_bytes: the least size of a team's first; each one after it may be twice as large,
         bucket_bytes: up to this least size.
-        lanes: local ranks that exchange; each bucket goes to the one with the fewest bytes so far.
+        teams: who computes what.
+        lanes: the team of each local rank that exchanges; a bucket goes to that of its team's with the fewest bytes so
+            far.
     """
-    load = [0] * lanes
+    load = [0] * len(lanes)
     result: list[Bucket] = []
-    for members in _neighbours(flat, item_bytes, first_bytes, bucket_bytes):
-        first, last = flat.use_places[members[-1]], flat.use_places[members[0]]
-        lane = load.index(min(load))
+    for members in _neighbours(flat, item_bytes, first_bytes, bucket_bytes, teams.uses):
+        first, last, team = flat.use_places[members[-1]], flat.use_places[members[0]], teams.uses[members[0]]
+        lane = min((lane for lane, of in enumerate(lanes) if of == team), key=load.__getitem__)
         stop = last.offset + aligned(last.numel)
         load[lane] += (stop - first.offset) * item_bytes[first.segment]
-        result.append(Bucket(len(result), lane, first.segment, first.offset, stop, tuple(reversed(members))))
+        result.append(Bucket(len(result), lane, team, first.segment, first.offset, stop, tuple(reversed(members))))
     return tuple(result)
 
 
 def _neighbours(
-    flat: FlatLayout, item_bytes: Sequence[int], first_bytes: int, bucket_bytes: int
+    flat: FlatLayout, item_bytes: Sequence[int], first_bytes: int, bucket_bytes: int, teams: Sequence[int]
 ) -> Iterator[list[int]]:
-    """Uses that lie behind each other, the last first, until they are enough."""
+    """Uses of one team that lie behind each other, the last first, until they are enough."""
     members: list[int] = []
-    size_bytes, least = 0, first_bytes
+    size_bytes = 0
+    least = dict.fromkeys(teams, first_bytes)
     for use in reversed(range(len(flat.uses))):
-        place = flat.use_places[use]
+        place, team = flat.use_places[use], teams[use]
         if members:
-            next_place = flat.use_places[members[-1]]
+            next_place, next_team = flat.use_places[members[-1]], teams[members[-1]]
             adjacent = next_place.segment == place.segment and place.offset + aligned(place.numel) == next_place.offset
-            if size_bytes >= min(least, bucket_bytes) or not adjacent:
+            if size_bytes >= min(least[next_team], bucket_bytes) or not adjacent or team != next_team:
                 yield members
-                least *= 2
+                least[next_team] *= 2
                 members, size_bytes = [], 0
         members.append(use)
         size_bytes += aligned(place.numel) * item_bytes[place.segment]
@@ -82,10 +87,10 @@ def slices(start: int, stop: int, count: int) -> tuple[range, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A subtree that one worker of a host publishes: who, and in which of its buffers."""
+    """A subtree that one replica of a host publishes: which, and in which of its workers' buffers."""
 
     node: Node
-    local_rank: int
+    replica: int
     entry: int
 
 
@@ -95,7 +100,7 @@ class HostShare:
 
     Attributes:
         nodes: the maximal subtrees of its micro-batches: the sums that leave it.
-        parts: what its workers publish; they cover the nodes.
+        parts: what its replicas publish; they cover the nodes.
     """
 
     nodes: tuple[Node, ...]
@@ -116,18 +121,18 @@ def round_shares(hosts: int, count: int) -> tuple[HostShare, ...]:
 
 
 def host_shares(hosts: Sequence[int], count: int) -> tuple[HostShare, ...]:
-    """The shares of hosts with the given numbers of workers in ``count`` micro-batches.
+    """The shares of hosts with the given numbers of replicas in ``count`` micro-batches.
 
     >>> [share.nodes for share in host_shares([2, 2], 8)]
     [(Node(level=2, index=0),), (Node(level=2, index=1),)]
     """
     shares = micro_batches(count, sum(hosts))
     result = []
-    for first, workers in zip(accumulate([0, *hosts[:-1]]), hosts, strict=True):
-        own = shares[first : first + workers]
+    for first, replicas in zip(accumulate([0, *hosts[:-1]]), hosts, strict=True):
+        own = shares[first : first + replicas]
         parts = []
-        for local_rank, share in enumerate(own):
+        for replica, share in enumerate(own):
             leaves, _ = accumulation(share.start, share.stop, count)
-            parts += [Part(leaf.completes[0], local_rank, leaf.completes[1]) for leaf in leaves if leaf.completes]
+            parts += [Part(leaf.completes[0], replica, leaf.completes[1]) for leaf in leaves if leaf.completes]
         result.append(HostShare(subtrees(own[0].start, own[-1].stop, count), tuple(parts)))
     return tuple(result)

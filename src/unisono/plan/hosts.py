@@ -48,14 +48,17 @@ class Hosts:
         return f"rank {rank} (host {self.place(rank)[0]})" if len(self.sizes) > 1 else f"rank {rank}"
 
 
-def evenly(workers: int, hosts: int) -> tuple[int, ...]:
-    """``workers`` over ``hosts``, the first ones with one more where it does not divide.
+def evenly(workers: int, hosts: int, together: int = 1) -> tuple[int, ...]:
+    """``workers`` over ``hosts``, the first ones with more where it does not divide.
 
-    >>> evenly(5, 2)
-    (3, 2)
+    Arguments:
+        together: workers that stay on one host.
+
+    >>> evenly(5, 2), evenly(6, 2, together=2)
+    ((3, 2), (4, 2))
     """
-    each, more = divmod(workers, hosts)
-    return tuple(each + (i < more) for i in range(hosts))
+    each, more = divmod(workers // together, hosts)
+    return tuple((each + (i < more)) * together for i in range(hosts))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,80 @@
+"""Whether a configuration can run on given hosts: decided from numbers alone, before any process starts."""
+
+from unisono.config import TrainingConfig, more_replicas_than_micro_batches
+from unisono.errors import ConfigurationError
+from unisono.plan.hosts import Hosts
+
+MOST_ROUNDS = 200
+"""Micro-batches of a host in a step, where each one's gradient is summed at once: as many as can be published."""
+
+
+def refuse_impossible(config: TrainingConfig, hosts: Hosts) -> None:
+    """Check a configuration against the hosts' workers.
+
+    Raises:
+        ConfigurationError: with the numbers, and what can be instead.
+    """
+    layout = config.layout
+    replicas = layout.replicas(hosts.size)
+    if replicas > config.micro_batches:
+        each = layout.model_workers
+        raise ConfigurationError(more_replicas_than_micro_batches(replicas, config.micro_batches, each))
+    for host, workers in enumerate(hosts.sizes):
+        layout.refuse_broken_replicas(workers, f"host {host}")
+    if config.device != "cpu":
+        _refuse_on_devices(config)
+    if layout.zero and len(hosts.sizes) > 1:
+        _refuse_shared_state(config, layout.zero, hosts.sizes)
+
+
+def _refuse_on_devices(config: TrainingConfig) -> None:
+    """What needs the memory that a CPU's workers share."""
+    layout, device = config.layout, config.device
+    if layout.tensor > 1:
+        raise ConfigurationError(
+            f"layout.tensor is {layout.tensor} with device {device}; tensor-parallel workers share memory so far: use "
+            "device cpu, or layout.tensor=1"
+        )
+    if layout.stages > 1:
+        raise ConfigurationError(
+            f"the layout has {layout.stages} stages and device {device}; a pipeline's workers share memory so far: use "
+            "device cpu, or layout.pipeline=1 with layout.schedule=1f1b"
+        )
+    if layout.offload is not None:
+        raise ConfigurationError(
+            f"layout.offload is {layout.offload} with device {device}; the optimizer's state is put on a disk from the "
+            "CPU's memory so far: leave it out"
+        )
+
+
+def _refuse_shared_state(config: TrainingConfig, zero: int, sizes: tuple[int, ...]) -> None:
+    """Whether hosts can share one state, so far."""
+    hosts, count = len(sizes), config.micro_batches
+    if config.wire.inexact is not None:
+        raise ConfigurationError(
+            f"layout.zero is {zero} over {hosts} hosts, and {config.wire.inexact}; use wire.algorithm=canonical and "
+            "wire.compression=none, or leave layout.zero out"
+        )
+    if config.device != "cpu":
+        raise ConfigurationError(
+            f"layout.zero is {zero} over {hosts} hosts with device {config.device}; hosts share a state in the CPU's "
+            "memory so far: leave layout.zero out"
+        )
+    if zero == 1:
+        return
+    if max(sizes) > 1:
+        raise ConfigurationError(
+            f"layout.zero is {zero} over {hosts} hosts of up to {max(sizes)} workers; between hosts of several workers "
+            f"layout.zero=1 is possible, or one worker a host (-n {hosts}) with more threads"
+        )
+    if count % hosts:
+        near = [n * config.micro_batch_size for n in (count - count % hosts, count + -count % hosts) if n]
+        raise ConfigurationError(
+            f"layout.zero is {zero} over {hosts} hosts, which take turns, and a step has {count} micro-batches; use "
+            f"global_batch_size {' or '.join(map(str, near))}, or layout.zero=1"
+        )
+    if count // hosts > MOST_ROUNDS:
+        raise ConfigurationError(
+            f"layout.zero is {zero} and each of {hosts} hosts has {count // hosts} micro-batches in a step; at most "
+            f"{MOST_ROUNDS} are possible: use a larger micro_batch_size, or layout.zero=1"
+        )

@@ -39,9 +39,9 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def train(pool: LocalLauncher, workers: int, hosts: int = 1, **arguments: Any) -> dict[str, Any]:
+def train(pool: LocalLauncher, workers: int, hosts: int = 1, together: int = 1, **arguments: Any) -> dict[str, Any]:
     target = {"call": "tests.jobs:train", "arguments": arguments}
-    result: dict[str, Any] = pool.run(target, workers, hosts=hosts).results[0]
+    result: dict[str, Any] = pool.run(target, workers, hosts=hosts, together=together).results[0]
     return result
 
 
@@ -107,6 +107,30 @@ def test_one_result_across_hosts(pool: LocalLauncher, case: str) -> None:
             assert set(packed) == ({True} if lossless == "always" else {False, True})
         assert result["losses"] == expected["losses"]
         assert result["validations"] == expected["validations"]
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if CASES[name]["model"] not in WHOLE], ids=lambda name: name)
+def test_one_result_where_every_host_has_pipelines(pool: LocalLauncher, case: str) -> None:
+    """Each stage's workers exchange their sums with their like; hosts of unequal size; a state for all, or shared."""
+    expected = train(pool, 1, **CASES[case])
+    for workers, together, further in (
+        (4, 2, {"zero": 1}),
+        (6, 2, {"schedule": "zb_v"} if CASES[case]["model"] != "tied" else {}),
+        (6, 3, {"schedule": "gpipe", "zero": 0}),
+    ):
+        layout = {"pipeline": together, **further}
+        settings: dict[str, Any] = {"layout": layout, "wire": {"bucket_bytes": 300}, **CASES[case]}
+        result = train(pool, workers, 2, together, **settings)
+        assert result["digest"] == expected["digest"], layout
+        assert result["losses"] == expected["losses"] and result["validations"] == expected["validations"]
+
+
+@pytest.mark.parametrize("compression", ["bf16", "powersgd"])
+def test_what_pipelines_sum_is_compressed_between_hosts(pool: LocalLauncher, compression: str) -> None:
+    settings: dict[str, Any] = {"model": "mlp", "optimizer": "momentum", "wire": {"compression": compression}}
+    expected = train(pool, 2, 2, **settings)
+    result = train(pool, 4, 2, 2, layout={"pipeline": 2}, **settings)
+    assert result["losses"] == pytest.approx(expected["losses"], rel=1e-3)
 
 
 LOOKS_AT_VALUES = ("untouched",)

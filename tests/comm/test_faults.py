@@ -20,10 +20,10 @@ def tolerant(pool: LocalLauncher, monkeypatch: pytest.MonkeyPatch) -> LocalLaunc
 
 
 def survivors(
-    pool: LocalLauncher, workers: int, hosts: int, call: str = "survive", **arguments: Any
+    pool: LocalLauncher, workers: int, hosts: int, call: str = "survive", together: int = 1, **arguments: Any
 ) -> list[dict[str, Any]]:
     settings = {"deadline_s": DEADLINE_S, "wire": {"bucket_bytes": 300}, **arguments}
-    ending = pool.run({"call": f"tests.jobs:{call}", "arguments": settings}, workers, hosts=hosts)
+    ending = pool.run({"call": f"tests.jobs:{call}", "arguments": settings}, workers, hosts=hosts, together=together)
     return [result for rank, result in enumerate(ending.results) if rank != arguments["rank"]]
 
 
@@ -57,6 +57,20 @@ def test_a_host_that_keeps_a_part_of_the_state_is_named_by_all_others(
     for result in survivors(tolerant, 3, 3, rank=2, how=how, step=3, phase=phase, **settings):
         assert result["kind"] in ("WaitTimeout", "Revoked", "PeerLost")
         assert "rank 2 (host 2)" in result["error"], result["error"]
+        assert result["at"] - started < DEADLINE_S + 2 + 1.5
+
+
+@pytest.mark.parametrize(("how", "phase"), [("stop", "compute"), ("stop", "update"), ("kill", "compute")])
+@pytest.mark.parametrize("rank", [2, 3])
+def test_a_worker_of_a_pipeline_is_named_by_those_of_other_hosts(
+    tolerant: LocalLauncher, rank: int, how: str, phase: str
+) -> None:
+    """(first or last stage on host 1, step 3): its pipeline waits for it, and every lane for its pipeline."""
+    started = time.monotonic()
+    settings: dict[str, Any] = {"layout": {"pipeline": 2}, "rank": rank, "how": how, "step": 3, "phase": phase}
+    for result in survivors(tolerant, 4, 2, together=2, **settings):
+        assert result["kind"] in ("WaitTimeout", "Revoked", "PeerLost")
+        assert f"rank {rank} (host 1)" in result["error"], result["error"]
         assert result["at"] - started < DEADLINE_S + 2 + 1.5
 
 

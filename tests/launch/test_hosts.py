@@ -72,13 +72,25 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> str:
     return digest
 
 
-@pytest.mark.parametrize(("sizes", "rate"), [((1, 1), "100mbit"), ((2, 1, 1), None)])
+@pytest.mark.parametrize(
+    ("sizes", "rate", "layout"),
+    [
+        ((1, 1), "100mbit", "layout.zero=null"),
+        ((2, 1, 1), None, "layout.zero=null"),
+        ((2, 4), "100mbit", "layout.pipeline=2"),
+    ],
+)
 def test_one_digest_over_hosts_with_slow_links(
-    hosts: Callable[..., Namespaces], sizes: tuple[int, ...], rate: str | None, expected: str, tmp_path: Path
+    hosts: Callable[..., Namespaces],
+    sizes: tuple[int, ...],
+    rate: str | None,
+    layout: str,
+    expected: str,
+    tmp_path: Path,
 ) -> None:
     network = hosts(len(sizes), rate)
     processes = [
-        start(network.words(i, [*command(i, len(sizes), network.addresses[0]), "-n", str(n)]), tmp_path)
+        start(network.words(i, [*command(i, len(sizes), network.addresses[0], layout), "-n", str(n)]), tmp_path)
         for i, n in enumerate(sizes)
     ]
     results = finish(processes)
@@ -286,7 +298,7 @@ def test_the_command_for_other_hosts_leaves_a_scripts_words_alone() -> None:
             2,
             2,
             {"layout": {"tensor": 2}},
-            "layout.tensor is 2 on 2 hosts with device cpu; tensor-parallel",
+            "1 worker on host 0 cannot make replicas of 2 (layout.pipeline=1, layout.tensor=2); use 2 workers there",
         ),
         (
             2,
@@ -296,7 +308,7 @@ def test_the_command_for_other_hosts_leaves_a_scripts_words_alone() -> None:
         ),
     ],
 )
-def test_hosts_that_cannot_share_a_state_say_why(
+def test_hosts_that_cannot_train_together_say_why(
     pool: LocalLauncher, workers: int, hosts: int, options: dict[str, Any], expected: str
 ) -> None:
     with pytest.raises(UnisonoError) as caught:

@@ -6,7 +6,6 @@ other hosts, while the backward still runs. With one worker on every host this i
 for both.
 """
 
-import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from unisono.comm.algorithms import AllReduce, broadcast, drive, gather_bytes, ring
 from unisono.comm.arena import store_fence
 from unisono.comm.blame import Bulletin
 from unisono.comm.canonical import Cover
@@ -25,6 +23,7 @@ from unisono.comm.exchange import TAGS_A_BUCKET, Canonical, ExchangePlan, HostSu
 from unisono.comm.group import PACKED
 from unisono.comm.heads import Heads, join, split
 from unisono.comm.host import HostGroup
+from unisono.comm.leaders import Leaders
 from unisono.comm.network import Link, NetworkWire
 from unisono.comm.packing import Packed, Trial
 from unisono.comm.partial import Partial, item_size
@@ -35,7 +34,7 @@ from unisono.comm.rounds import RoundSums
 from unisono.comm.values import Values
 from unisono.comm.way import Way
 from unisono.comm.wire_state import WireState, gathered, restore, wire_regions, wire_state
-from unisono.errors import GroupError
+from unisono.errors import GroupError, Revoked
 from unisono.events import PHASES, WireUse
 from unisono.plan.assignment import Teams
 from unisono.plan.blocks import FlatLayout
@@ -123,7 +122,7 @@ class HierarchicalGroup:
             regions = wire_regions(flat, way.compression)
             self._wire_state = wire_state(flat, way.compression, regions, local.memory("wire"))
         self._wires: list[NetworkWire] = []
-        self._control: NetworkWire | None = None
+        self._leaders: Leaders | None = None
         self._data: NetworkWire | None = None
         if place.local_rank < place.hosts.lanes:
             self._connect()
@@ -133,11 +132,12 @@ class HierarchicalGroup:
         lane = self.place.local_rank
         on_cpu = replace(self._link, backend="gloo", device=torch.device("cpu"))
         self._data = self._new_wire(self._link, "data")
-        self._control = control = self._data if self._link == on_cpu else self._new_wire(on_cpu, "control")
+        control = self._data if self._link == on_cpu else self._new_wire(on_cpu, "control")
         if self._way.may_pack and not self._data.ordered:
             self._packed = Packed(self._data)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="unisono-exchange", initializer=_one_thread)
-        self._reduce = self._reduction(self._data, self._control)
+        self._leaders = Leaders(control, self._call, self._tag(1))
+        self._reduce = self._reduction(self._data, control)
         self._lane = Lane(
             buckets=[bucket for bucket in self._buckets if bucket.lane == lane],
             ready=self._is_ready,
@@ -209,6 +209,12 @@ class HierarchicalGroup:
         return self._readiness.gradient_is_final
 
     @property
+    def leaders(self) -> Leaders:
+        """On the first worker of every host: what says something to the others between steps."""
+        assert self._leaders is not None
+        return self._leaders
+
+    @property
     def wire_use(self) -> WireUse:
         """What the last step's exchange took."""
         return self._use
@@ -263,7 +269,7 @@ class HierarchicalGroup:
             return True if self._words.all_summed(last) else None
 
         self._patience.wait(ready, self._running, f"exchange of step {step}")
-        if self._data is not None and self._control is not None:
+        if self._data is not None:
             sent = sum(wire.take_sent_bytes() for wire in self._wires)
             self._use = self._measured(sent, time.perf_counter() - arrived)
         if self._trial is not None and self._packed is not None:
@@ -411,7 +417,7 @@ class HierarchicalGroup:
             own = self.local.all_gather(payload, operation)
         joined = b""
         if self.local.rank == 0:
-            joined = join(self.gather_from_hosts(join(own), operation))
+            joined = join(self.leaders.gather(join(own), operation))
         with self._patience.telling():
             hosts = split(self.local.all_gather(joined, operation, GRACE_S)[0])
         return [part for host in hosts for part in split(host)]
@@ -432,41 +438,13 @@ class HierarchicalGroup:
 
     def broadcast(self, tensor: Tensor, operation: str) -> None:
         """On the first worker of every host: the first host's values, for all."""
-        whole = tensor.detach().cpu() if tensor.device.type != "cpu" else tensor
-        self._collective(broadcast, whole.view(-1), operation)
-        if whole is not tensor:
-            tensor.copy_(whole)
-
-    def gather_to_first(self, parts: Mapping[int, Sequence[Tensor]], operation: str) -> None:
-        """On the first worker of every host: what hosts have in parts of the state, to the first one's same parts.
-
-        Arguments:
-            parts: flat tensors, by host.
-        """
-        wire = self._control
-        assert wire is not None
-        if not any(parts.values()):
-            return
-
-        def work() -> bool:
-            sends = [(part, 0) for part in parts.get(wire.rank, ())] if wire.rank else []
-            receives = [(part, h) for h, several in parts.items() if h for part in several] if not wire.rank else []
-            wire.post(sends, receives, self._tag(3)).wait(operation)
-            return True
-
-        self._call(work, operation)
-
-    def gather_from_hosts(self, payload: bytes, operation: str) -> list[bytes]:
-        """On the first worker of every host: everyone's payload, in order of host."""
-        wire = self._control
-        assert wire is not None
-        return self._call(lambda: gather_bytes(wire, payload, self._tag(1), operation), operation)
+        self.leaders.broadcast(tensor, operation)
 
     def gather_compression(self) -> dict[str, Tensor]:
         """On the first worker of every host: the errors of all hosts, added up; kept by the first."""
         if self._wire_state is None:
             return {}
-        result = gathered(self._wire_state, self._flat, functools.partial(self._collective, ring))
+        result = gathered(self._wire_state, self._flat, self.leaders.add_up)
         return result if self.rank == 0 else {}
 
     def restore_compression(self, tensors: Mapping[str, Tensor]) -> None:
@@ -474,18 +452,7 @@ class HierarchicalGroup:
         if self._wire_state is None or self._way.compression is None:
             return
         hosts = len(self.place.hosts.sizes)
-        share = functools.partial(self._collective, broadcast)
-        restore(self._wire_state, self._flat, self._way.compression, tensors, hosts, share)
-
-    def _collective(self, collective: AllReduce, tensor: Tensor, operation: str) -> None:
-        wire = self._control
-        assert wire is not None
-
-        def work() -> bool:
-            drive(collective(wire, tensor, self._tag(2)), operation)
-            return True
-
-        self._call(work, operation)
+        restore(self._wire_state, self._flat, self._way.compression, tensors, hosts, self.leaders.broadcast)
 
     def revoke(self, cause: str = "") -> None:
         """End this generation on this host, and free whoever waits on its wires."""
@@ -495,8 +462,9 @@ class HierarchicalGroup:
 
     def close(self, cause: BaseException | None = None) -> None:
         """Let go of the wires and their thread; others that still wait on them fail, and are told the cause."""
-        if cause is not None and not isinstance(cause, GroupError):
-            self._bulletin.post(None, f"{type(cause).__name__}: {cause}")
+        if cause is not None and not isinstance(cause, Revoked):
+            kind = "" if isinstance(cause, GroupError) else f"{type(cause).__name__}: "
+            self._bulletin.post(None, f"{kind}{cause}")
         if cause is not None or (self._running is not None and not self._running.done()):
             self.local.revoke(str(cause) if cause is not None else "this worker left in the middle of a step")
         for wire in self._wires:

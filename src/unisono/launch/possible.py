@@ -63,9 +63,10 @@ def _refuse_shared_state(config: TrainingConfig, zero: int, sizes: tuple[int, ..
     if zero == 1:
         return
     if max(sizes) > 1:
+        alone = "" if config.layout.model_workers > 1 else f", or one worker a host (-n {hosts}) with more threads"
         raise ConfigurationError(
             f"layout.zero is {zero} over {hosts} hosts of up to {max(sizes)} workers; between hosts of several workers "
-            f"layout.zero=1 is possible, or one worker a host (-n {hosts}) with more threads"
+            f"layout.zero=1 is possible{alone}"
         )
     if count % hosts:
         near = [n * config.micro_batch_size for n in (count - count % hosts, count + -count % hosts) if n]

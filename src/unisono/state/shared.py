@@ -41,7 +41,7 @@ class SharedState:
     ) -> None:
         self._state = state
         self._shards = shards
-        self._group = group
+        self._leaders = group.leaders
         self._host = group.place.host
         self._release = release
         self._everywhere = values_everywhere
@@ -89,7 +89,7 @@ class SharedState:
 
     def _tell(self, word: bytes) -> bytes:
         """The first host's word to all."""
-        return self._group.gather_from_hosts(word, "state of a checkpoint")[0]
+        return self._leaders.gather(word, "state of a checkpoint")[0]
 
     def _hand_on(self, parts: Sequence[Tensor]) -> None:
         for part in parts:
@@ -124,10 +124,10 @@ class SharedState:
     def _spread(self, chunk: Region, kept: Sequence[Region]) -> None:
         inside = [part for part in (_overlap(chunk, own) for own in kept) if part is not None]
         if self._host == 0 or inside == [chunk]:
-            self._group.broadcast(self._bytes(chunk), "initial state")
+            self._leaders.broadcast(self._bytes(chunk), "initial state")
             return
         received = torch.empty(chunk.size_bytes, dtype=torch.uint8)
-        self._group.broadcast(received, "initial state")
+        self._leaders.broadcast(received, "initial state")
         for part in inside:
             start = part.offset - chunk.offset
             self._bytes(part).copy_(received[start : start + part.size_bytes])
@@ -138,7 +138,7 @@ class SharedState:
         pieces = self._pieces()
         for name, tensor in sorted(self._state.named_tensors(), key=lambda item: item[0]):
             several = pieces.get(name, {})
-            self._group.gather_to_first(several, f"state: {name}")
+            self._leaders.gather_to_first(several, f"state: {name}")
             yield name, tensor
             if self._host == 0:
                 for host, parts in several.items():
@@ -150,7 +150,7 @@ class SharedState:
         layout, row = self._state.layout, self._state.layout.row_bytes
         region = layout.regions.named["scalars"]
         own = self._bytes(region)
-        payloads = self._group.gather_from_hosts(own.numpy().tobytes(), "scalars of the state")
+        payloads = self._leaders.gather(own.numpy().tobytes(), "scalars of the state")
         for host, payload in enumerate(payloads):
             theirs = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
             for i in self._shards.blocks(host) if host != self._host else ():

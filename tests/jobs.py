@@ -6,6 +6,7 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -33,6 +34,7 @@ from unisono.plan.blocks import ParameterSpec, TensorSpec, flat_layout
 from unisono.plan.exchange import Bucket
 from unisono.plan.hosts import Place
 from unisono.run.summation import accumulation
+from unisono.state.shared import SharedState
 from unisono.tasks.lm import GPT
 
 
@@ -320,3 +322,16 @@ def full_rank_power_sgd() -> dict[str, Any]:
     dist.barrier()
     dist.destroy_process_group()
     return {"ours": (value / 2).tolist(), "torch": torchs.flatten().tolist(), "mean": (mean / 2).flatten().tolist()}
+
+
+def train_with_a_slow_disk(seconds: float, **options: Any) -> dict[str, Any]:
+    """Train toys; each tensor of a shared state takes its time."""
+    tensors = SharedState.tensors
+
+    def slowly(self: SharedState) -> Iterator[tuple[str, torch.Tensor]]:
+        for item in tensors(self):
+            time.sleep(seconds)
+            yield item
+
+    SharedState.tensors = slowly  # type: ignore[method-assign]
+    return train(steps=2, checkpoint_every=1, **options)

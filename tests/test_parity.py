@@ -150,6 +150,13 @@ def test_one_result_where_hosts_share_the_state(pool: LocalLauncher, case: str) 
         assert result["losses"] == expected["losses"] and result["validations"] == expected["validations"]
 
 
+def test_a_checkpoint_may_take_longer_than_a_deadline(pool: LocalLauncher, tmp_path: Path) -> None:
+    """Those who do not write it wait from tensor to tensor."""
+    arguments = {"seconds": 0.1, "model": "mlp", "layout": {"zero": 1}, "deadline_s": 1.0, "run_dir": str(tmp_path)}
+    result = pool.run({"call": "tests.jobs:train_with_a_slow_disk", "arguments": arguments}, 4, hosts=2).results[0]
+    assert result["step"] == 2 and len(list((tmp_path / "checkpoints").glob("step-*"))) == 2
+
+
 @pytest.mark.parametrize("recompute", ["none", "full", "selective"])
 def test_layers_whose_backward_is_not_announced(pool: LocalLauncher, recompute: str) -> None:
     settings: dict[str, Any] = {"model": "hands_on", "global_batch_size": 24}

@@ -50,6 +50,7 @@ from unisono.state.checkpoint import (
     steps_in,
     stream,
 )
+from unisono.state.shared import streamed
 from unisono.state.training_state import TrainingState
 from unisono.state.writer import CheckpointWriter, Retention
 from unisono.sync.policy import Outcome
@@ -366,9 +367,9 @@ class Training:
         """All hosts, each with what it keeps, write a checkpoint, if rank 0 wants one."""
         worker = self._assembled
         answer = worker.group.all_gather(b"yes" if wanted else b"", f"checkpoint of step {step}")[0]
-        if not answer or worker.shared is None:
+        if not answer:
             return
-        tensors = worker.shared.tensors()
+        tensors = streamed(worker.shared, worker.group.owners, f"checkpoint of step {step}")
         if self._writer is not None:
             self._writer.write(step, tensors, self._about(step, self._writer))
             self._is_saved(step)
@@ -424,12 +425,12 @@ class Training:
         worker = self._assembled
         replicated = worker.prepared.host.replicas > 1
         mine = ""
-        if worker.shared is not None:
-            tensors = worker.shared.tensors()
+        if self._shares_state:
+            tensors = streamed(worker.shared, worker.group.owners, f"digest of step {step}")
             mine = digest(step, tensors) if worker.group.rank == 0 else ""
             for _ in tensors:  # to which this host gives its part; to read the rest would take memory for it
                 pass
-        elif not self._shares_state and (replicated or worker.group.owners.rank == 0):
+        elif replicated or worker.group.owners.rank == 0:
             mine = worker.state.digest(step)
         digests = [payload.decode() for payload in worker.group.all_gather(mine.encode(), "digest") if payload]
         if len(set(digests)) > 1:

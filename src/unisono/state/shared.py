@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from unisono.comm.arena import Region
+from unisono.comm.group import Group
 from unisono.comm.hierarchical import HierarchicalGroup
 from unisono.plan.assignment import Run, UpdateClass
 from unisono.plan.blocks import Block
@@ -211,6 +212,25 @@ class SharedState:
     def _place(self, part: Tensor) -> Region:
         """Where a part of the state lies in it."""
         return Region(part.data_ptr() - self._state.memory.data_ptr(), part.nbytes)
+
+
+def streamed(shared: SharedState | None, mates: Group, operation: str) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a shared state on the first worker of each host, as `SharedState.tensors`; none on the others.
+
+    Those wait for as long as it takes, and hear of every tensor, so that the deadline is one tensor's.
+
+    Arguments:
+        shared: None on the others.
+        mates: the workers of this host.
+    """
+    if shared is None:
+        while mates.all_gather(b"", operation)[0]:
+            pass
+        return
+    for item in shared.tensors():
+        mates.all_gather(b"more", operation)
+        yield item
+    mates.all_gather(b"", operation)
 
 
 def _overlap(a: Region, b: Region) -> Region | None:

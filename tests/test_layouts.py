@@ -35,6 +35,24 @@ def test_one_result_in_every_layout(run: str) -> None:
     assert report["equal"] and list(report["digests"]) == lines
 
 
+@pytest.mark.parametrize("hosts", [2, 3])
+def test_one_result_of_layouts_on_several_hosts(hosts: int) -> None:
+    done = verify("configs/lm.yaml", *GPT, "--layouts", "configs/hosts.txt", "--hosts", str(hosts), "--steps", "3")
+    assert done.returncode == 0, done.stderr + done.stdout
+    lines = done.stdout.splitlines()
+    on = "on up to 2 hosts" if hosts == 2 else "on up to 3 hosts"
+    assert on in lines[-1] and "one result for each of 3 ways of dividing layers" in lines[-1]
+    assert sum(line.startswith("data=2 tensor=2 on one host:") for line in lines) == 1
+    assert any(line.startswith(f"data=3 pipeline=2 schedule=zb_v on {hosts} hosts:") for line in lines)
+
+
+def test_layouts_without_replicas_cannot_be_spread(tmp_path: Path) -> None:
+    file = tmp_path / "layouts.txt"
+    file.write_text("data=1\npipeline=2\n")
+    done = verify("configs/lm.yaml", *GPT, "--layouts", str(file), "--hosts", "2")
+    assert done.returncode == 2 and "has replicas for 2 hosts; give some of data=2 or more" in done.stderr
+
+
 def test_layouts_that_are_stopped_and_resumed_in_another(tmp_path: Path) -> None:
     """Initial values by name; what one layout saved, the next one reads."""
     file = tmp_path / "layouts.txt"

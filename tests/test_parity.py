@@ -125,6 +125,14 @@ def test_one_result_where_every_host_has_pipelines(pool: LocalLauncher, case: st
         assert result["losses"] == expected["losses"] and result["validations"] == expected["validations"]
 
 
+def test_a_stage_without_trained_parameters_waits_for_no_deadline(pool: LocalLauncher) -> None:
+    """Its worker has no sums to exchange, and a step takes longer than anyone may be waited for."""
+    expected = train(pool, 1, steps=1, model="frozen")
+    settings: dict[str, Any] = {"layout": {"pipeline": 2, "cuts": ["2"]}, "deadline_s": 1.0}
+    result = train(pool, 4, 2, 2, steps=1, model="frozen", **settings)
+    assert result["digest"] == expected["digest"]
+
+
 @pytest.mark.parametrize("compression", ["bf16", "powersgd"])
 def test_what_pipelines_sum_is_compressed_between_hosts(pool: LocalLauncher, compression: str) -> None:
     settings: dict[str, Any] = {"model": "mlp", "optimizer": "momentum", "wire": {"compression": compression}}

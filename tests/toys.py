@@ -1,6 +1,7 @@
 """Small models, data sets and optimizers that exercise one thing each, made by name so that workers can make them."""
 
 import random
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -145,6 +146,19 @@ def mlp() -> nn.Module:
     )
 
 
+class Slow(nn.Linear):
+    """Takes 0.3 s a forward."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        time.sleep(0.3)
+        return super().forward(input)
+
+
+def frozen() -> nn.Module:
+    """A first layer that is not trained, and a slow one."""
+    return nn.Sequential(nn.Linear(6, 300).requires_grad_(False), nn.Tanh(), Slow(300, 4))
+
+
 def plain() -> nn.Module:
     """Nothing that draws: what a plain loop computes too."""
     return nn.Sequential(nn.Linear(6, 300), nn.Tanh(), nn.Linear(300, 301), nn.ReLU(), nn.Linear(301, 4))
@@ -179,6 +193,7 @@ def wide() -> nn.Module:
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "hands_on": HandsOn,
     "mlp": mlp,
+    "frozen": frozen,
     "plain": plain,
     "norm": norm,
     "wide": wide,

@@ -60,18 +60,24 @@ def test_a_host_that_keeps_a_part_of_the_state_is_named_by_all_others(
         assert result["at"] - started < DEADLINE_S + 2 + 1.5
 
 
-@pytest.mark.parametrize(("how", "phase"), [("stop", "compute"), ("stop", "update"), ("kill", "compute")])
-@pytest.mark.parametrize("rank", [2, 3])
-def test_a_worker_of_a_pipeline_is_named_by_those_of_other_hosts(
-    tolerant: LocalLauncher, rank: int, how: str, phase: str
+@pytest.mark.parametrize(
+    ("rank", "how", "phase"),
+    [
+        *[(0, "stop", "update"), (1, "stop", "compute"), (1, "kill", "wait"), (2, "stop", "compute")],
+        *[(2, "kill", "compute"), (3, "stop", "compute"), (3, "kill", "wait"), (5, "stop", "update")],
+    ],
+)
+@pytest.mark.parametrize("layout", [{"pipeline": 2}, {"tensor": 2, "zero": 1}], ids=["pipeline", "tensor"])
+def test_a_worker_of_a_replica_is_named_on_all_hosts(
+    tolerant: LocalLauncher, rank: int, how: str, phase: str, layout: dict[str, Any]
 ) -> None:
-    """(first or last stage on host 1, step 3): its pipeline waits for it, and every lane for its pipeline."""
+    """(any stage, step 3), two replicas on host 0, one on host 1: mates wait for it, and every lane for its mates."""
     started = time.monotonic()
-    settings: dict[str, Any] = {"layout": {"pipeline": 2}, "rank": rank, "how": how, "step": 3, "phase": phase}
-    for result in survivors(tolerant, 4, 2, together=2, **settings):
+    settings: dict[str, Any] = {"layout": layout, "rank": rank, "how": how, "step": 3, "phase": phase}
+    for result in survivors(tolerant, 6, 2, together=2, **settings):
         assert result["kind"] in ("WaitTimeout", "Revoked", "PeerLost")
-        assert f"rank {rank} (host 1)" in result["error"], result["error"]
-        assert result["at"] - started < DEADLINE_S + 2 + 1.5
+        assert f"rank {rank} (host {rank // 4})" in result["error"], result["error"]
+        assert result["at"] - started < DEADLINE_S + 2 + 2.5
 
 
 def test_a_worker_that_only_its_mates_miss_is_named_by_other_hosts(tolerant: LocalLauncher) -> None:

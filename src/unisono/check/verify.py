@@ -36,6 +36,11 @@ class Trial:
     hosts: Hosts
     where: str = ""
 
+    @property
+    def on(self) -> int:
+        """How many hosts it is on."""
+        return len(self.hosts.sizes)
+
 
 @dataclass(frozen=True, slots=True)
 class Verification:
@@ -153,10 +158,11 @@ def layouts_in(path: Path, config: Config, hosts: int) -> list[Trial]:
     """A trial for each line of a file, ``data=2 pipeline=2 schedule=1f1b`` for example; ``#`` begins a comment.
 
     Arguments:
-        hosts: over which replicas are spread.
+        hosts: over which the replicas of each are spread, as far as it has so many; then the first one of each way of
+            dividing layers that only is on several is tried on one host too.
 
     Raises:
-        ConfigurationError: naming the line that cannot be a layout.
+        ConfigurationError: naming the line that cannot be a layout, or where none has several replicas to spread.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -175,7 +181,12 @@ def layouts_in(path: Path, config: Config, hosts: int) -> list[Trial]:
         trials.append(_trial(config, name, layout, hosts, where))
     if not trials:
         raise ConfigurationError(f"{path} holds no layout; give one a line, data=2 pipeline=2 for example")
-    return trials
+    if hosts > 1 and all(trial.on == 1 for trial in trials):
+        raise ConfigurationError(f"no layout of {path} has replicas for {hosts} hosts; give some of data=2 or more")
+    alone = {trial.layout.rounding for trial in trials if trial.on == 1}
+    first = {trial.layout.rounding: trial for trial in reversed(trials) if trial.layout.rounding not in alone}
+    again = [trial for trial in trials if first.get(trial.layout.rounding) is trial]
+    return [_trial(config, f"{trial.name} on one host", trial.layout, 1, trial.where) for trial in again] + trials
 
 
 def _setting(word: str, where: str) -> tuple[str, Any]:
@@ -223,13 +234,11 @@ def verify(
         name = trial.name
         digests[name], losses[name] = result["digest"], result["loss"]
         seconds[name] = time.monotonic() - started
-        count = len(trial.hosts.sizes)
         if say is not None:
-            title = name
-            if name.isdigit():
-                title += f" worker{'s' * (name != '1')}" + (f" on {count} hosts" if count > 1 else "")
+            title = f"{name} worker{'s' * (name != '1')}" if name.isdigit() else name
+            title += f" on {trial.on} hosts" if trial.on > 1 else ""
             say(f"{title}: {result['digest']}  loss {result['loss']:.6f}  {seconds[name]:.1f} s")
-    hosts = max(len(trial.hosts.sizes) for trial in trials)
+    hosts = max(trial.on for trial in trials)
     return Verification(digests, losses, seconds, steps, resume_at, hosts, what, roundings)
 
 
@@ -245,8 +254,8 @@ def _train(
     settings = validate(Config, data, "verify").model_dump(mode="json")
     arguments = {"config": settings, "resume": resume, "evaluate": False}
     target = {"call": "unisono.tasks.job:train", "arguments": arguments}
-    each, hosts = trial.layout.model_workers, trial.hosts
-    ending = launcher.run(target, hosts.size, hosts=len(hosts.sizes), together=each, output=STANDARD_ERROR)
+    together = trial.layout.model_workers
+    ending = launcher.run(target, trial.hosts.size, hosts=trial.on, together=together, output=STANDARD_ERROR)
     if ending.interrupted:
         raise KeyboardInterrupt
     result: dict[str, Any] = ending.results[0]

@@ -54,7 +54,9 @@ def train(
     with launchers(hosts, nnodes, node_rank, rendezvous, secret_file) as here:
         from unisono.config import load, to_yaml
         from unisono.launch.local import STANDARD_ERROR, STANDARD_OUTPUT
+        from unisono.launch.possible import refuse_impossible
         from unisono.launch.runs import choose_workers, next_run_dir, preloads, workers_here
+        from unisono.plan.hosts import Hosts
 
         settings = load(config, overrides or [])
         launcher = here.launcher
@@ -62,6 +64,7 @@ def train(
             count = workers_here(settings, workers or here.slots, here.nodes)
         else:
             count = choose_workers(settings, workers)
+            refuse_impossible(settings, Hosts((count,)))
         if settings.layout.model_workers > 1 or settings.layout.stages > 1:
             from unisono.check.layouts import refuse_what_does_not_fit
 

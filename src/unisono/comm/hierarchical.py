@@ -8,6 +8,7 @@ for both.
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -19,7 +20,17 @@ from torch import Tensor
 from unisono.comm.arena import store_fence
 from unisono.comm.blame import Bulletin
 from unisono.comm.canonical import Cover
-from unisono.comm.exchange import TAGS_A_BUCKET, Canonical, ExchangePlan, HostSums, Lane, Parts, Words, equal_parts
+from unisono.comm.exchange import (
+    TAGS_A_BUCKET,
+    Canonical,
+    ExchangePlan,
+    HostSums,
+    Lane,
+    Parts,
+    Reduction,
+    Words,
+    equal_parts,
+)
 from unisono.comm.group import PACKED
 from unisono.comm.heads import Heads, join, split
 from unisono.comm.host import HostGroup
@@ -34,7 +45,7 @@ from unisono.comm.rounds import RoundSums
 from unisono.comm.values import Values
 from unisono.comm.way import Way
 from unisono.comm.wire_state import WireState, gathered, restore, wire_regions, wire_state
-from unisono.errors import GroupError, Revoked
+from unisono.errors import GroupError
 from unisono.events import PHASES, WireUse
 from unisono.plan.assignment import Teams
 from unisono.plan.blocks import FlatLayout
@@ -145,7 +156,7 @@ class HierarchicalGroup:
             reduce=self._reduce,
             done=self._is_summed,
             ordered=self._data.ordered,
-            last=(lambda step: self._heads(step, control, self._tag(0))) if lane == 0 else None,
+            last=(lambda step: self._sum_heads(step, control)) if lane == 0 else None,
             finished=self._heads_are_summed,
         )
 
@@ -261,7 +272,13 @@ class HierarchicalGroup:
             self._readiness.end()
 
     def collect(self, step: int, count: int) -> list[Cover]:
-        """Wait until the exchange is over: one subtree, the whole, in this host's total."""
+        """Wait until the exchange is over: one subtree, the whole, in this host's total.
+
+        The exchange's own deadline begins when this host has computed everything: stages end one after another.
+        """
+        if not self._rounds:
+            with self._patience.telling():
+                self.local.await_published(step, [part.node for part in self._plan.shares[self.place.host].parts])
         arrived = time.perf_counter()
         last = self._readiness.last_turn
 
@@ -360,24 +377,34 @@ class HierarchicalGroup:
         return all(self._words.ready(slot, bucket.index, self._exchanged) for crew in crews for slot in crew)
 
     def _await_ready(self, bucket: Bucket) -> None:
-        """This worker's own backward may take its time; for the mates there is a deadline from then on."""
+        """Wait for this worker's gradients of a bucket, and from then on, with a deadline, for its mates'."""
         step, turn = self._step, self._exchanged
         team = {slot for crew in self.local.teams[bucket.team] for slot in crew}
 
         def arrived(slot: int) -> bool:
             return slot not in team or self._words.ready(slot, bucket.index, turn)
 
-        def doze(seconds: float) -> None:
-            if self._readiness.stirred.wait(seconds):
-                self._readiness.stirred.clear()
-
-        own = replace(self.local.waiter, deadline_s=float("inf"), sleep=doze)
-        own(lambda: True if arrived(self.local.slot) else None, f"bucket {bucket.index} of step {step}", str)
+        self._await_own(lambda: arrived(self.local.slot), f"bucket {bucket.index} of step {step}")
         self.local.waiter(
             lambda: True if self._is_ready(bucket) else None,
             f"bucket {bucket.index} of step {step}",
             lambda: self.local.missing(arrived),
         )
+
+    def _await_own(self, ready: Callable[[], bool], operation: str) -> None:
+        """This worker's own backward may take its time."""
+
+        def doze(seconds: float) -> None:
+            if self._readiness.stirred.wait(seconds):
+                self._readiness.stirred.clear()
+
+        own = replace(self.local.waiter, deadline_s=float("inf"), sleep=doze)
+        own(lambda: True if ready() else None, operation, str)
+
+    def _sum_heads(self, step: int, wire: NetworkWire) -> Reduction:
+        """All that is no gradient; this lane may have had no bucket to wait for."""
+        self._await_own(lambda: self._readiness.over >= step, f"end of step {step}")
+        return self._heads(step, wire, self._tag(0))
 
     def _is_summed(self, bucket: Bucket) -> None:
         store_fence()
@@ -398,9 +425,9 @@ class HierarchicalGroup:
         self.local.finish(step)
 
     def settle(self, step: int) -> None:
-        """Wait for the workers of this host: its state is whole."""
+        """Wait for the workers of this host: its state is whole; where hosts share it, a mate may wait for one."""
         with self._patience.telling():
-            self.local.settle(step)
+            self.local.settle(step, GRACE_S if self._shards is not None else 0.0)
 
     def set_flags(self, flags: int) -> None:
         """Requests to go with the next step."""
@@ -462,9 +489,8 @@ class HierarchicalGroup:
 
     def close(self, cause: BaseException | None = None) -> None:
         """Let go of the wires and their thread; others that still wait on them fail, and are told the cause."""
-        if cause is not None and not isinstance(cause, Revoked):
-            kind = "" if isinstance(cause, GroupError) else f"{type(cause).__name__}: "
-            self._bulletin.post(None, f"{kind}{cause}")
+        if cause is not None:
+            self._patience.tell(cause)
         if cause is not None or (self._running is not None and not self._running.done()):
             self.local.revoke(str(cause) if cause is not None else "this worker left in the middle of a step")
         for wire in self._wires:
@@ -478,8 +504,13 @@ class HierarchicalGroup:
         """The next generation: ``members`` are world ranks of this one, in order.
 
         Raises:
-            GroupError: where hosts share one state, of which those that are gone had a part.
+            GroupError: where hosts share one state, of which those that are gone had a part, or where a replica's
+                workers are gone of whom others are left.
         """
+        each = self.local.size // len(self.local.teams[0])
+        left = Counter((host, local // each) for host, local in map(self.place.hosts.place, members))
+        if set(left.values()) - {each}:
+            raise GroupError("workers of a replica are gone, and its others cannot go on alone; resume with whole ones")
         if self._shards is not None and len({self.place.hosts.place(rank)[0] for rank in members}) < self._shards.hosts:
             raise GroupError("a host is gone that kept a part of the state; resume from the last checkpoint")
         self.close()

@@ -201,13 +201,18 @@ class HostGroup:
         """One store: this slot is done with the step."""
         self.header.set_done(self.slot, step)
 
-    def settle(self, step: int) -> None:
-        """Wait for everyone's `finish`."""
+    def settle(self, step: int, grace_s: float = 0.0) -> None:
+        """Wait for everyone's `finish`.
+
+        Arguments:
+            grace_s: as of `all_gather`.
+        """
 
         def ready() -> bool | None:
             return True if all(self.header.done(slot) >= step for slot in self.members) else None
 
-        self.waiter(ready, f"commit of step {step}", lambda: self.missing(lambda slot: self.header.done(slot) >= step))
+        waiter = replace(self.waiter, deadline_s=self.waiter.deadline_s + grace_s)
+        waiter(ready, f"commit of step {step}", lambda: self.missing(lambda slot: self.header.done(slot) >= step))
         self.header.committed = step
 
     def set_flags(self, flags: int) -> None:

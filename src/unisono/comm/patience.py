@@ -81,10 +81,15 @@ class Patience:
         try:
             yield
         except GroupError as error:
-            if not isinstance(error, Revoked):
-                self._bulletin.post(None, str(error))
+            self.tell(error)
             self._revoke(str(error))
             raise
+
+    def tell(self, error: BaseException) -> None:
+        """Post why this worker ends; one that was freed by a mate says what that one met with."""
+        said = self._local.cause() if isinstance(error, Revoked) else ""
+        kind = "" if isinstance(error, GroupError) else f"{type(error).__name__}: "
+        self._bulletin.post(None, said or f"{kind}{error}")
 
     def _suspect_mates(self, operation: str) -> None:
         """Other hosts that wait for this worker must learn that it waits itself, before its patience ends."""

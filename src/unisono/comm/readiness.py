@@ -25,7 +25,8 @@ class Readiness:
         wait: for the exchange.
 
     Attributes:
-        stirred: a bucket has become final.
+        over: the last step of which this worker has computed everything.
+        stirred: a bucket has become final, or a step is over.
     """
 
     def __init__(self, words: Words, slot: int, buckets: Sequence[Bucket], rounds: int, wait: Wait) -> None:
@@ -37,6 +38,7 @@ class Readiness:
         self._bucket_of = {use: bucket.index for bucket in buckets for use in bucket.uses}
         self._step, self._round = 0, 0
         self._left: dict[int, int] = {}  # bucket -> uses whose gradient is not final
+        self.over = 0
         self.stirred = threading.Event()
 
     def begin(self, step: int) -> None:
@@ -68,6 +70,9 @@ class Readiness:
         if self._rounds:
             self._round += 1
             self._left = {bucket.index: len(bucket.uses) for bucket in self._buckets}
+        if self._round == self._rounds:
+            self.over = self._step
+            self.stirred.set()
 
     def _is_final(self, bucket: int) -> None:
         del self._left[bucket]

@@ -19,10 +19,10 @@ def refuse_impossible(config: TrainingConfig, hosts: Hosts) -> None:
     if replicas > config.micro_batches:
         each = layout.model_workers
         raise ConfigurationError(more_replicas_than_micro_batches(replicas, config.micro_batches, each))
-    for host, workers in enumerate(hosts.sizes):
-        layout.refuse_broken_replicas(workers, f"host {host}")
     if config.device != "cpu":
         _refuse_on_devices(config)
+    for host, workers in enumerate(hosts.sizes):
+        layout.refuse_broken_replicas(workers, f"host {host}")
     if layout.zero and len(hosts.sizes) > 1:
         _refuse_shared_state(config, layout.zero, hosts.sizes)
 
@@ -63,7 +63,7 @@ def _refuse_shared_state(config: TrainingConfig, zero: int, sizes: tuple[int, ..
     if zero == 1:
         return
     if max(sizes) > 1:
-        alone = "" if config.layout.model_workers > 1 else f", or one worker a host (-n {hosts}) with more threads"
+        alone = "" if config.layout.model_workers > 1 else ", or one worker on each (-n 1) with more threads"
         raise ConfigurationError(
             f"layout.zero is {zero} over {hosts} hosts of up to {max(sizes)} workers; between hosts of several workers "
             f"layout.zero=1 is possible{alone}"

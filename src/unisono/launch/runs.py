@@ -6,11 +6,9 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from unisono.config import Config, Layout
+from unisono.config import Config, Layout, more_replicas_than_micro_batches
 from unisono.errors import ConfigurationError
 from unisono.launch.launcher import shares_memory
-from unisono.launch.possible import refuse_impossible
-from unisono.plan.hosts import Hosts
 
 ROOT = Path("runs")
 _COMPILER = "torch._dynamo"
@@ -46,7 +44,9 @@ def choose_workers(config: Config, wanted: int | None = None) -> int:
         replicas = min(default_workers() // config.threads // each, config.micro_batches)
         return each * max(1, replicas)
     workers = each * layout.data if wanted is None and layout.data is not None else wanted or each
-    refuse_impossible(config, Hosts((workers,)))
+    replicas = layout.replicas(workers)
+    if replicas > config.micro_batches:
+        raise ConfigurationError(more_replicas_than_micro_batches(replicas, config.micro_batches, each))
     return workers
 
 

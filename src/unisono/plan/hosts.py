@@ -57,6 +57,8 @@ def evenly(workers: int, hosts: int, together: int = 1) -> tuple[int, ...]:
     >>> evenly(5, 2), evenly(6, 2, together=2)
     ((3, 2), (4, 2))
     """
+    if workers % together:
+        raise ValueError(f"{workers} workers are no groups of {together}")
     each, more = divmod(workers // together, hosts)
     return tuple((each + (i < more)) * together for i in range(hosts))
 

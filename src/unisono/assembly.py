@@ -355,7 +355,7 @@ def _policy(
     layout = prepared.layout
     optimizer = BlockOptimizer(prepared.optimizer, prepared.update, state.python_state())
     joinable = state.memory.device.type == "cpu" and config.threads == 1
-    owner = Owner(state, memories, prepared.originals, config.clip is not None, prepared.teams, joinable)
+    owner = Owner(state, memories, prepared.originals, prepared.teams, joinable)
     owned = owner.prepare(prepared.owned[local.rank], optimizer)
     buffers = None
     if layout.buffers and is_head(prepared, local):

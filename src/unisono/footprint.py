@@ -102,7 +102,6 @@ def footprint(
                 partials=partials,
                 activation_bytes=most_activations(actions, dict(enumerate(each))),
                 message_bytes=2 * received * in_flight(actions) // max(1, len(stages)),
-                clips=config.clip is not None,
             )
         )
     return [_shared(prepared, config, kinds) for kinds in result]

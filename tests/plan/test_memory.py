@@ -84,6 +84,5 @@ def test_model_state_of_adam_in_bytes_a_parameter(sharers: int, partials: int) -
         partials=partials,
         activation_bytes=0,
         message_bytes=0,
-        clips=False,
     )
     assert found["parameters"] + found["optimizer"] + found["gradients"] == 12 * n // sharers + 4 * n * partials

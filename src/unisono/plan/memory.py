@@ -95,7 +95,6 @@ def worker_memory(
     partials: int,
     activation_bytes: int,
     message_bytes: int,
-    clips: bool,
 ) -> dict[str, int]:
     """Bytes of one worker, by kind (`KINDS`); what is shared is counted in equal parts.
 
@@ -103,11 +102,7 @@ def worker_memory(
         sharers: workers of the team that share one copy of parameters and optimizer state.
         crew: tensor-parallel workers, who write into one copy of each of their partial sums.
         partials: live partial sums of the worker.
-        clips: gradients are kept, summed, until their norm is known.
     """
-    working = 2 * state.largest_bytes  # a gradient as backward makes it, and what it is made of
-    if clips:
-        working += state.gradient_bytes // sharers
     return {
         "parameters": state.parameter_bytes // sharers,
         "gradients": partials * state.gradient_bytes // crew,
@@ -115,6 +110,6 @@ def worker_memory(
         "activations": activation_bytes,
         "buffers": 2 * state.buffer_bytes,
         "messages": message_bytes,
-        "working": working,
+        "working": 2 * state.largest_bytes,  # a gradient as backward makes it, and what it is made of
         "process": PROCESS_BYTES,
     }

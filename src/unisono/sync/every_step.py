@@ -85,25 +85,21 @@ class EveryStep:
         sums = StepSums(covers, self._count, self._flat, self._teams)
         snapshot = bool(flags & SNAPSHOT)
         self._optimizer.set_rate(self._rates.schedule, self._rates.scale, step - 1)
-        norm = None
+        norm, factor = None, 1.0
+        if sums.weight != 0 and self._rates.clip is not None:
+            norm = self._norm(step, sums, phases)
+            factor = clip_factor(norm, self._rates.clip)
         if sums.weight == 0:
             for owned in self._owned:
                 self._journal.commit(owned.image, step, lambda: None, snapshot=snapshot)
-        elif self._rates.clip is None:
+        else:
             phases.enter("update")
             for owned in self._owned:
                 self._reduce(owned, sums)
-                self._update(owned, sums, step, snapshot)
-        else:
-            norm = self._norm(step, sums, phases)
-            factor = clip_factor(norm, self._rates.clip)
-            phases.enter("update")
-            for owned in self._owned:
                 if factor != 1.0:
                     for span in owned.spans:
                         span.scratch.mul_(factor)
                 self._update(owned, sums, step, snapshot)
-        if sums.weight != 0:
             phases.enter("wait")
             self._group.distribute(step, self._values)
         if self._buffers is not None:
@@ -141,7 +137,10 @@ class EveryStep:
             sums.mean_block(block, self._uses_of[block.parameter], gradient)
 
     def _norm(self, step: int, sums: StepSums, phases: Phases) -> float:
-        """The global norm, from the norms of blocks; leaves every owned gradient in its scratch memory."""
+        """The global norm, from the norms of blocks.
+
+        Gradients are summed for it, and again for their update: to keep them would take 4 bytes a parameter.
+        """
         squares: list[float] = []
         for owned in self._owned:
             self._reduce(owned, sums)

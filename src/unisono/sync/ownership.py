@@ -141,7 +141,6 @@ class Owner:
         state: the training state.
         memory: where runs lie.
         originals: the parameters that the user's optimizer was made with, in flat order.
-        keep: every run has scratch memory of its own, since clipping comes between its sum and its update.
         teams: who computes with what.
         joinable: blocks may be updated as one tensor. With more than one thread a kernel divides a tensor by its size,
             wherever that falls, so blocks stay apart.
@@ -150,7 +149,6 @@ class Owner:
     state: TrainingState
     memory: RunMemory
     originals: Sequence[nn.Parameter]
-    keep: bool
     teams: Teams
     joinable: bool
 
@@ -164,10 +162,10 @@ class Owner:
 
     def prepare(self, runs: Sequence[Run], optimizer: BlockOptimizer) -> list[OwnedRun]:
         """The runs with all that their owner needs; their units are attached to the optimizer."""
-        shared: dict[str, Tensor] = {}
+        scratch: dict[str, Tensor] = {}
         result = []
         for run in runs:
-            spans = self._spans(run, {} if self.keep else shared)
+            spans = self._spans(run, scratch)
             gradients = [self._gradient(spans, block) for block in range(run.first, run.stop)]
             units = self._units(run)
             for unit, block in units:

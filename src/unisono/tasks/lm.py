@@ -1,6 +1,7 @@
 """A byte-level language model: a GPT on text files."""
 
 import math
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,6 +16,8 @@ from unisono.errors import ConfigurationError
 from unisono.run.rng import derive
 
 VOCABULARY = 256
+GENERATION_S = 10.0
+"""How long a sample of text may take at the end of a run; a step of a large model on one core takes as long."""
 
 
 class Attention(nn.Module):
@@ -176,8 +179,10 @@ def bigram_bits_per_byte(train: Bytes, validation: Bytes) -> float:
 
 
 @torch.no_grad()
+@torch.no_grad()
 def generate(model: nn.Module, prompt: bytes, length: int, temperature: float = 0.8, seed: int = 0) -> str:
-    """Continue a prompt byte by byte; the same text for the same model and seed."""
+    """Continue a prompt byte by byte; the same text for the same model and seed, shorter where the model is slow."""
+    until = time.monotonic() + GENERATION_S
     generator = torch.Generator().manual_seed(derive(seed, "generate"))
     context = int(getattr(model, "context", 128))
     device = next(model.parameters()).device
@@ -185,6 +190,8 @@ def generate(model: nn.Module, prompt: bytes, length: int, temperature: float = 
     model.eval()
     tokens = list(prompt)
     for _ in range(length):
+        if time.monotonic() > until:
+            break
         window = torch.tensor([tokens[-context:]], device=device)
         logits = model(window)[0, -1].float().cpu() / temperature
         tokens.append(int(torch.multinomial(logits.softmax(-1), 1, generator=generator)))

@@ -100,8 +100,9 @@ class HierarchicalGroup:
         self._teams = teams
         self._name = name
         self._rounds = shards.rounds if shards is not None else 0
-        sizes, each = place.hosts.sizes, local.size // len(local.teams[0])
-        shares = round_shares(len(sizes), count) if self._rounds else host_shares([n // each for n in sizes], count)
+        self._replica = local.size // len(local.teams[0])  # workers of one
+        replicas = [size // self._replica for size in place.hosts.sizes]
+        shares = round_shares(len(replicas), count) if self._rounds else host_shares(replicas, count)
         self._plan = ExchangePlan(self._buckets, shares, count)
         self._words = Words(local)
         self._shards = shards
@@ -507,9 +508,8 @@ class HierarchicalGroup:
             GroupError: where hosts share one state, of which those that are gone had a part, or where a replica's
                 workers are gone of whom others are left.
         """
-        each = self.local.size // len(self.local.teams[0])
-        left = Counter((host, local // each) for host, local in map(self.place.hosts.place, members))
-        if set(left.values()) - {each}:
+        left = Counter((host, local // self._replica) for host, local in map(self.place.hosts.place, members))
+        if set(left.values()) - {self._replica}:
             raise GroupError("workers of a replica are gone, and its others cannot go on alone; resume with whole ones")
         if self._shards is not None and len({self.place.hosts.place(rank)[0] for rank in members}) < self._shards.hosts:
             raise GroupError("a host is gone that kept a part of the state; resume from the last checkpoint")

@@ -15,9 +15,10 @@ from unisono.comm.partial import Partial
 from unisono.comm.passage import Arrived, Passages
 from unisono.comm.passage_layout import Way
 from unisono.data.feed import TrainingFeed
-from unisono.errors import ImpureRunError
+from unisono.errors import ImpureRunError, ReplicaBroken
 from unisono.parallel.replicated import Forwarded, Replica
-from unisono.plan.schedule import Action, Kind
+from unisono.plan.roster import consecutive
+from unisono.plan.schedule import WHOLE, Action, Kind
 from unisono.run.summation import Leaf, Node, accumulation
 from unisono.sync.phases import Phases
 from unisono.sync.policy import Outcome, Policy
@@ -35,6 +36,11 @@ class WorkShare:
     leaves: Mapping[int, Leaf]
     rounds: bool = False
 
+    @property
+    def stages(self) -> set[int]:
+        """The stages of the model that it computes; `WHOLE` for all of them in one."""
+        return {action.stage for action in self.actions}
+
 
 def work_share(micro_batches: range, count: int, actions: Sequence[Action]) -> WorkShare:
     """The share of a worker that computes ``micro_batches`` of the ``count`` in a step.
@@ -50,6 +56,24 @@ def rounds_share(micro_batches: range, actions: Sequence[Action]) -> WorkShare:
     """The share of a worker whose micro-batches are each summed at once with those of the others."""
     leaves = {m: Leaf(m, (number,), True, (Node(0, m), number)) for number, m in enumerate(micro_batches)}
     return WorkShare(tuple(actions), leaves, rounds=True)
+
+
+def lone_share(micro_batches: Sequence[int], count: int, stage: int, first_entry: int) -> WorkShare:
+    """The share of a worker that computes any of a step's micro-batches by itself, one after another.
+
+    Arguments:
+        stage: `WHOLE` where others compute the model in stages.
+        first_entry: its first buffer that is free.
+
+    >>> [str(action) for action in lone_share([1, 4], 6, WHOLE, 0).actions]
+    ['F1', 'B1', 'F4', 'B4']
+    """
+    leaves: list[Leaf] = []
+    for run in consecutive(micro_batches):
+        first = first_entry + sum(leaf.completes is not None for leaf in leaves)
+        leaves += (leaf.moved(first) for leaf in accumulation(run.start, run.stop, count)[0])
+    actions = [Action(kind, m, stage) for m in micro_batches for kind in (Kind.FORWARD, Kind.BACKWARD)]
+    return WorkShare(tuple(actions), {leaf.micro_batch: leaf for leaf in leaves})
 
 
 @dataclass(slots=True)
@@ -81,9 +105,11 @@ class Engine:
     """Executes the steps of one worker.
 
     Arguments:
-        passages: to the other stages of a pipeline; None where there are none.
+        count: micro-batches in a step.
+        share: what this worker does in the step that has begun.
         names: of all entries of a partial.
         partial: this worker's buffers, by number.
+        passages: to the other stages of a pipeline; None where there are none.
     """
 
     def __init__(
@@ -92,7 +118,8 @@ class Engine:
         replica: Replica,
         feed: TrainingFeed,
         policy: Policy,
-        share: WorkShare,
+        count: int,
+        share: Callable[[], WorkShare],
         phases: Phases,
         names: list[str],
         partial: Callable[[int], Partial],
@@ -102,13 +129,14 @@ class Engine:
         self._replica = replica
         self._feed = feed
         self._policy = policy
-        self._share = share
+        self._count = count
+        self._share_of_step = share
+        self._share = WorkShare((), {})
         self._phases = phases
         self._names = names
         self._partial = partial
         self._passages = passages
-        self._stages = {action.stage for action in share.actions}
-        self._last_micro_batch = max((action.micro_batch for action in share.actions), default=-1)
+        self._last_micro_batch = -1
         self._arrived: dict[tuple[int, int], Arrived] = {}
         self._under_way: dict[tuple[int, int], _UnderWay] = {}
         self._left: dict[int, int] = {}  # micro-batch -> stages whose leaf is not complete
@@ -123,21 +151,46 @@ class Engine:
         """
         phases = self._phases
         phases.begin(step)
-        self._group.begin(step)
+        self._group.begin(step, self._count)
         self._replica.buffers.invalidate()  # whoever used the model since may have written to them
-        self._left = dict.fromkeys(self._share.leaves, len(self._stages))
-        first = self._share.actions[0].micro_batch if self._share.rounds else 0
-        for action in self._share.actions:
-            self._execute(step, action, check_purity and action.micro_batch == first)
-        outcome = self._policy.conclude(step, phases)
+        share = self._share_of_step()
+        first = share.actions[0].micro_batch if share.rounds else 0
+        try:
+            self._work(step, share, first if check_purity else None)
+        except ReplicaBroken:  # what it has not published, others compute
+            self._arrived.clear()
+            self._under_way.clear()
+            self._first = None
+        outcome = self._policy.conclude(step, phases, lambda left: self._rescue(step, left))
         self._group.report(step, phases.lap())
         self._group.finish(step)
-        if not last and self._share.actions:  # what follows counts for the next step
+        if not last and share.actions:  # what follows counts for the next step
             phases.enter("data")
-            self._feed.load_ahead(step + 1, self._share.actions[0].micro_batch)
+            self._feed.load_ahead(step + 1, share.actions[0].micro_batch)
         phases.enter("wait")
-        self._group.settle(step)
+        while lost := self._group.settle(step):
+            self._policy.inherit(step, lost, phases)
+            phases.enter("wait")
         return outcome
+
+    def _work(self, step: int, share: WorkShare, checked: int | None = None) -> None:
+        """Compute and publish a share of the step.
+
+        Arguments:
+            checked: the micro-batch that is computed twice.
+        """
+        self._share = share
+        self._left = dict.fromkeys(share.leaves, len(share.stages))
+        self._last_micro_batch = max((action.micro_batch for action in share.actions), default=-1)
+        for action in share.actions:
+            if self._passages is not None and action.stage != WHOLE:
+                self._passages.check()
+            self._execute(step, action, action.micro_batch == checked)
+
+    def _rescue(self, step: int, micro_batches: Sequence[int]) -> None:
+        """Compute what lost workers have not published."""
+        stage = WHOLE if self._passages is not None else 0
+        self._work(step, lone_share(micro_batches, self._count, stage, self._group.published(step)))
 
     def _execute(self, step: int, action: Action, check_purity: bool) -> None:
         kind, m, stage = action.kind, action.micro_batch, action.stage
@@ -197,7 +250,7 @@ class Engine:
     @property
     def _whole(self) -> bool:
         """Whether this worker computes and keeps whole gradients, until the step is over."""
-        return self._passages is None and not self._share.rounds
+        return (self._passages is None or WHOLE in self._share.stages) and not self._share.rounds
 
     def _on_gradient(self, m: int) -> Callable[[int], None] | None:
         """Who waits for gradients that are final in this worker's sums; nobody before they have been compared."""
@@ -228,7 +281,7 @@ class Engine:
         self._left[m] -= 1
         if leaf.completes is not None and not self._left[m]:
             node, entry = leaf.completes
-            self._group.publish(step, entry, node)
+            self._group.publish(step, entry, node, whole=stage == WHOLE)
 
     def _end_if_over(self, stage: int, m: int) -> None:
         work = self._under_way[stage, m]

@@ -57,6 +57,14 @@ class PeerLost(GroupError):
     """A worker of another host ended, or the link to it was cut, in the middle of an exchange."""
 
 
+class RunOver(GroupError):
+    """Training ended while this worker, which was to replace another, waited to be let in."""
+
+
+class ReplicaBroken(GroupError):
+    """A worker that computes together with this one is lost: what they have not published is computed by others."""
+
+
 class WorkerFailed(UnisonoError):
     """A worker ended in an exception or was lost; the message carries its rank and its traceback."""
 

@@ -8,8 +8,6 @@ import contextlib
 import ctypes
 import mmap
 import os
-import platform
-import threading
 from dataclasses import dataclass, field
 
 import torch
@@ -130,13 +128,3 @@ class DeviceMemory:
         if region not in self._tensors:
             self._tensors[region] = torch.zeros(region.size_bytes, dtype=torch.uint8, device=self._device)
         return self._tensors[region]
-
-
-_STRONG_ORDER = platform.machine().lower() in ("x86_64", "amd64", "i686", "i386")
-
-
-def store_fence() -> None:
-    """After this, stores made before are seen before stores made after. x86 keeps that order by itself."""
-    if not _STRONG_ORDER:
-        with threading.Lock():  # a lock's release and acquire are the portable barrier that Python has
-            pass

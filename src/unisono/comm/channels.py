@@ -11,8 +11,9 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from unisono.comm.arena import Arena, Region, store_fence
+from unisono.comm.arena import Arena, Region
 from unisono.comm.meeting import MeetingError
+from unisono.comm.words import store_fence
 
 RING_BYTES = 1 << 19
 HEADER_BYTES = 128

@@ -13,6 +13,7 @@ from torch import Tensor
 from unisono.comm.canonical import Cover
 from unisono.comm.partial import Partial
 from unisono.events import WireUse
+from unisono.plan.roster import Loss
 from unisono.run.summation import Node
 
 STOP = 1
@@ -23,6 +24,9 @@ SNAPSHOT = 2
 
 PACKED = 4
 """Flag: the next step's gradients travel packed, as `comm.packing` does."""
+
+LEAVE = 8
+"""Flag: this worker leaves after the step; the others go on."""
 
 
 @runtime_checkable
@@ -52,23 +56,34 @@ class Group(Protocol):
     def on_gradient(self) -> Callable[[int], None] | None:
         """To be called with a use as soon as its gradient is final in this worker's partials; None if nobody waits."""
 
-    def begin(self, step: int) -> None:
-        """What is published from here on belongs to ``step``."""
+    @property
+    def chief(self) -> bool:
+        """Whether this worker keeps the run's records and writes its checkpoints."""
 
-    def enter(self, activity: str, step: int) -> None:
+    def begin(self, step: int, count: int) -> None:
+        """What is published from here on belongs to ``step``, which has ``count`` micro-batches."""
+
+    def enter(self, activity: str, step: int, micro_batch: int | None = None) -> None:
         """Say what this worker does now: one of `ACTIVITIES`; shown to whoever waits for it."""
 
     def partial(self, entry: int) -> Partial:
         """This worker's buffer number ``entry``."""
 
-    def publish(self, step: int, entry: int, node: Node) -> None:
-        """The buffer holds the finished sum of ``node``; it is immutable until the step is committed."""
+    def publish(self, step: int, entry: int, node: Node, *, whole: bool = False) -> None:
+        """The buffer holds the finished sum of ``node``; it is immutable until the step is committed.
 
-    def collect(self, step: int, count: int) -> list[Cover]:
+        Arguments:
+            whole: of the whole model, in a group whose workers compute a part of it each.
+        """
+
+    def collect(self, step: int, count: int, rescue: Callable[[Sequence[int]], None]) -> list[Cover]:
         """Wait until all ``count`` micro-batches are published.
 
         A cover for each team (those who compute the same part of the model): subtrees that hold every micro-batch once,
         from left to right.
+
+        Arguments:
+            rescue: computes and publishes micro-batches of workers that were lost.
         """
 
     def distribute(self, step: int, values: Callable[[int, int, int], Tensor]) -> None:
@@ -81,8 +96,12 @@ class Group(Protocol):
     def finish(self, step: int) -> None:
         """All that this worker owns is at the state after ``step``."""
 
-    def settle(self, step: int) -> None:
-        """Wait until everyone has finished ``step``: its state is committed and may be read."""
+    def settle(self, step: int) -> Sequence[Loss]:
+        """Wait until everyone has finished ``step``: its state is committed and may be read.
+
+        Where workers were lost before they had finished, it returns them: once what they left is done by their heirs,
+        it is to be called again.
+        """
 
     def set_flags(self, flags: int) -> None:
         """Requests (`STOP`) to go with the next step that is published."""
@@ -91,7 +110,7 @@ class Group(Protocol):
         """Everyone's requests joined; the same for all between `collect` and `settle`."""
 
     def all_gather(self, payload: bytes, operation: str) -> list[bytes]:
-        """Everyone's payload, in order of rank; for small messages."""
+        """Everyone's payload, in order of rank; for small messages. That of a worker that was lost is empty."""
 
     def barrier(self, operation: str) -> None:
         """Wait until everyone has come here."""

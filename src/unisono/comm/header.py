@@ -1,55 +1,130 @@
-"""The arena's words: what workers tell each other in single aligned stores.
+"""The arena's words: what workers, and their launcher, tell each other in single aligned stores.
 
-One header for the host, one row of words for each slot (written by its worker alone), one version for each block.
+One header for the host, one row of words for each slot (written by its worker alone, but for what the launcher asks),
+one flight recorder for each slot. It lies at the arena's start, so that the launcher, which knows nothing of what is
+trained, can read it. No torch here.
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
-from unisono.comm.arena import Arena, Region, store_fence
+from unisono.comm.words import WORD_BYTES, store_fence
 from unisono.events import PHASES
 from unisono.run.summation import Node
 
-MAGIC = 0x554E49534F4E4F01  # "UNISONO", format 1
+MAGIC = 0x554E49534F4E4F02  # "UNISONO", format 2
 
-GENERATION_BITS, STEP_BITS, NODE_BITS = 14, 30, 20
+GENERATION_BITS, STEP_BITS, NODE_BITS = 13, 30, 20
 MOST_MICRO_BATCHES = 1 << (NODE_BITS - 1)
+MOST_SLOTS = 256
+LOSSES_KEPT = 1024
+OPERATIONS_KEPT = 1000
+"""Of each worker, in its flight recorder."""
 
+_MASK_WORDS = MOST_SLOTS // 64
+_RECORD_WORDS = 4 + _MASK_WORDS
 # Words of the header.
-_MAGIC, _GENERATION, _REVOKED, _CLOSED, _COMMITTED, _HEADER_WORDS = 0, 1, 2, 3, 4, 8
+_MAGIC, _GENERATION, _REVOKED, _CLOSED, _COMMITTED, _COURSE, _LOSSES, _RECORDS = 0, 1, 2, 3, 4, 5, 6, 8
+_LOST = _RECORDS + 2 * _RECORD_WORDS
+_HEADER_WORDS = _LOST + LOSSES_KEPT
 # Words of a slot.
-_DONE, _SEQUENCE, _FLAGS, _ACTIVITY, _LAYOUT, _PUBLISHED = 0, 1, 2, 3, 4, 16
-ENTRIES = 256  # published subtrees: two a level of the largest tree, and one a round (see `comm.rounds`)
+_DONE, _SEQUENCE, _FLAGS, _ACTIVITY, _LAYOUT, _MICRO_BATCH, _OPERATIONS, _HELLO = 0, 1, 2, 3, 4, 5, 6, 7
 UNDO_VERSION, UNDO_RUN, UNDO_PLACE = 8, 9, 10
+_SEEN, _HALTED, _READY, _ASKED, _WAITING, _ADMIT, _PUBLISHED = 11, 12, 13, 14, 15, 16, 32
+ENTRIES = 256  # published subtrees: two a level of the largest tree, and one a round (see `comm.rounds`)
 SLOT_WORDS = _PUBLISHED + ENTRIES
+
+_OPERATION_BYTES = 64
+_TEXT_BYTES = _OPERATION_BYTES - WORD_BYTES
 
 ACTIVITIES = ("start", *PHASES, "validation", "checkpoint", "finish")
 
 
+class Course(IntEnum):
+    """How far a training is: only what happens in the middle can be survived in the same processes."""
+
+    STARTING = 0
+    TRAINING = 1
+    OVER = 2
+
+
 def header_bytes(slots: int) -> int:
     """Size of the words' region."""
-    return 8 * (_HEADER_WORDS + slots * SLOT_WORDS)
+    return WORD_BYTES * (_HEADER_WORDS + slots * SLOT_WORDS) + slots * OPERATIONS_KEPT * _OPERATION_BYTES
 
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """A finished subtree: who holds it, in which of their buffers."""
+    """A finished subtree: who holds it, in which of their buffers; ``whole``: of the whole model, not of a stage."""
 
     node: Node
     slot: int
     entry: int
+    whole: bool = False
 
 
-def pack(generation: int, step: int, node: Node) -> int:
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """Who trains from a step on, as all members of the step before have agreed; what a worker that joins goes by.
+
+    Attributes:
+        step: the first for which it holds.
+        seen: how many losses it takes account of.
+        chief: the slot of the worker that keeps the records.
+        members: their slots.
+    """
+
+    step: int
+    seen: int
+    chief: int
+    members: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One entry of a flight recorder; ``at_s`` is monotonic."""
+
+    at_s: float
+    text: str
+
+
+def pack(generation: int, step: int, node: Node, *, whole: bool = False) -> int:
     """One word that says: this subtree of this step is complete in this generation; ``step`` counts from 1."""
-    return (generation << (STEP_BITS + NODE_BITS)) | (step << NODE_BITS) | node.code
+    prefix = (generation << (STEP_BITS + 1)) | (step << 1) | whole
+    return (prefix << NODE_BITS) | node.code
+
+
+def mask(slots: Sequence[int]) -> int:
+    """A set of slots as bits."""
+    return sum(1 << slot for slot in set(slots))
+
+
+def unmask(bits: int) -> tuple[int, ...]:
+    """The slots of a set.
+
+    >>> unmask(mask([5, 0, 200]))
+    (0, 5, 200)
+    """
+    return tuple(slot for slot in range(bits.bit_length()) if bits >> slot & 1)
 
 
 class Header:
-    """Typed access to the words of an arena."""
+    """Typed access to the words of an arena.
 
-    def __init__(self, arena: Arena, region: Region, slots: int) -> None:
-        self._words = arena.words(region)
+    Arguments:
+        memory: the region, or what the launcher has mapped of it, as bytes.
+        slots: workers that it has room for.
+        clock: seconds, monotonic, for the flight recorders.
+    """
+
+    def __init__(self, memory: memoryview, slots: int, clock: Callable[[], float] = time.monotonic) -> None:
+        words = _HEADER_WORDS + slots * SLOT_WORDS
+        self._words = memory[: WORD_BYTES * words].cast("Q")
+        self._operations = memory[WORD_BYTES * words : header_bytes(slots)]
+        self._times = self._operations.cast("d")
+        self._clock = clock
         self.slots = slots
         if self._words[_MAGIC] not in (0, MAGIC):
             raise ValueError("not an arena of this version")
@@ -59,6 +134,12 @@ class Header:
         """The words of one slot."""
         start = _HEADER_WORDS + slot * SLOT_WORDS
         return self._words[start : start + SLOT_WORDS]
+
+    def _word(self, slot: int, word: int) -> int:
+        return self._words[_HEADER_WORDS + slot * SLOT_WORDS + word]
+
+    def _set_word(self, slot: int, word: int, value: int) -> None:
+        self._words[_HEADER_WORDS + slot * SLOT_WORDS + word] = value
 
     @property
     def generation(self) -> int:
@@ -96,53 +177,196 @@ class Header:
     def committed(self, step: int) -> None:
         self._words[_COMMITTED] = step
 
+    @property
+    def course(self) -> Course:
+        """How far the training is."""
+        return Course(self._words[_COURSE])
+
+    @course.setter
+    def course(self, value: Course) -> None:
+        store_fence()
+        self._words[_COURSE] = value
+
+    @property
+    def losses(self) -> int:
+        """How many workers have been lost so far."""
+        return self._words[_LOSSES]
+
+    def lost(self, number: int) -> int:
+        """The slot of a loss, counted from 0."""
+        return self._words[_LOST + number % LOSSES_KEPT]
+
+    def lose(self, slot: int) -> None:
+        """The slot's worker is dead: whatever it has written is final. The launcher's word alone."""
+        number = self.losses
+        self._words[_LOST + number % LOSSES_KEPT] = slot
+        store_fence()
+        self._words[_LOSSES] = number + 1
+
+    def agree(self, agreement: Agreement) -> None:
+        """Leave an agreement for those who join; all members write the same."""
+        at = _RECORDS + agreement.step % 2 * _RECORD_WORDS
+        members = mask(agreement.members)
+        self._words[at] = agreement.step
+        store_fence()
+        self._words[at + 1], self._words[at + 2] = agreement.seen, agreement.chief
+        for i in range(_MASK_WORDS):
+            self._words[at + 3 + i] = members >> 64 * i & (1 << 64) - 1
+        store_fence()
+        self._words[at + 3 + _MASK_WORDS] = agreement.step
+
+    def agreements(self) -> list[Agreement]:
+        """The last ones that are whole, the latest first."""
+        found = []
+        for at in (_RECORDS, _RECORDS + _RECORD_WORDS):
+            end = self._words[at + 3 + _MASK_WORDS]
+            members = sum(self._words[at + 3 + i] << 64 * i for i in range(_MASK_WORDS))
+            agreement = Agreement(end, self._words[at + 1], self._words[at + 2], unmask(members))
+            if end and self._words[at] == end:
+                found.append(agreement)
+        return sorted(found, key=lambda a: a.step, reverse=True)
+
     def done(self, slot: int) -> int:
         """The last step that a slot's worker has finished."""
-        return self.slot(slot)[_DONE]
+        return self._word(slot, _DONE)
 
     def set_done(self, slot: int, step: int) -> None:
         """Everything that this slot owns is at the state after ``step``."""
         store_fence()
-        self.slot(slot)[_DONE] = step
+        self._set_word(slot, _DONE, step)
 
     def sequence(self, slot: int) -> int:
-        """How many messages a slot's worker has put into its mailbox."""
-        return self.slot(slot)[_SEQUENCE]
+        """The number of the last message in a slot's mailbox."""
+        return self._word(slot, _SEQUENCE)
 
     def set_sequence(self, slot: int, number: int) -> None:
         """Message ``number`` is complete in the slot's mailbox."""
         store_fence()
-        self.slot(slot)[_SEQUENCE] = number
+        self._set_word(slot, _SEQUENCE, number)
+
+    def hello(self, slot: int) -> int:
+        """The last step that a slot's worker has begun: flags, losses seen and admissions are those of this step."""
+        return self._word(slot, _HELLO)
+
+    def say_hello(self, slot: int, step: int, seen: int, admitted: Sequence[int]) -> None:
+        """A worker begins a step.
+
+        Arguments:
+            seen: the losses that it knows of.
+            admitted: slots whose workers are ready to join, and may do so after this step.
+        """
+        bits = mask(admitted)
+        self._set_word(slot, _SEEN, seen)
+        for i in range(_MASK_WORDS):
+            self._set_word(slot, _ADMIT + i, bits >> 64 * i & (1 << 64) - 1)
+        store_fence()
+        self._set_word(slot, _HELLO, step)
+
+    def seen(self, slot: int) -> int:
+        """The losses that a slot's worker knew of when it began its step."""
+        return self._word(slot, _SEEN)
+
+    def admitted(self, slot: int) -> tuple[int, ...]:
+        """The slots that a slot's worker found ready when it began its step."""
+        return unmask(sum(self._word(slot, _ADMIT + i) << 64 * i for i in range(_MASK_WORDS)))
 
     def flags(self, slot: int) -> int:
         """Requests that travel with a slot's partials."""
-        return self.slot(slot)[_FLAGS]
+        return self._word(slot, _FLAGS)
 
     def set_flags(self, slot: int, flags: int) -> None:
-        """Set before the slot's last partial of a step is published, so that all read the same."""
-        self.slot(slot)[_FLAGS] = flags
+        """Set before the slot begins the step, so that all read the same."""
+        self._set_word(slot, _FLAGS, flags)
 
-    def set_activity(self, slot: int, activity: str, step: int) -> None:
-        """What the slot's worker does now, for the error of whoever waits for it."""
-        self.slot(slot)[_ACTIVITY] = (step << 8) | ACTIVITIES.index(activity)
+    def halted(self, slot: int) -> int:
+        """The losses that a slot's worker knew of when it gave up computing with the others of its replica."""
+        return self._word(slot, _HALTED)
+
+    def halt(self, slot: int, seen: int) -> None:
+        """This worker publishes nothing more of what it computed together with others."""
+        store_fence()
+        self._set_word(slot, _HALTED, seen)
+
+    def ready(self, slot: int) -> bool:
+        """Whether a slot's worker waits to be let in."""
+        return bool(self._word(slot, _READY))
+
+    def set_ready(self, slot: int, value: bool) -> None:
+        """Ask to be let in, or no longer."""
+        store_fence()
+        self._set_word(slot, _READY, value)
+
+    def asked_to_leave(self, slot: int) -> bool:
+        """Whether the launcher has asked a slot's worker to leave."""
+        return bool(self._word(slot, _ASKED))
+
+    def ask_to_leave(self, slot: int, value: bool) -> None:
+        """Ask a slot's worker to leave after a step, or no longer. The launcher's word alone."""
+        self._set_word(slot, _ASKED, value)
+
+    def set_activity(self, slot: int, activity: str, step: int, micro_batch: int | None = None) -> None:
+        """What the slot's worker does now, for the error of whoever waits for it, and for its flight recorder."""
+        self._set_word(slot, _ACTIVITY, (step << 8) | ACTIVITIES.index(activity))
+        self._set_word(slot, _MICRO_BATCH, 0 if micro_batch is None else micro_batch + 1)
+        which = "" if micro_batch is None else f", micro-batch {micro_batch}"
+        self.note(slot, f"{activity} of step {step}{which}")
 
     def activity(self, slot: int) -> str:
         """What the slot's worker did last."""
-        word = self.slot(slot)[_ACTIVITY]
-        return f"{ACTIVITIES[word & 0xFF]} of step {word >> 8}"
+        activity, step, _ = self.doing(slot)
+        return f"{activity} of step {step}"
+
+    def doing(self, slot: int) -> tuple[str, int, int | None]:
+        """(activity, step, micro-batch) of the slot's worker."""
+        word, micro_batch = self._word(slot, _ACTIVITY), self._word(slot, _MICRO_BATCH)
+        return ACTIVITIES[word & 0xFF], word >> 8, micro_batch - 1 if micro_batch else None
+
+    def waiting(self, slot: int) -> bool:
+        """Whether the slot's worker waits for others."""
+        return bool(self._word(slot, _WAITING))
+
+    def set_waiting(self, slot: int, operation: str | None) -> None:
+        """The slot's worker begins to wait for others, or does no more."""
+        if operation is not None:
+            self.note(slot, f"waits in {operation}")
+        self._set_word(slot, _WAITING, operation is not None)
+
+    def note(self, slot: int, text: str) -> None:
+        """One more operation, in the slot's flight recorder."""
+        number = self._word(slot, _OPERATIONS)
+        at = (slot * OPERATIONS_KEPT + number % OPERATIONS_KEPT) * _OPERATION_BYTES
+        data = text.encode()[: _TEXT_BYTES - 1]
+        self._times[at // WORD_BYTES] = self._clock()
+        self._operations[at + WORD_BYTES] = len(data)
+        self._operations[at + WORD_BYTES + 1 : at + WORD_BYTES + 1 + len(data)] = data
+        self._set_word(slot, _OPERATIONS, number + 1)
+
+    def operations(self, slot: int) -> int:
+        """How many operations the slot's worker has begun: a number that grows as long as it gets on."""
+        return self._word(slot, _OPERATIONS)
+
+    def flight(self, slot: int) -> list[Operation]:
+        """The slot's last operations, the oldest first."""
+        count, found = self.operations(slot), []
+        for number in range(max(0, count - OPERATIONS_KEPT), count):
+            at = (slot * OPERATIONS_KEPT + number % OPERATIONS_KEPT) * _OPERATION_BYTES
+            length = self._operations[at + WORD_BYTES]
+            text = bytes(self._operations[at + WORD_BYTES + 1 : at + WORD_BYTES + 1 + length])
+            found.append(Operation(self._times[at // WORD_BYTES], text.decode(errors="replace")))
+        return found
 
     def layout(self, slot: int) -> int:
         """A hash of the layout that the slot's worker computed, 0 before it has."""
-        return self.slot(slot)[_LAYOUT]
+        return self._word(slot, _LAYOUT)
 
     def set_layout(self, slot: int, value: int) -> None:
         """This worker has mapped the arena and expects this layout in it."""
-        self.slot(slot)[_LAYOUT] = value
+        self._set_word(slot, _LAYOUT, value)
 
-    def publish(self, slot: int, entry: int, generation: int, step: int, node: Node) -> None:
+    def publish(self, slot: int, entry: int, generation: int, step: int, node: Node, *, whole: bool = False) -> None:
         """The subtree in the slot's buffer ``entry`` is complete, and immutable from now on."""
         store_fence()
-        self.slot(slot)[_PUBLISHED + entry] = pack(generation, step, node)
+        self._set_word(slot, _PUBLISHED + entry, pack(generation, step, node, whole=whole))
 
     def publications(self, generation: int, step: int, slots: Sequence[int]) -> list[Publication]:
         """What has been published for a step of a generation; words of other steps do not count."""
@@ -152,7 +376,8 @@ class Header:
             row = self.slot(slot)
             for entry in range(ENTRIES):
                 word = row[_PUBLISHED + entry]
-                if word >> NODE_BITS != prefix:
+                if word >> (NODE_BITS + 1) != prefix:
                     break  # entries fill from the first
-                found.append(Publication(Node.from_code(word & ((1 << NODE_BITS) - 1)), slot, entry))
+                whole = bool(word >> NODE_BITS & 1)
+                found.append(Publication(Node.from_code(word & ((1 << NODE_BITS) - 1)), slot, entry, whole))
         return found

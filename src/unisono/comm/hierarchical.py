@@ -17,7 +17,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from unisono.comm.arena import store_fence
 from unisono.comm.blame import Bulletin
 from unisono.comm.canonical import Cover
 from unisono.comm.exchange import (
@@ -45,6 +44,7 @@ from unisono.comm.rounds import RoundSums
 from unisono.comm.values import Values
 from unisono.comm.way import Way
 from unisono.comm.wire_state import WireState, gathered, restore, wire_regions, wire_state
+from unisono.comm.words import store_fence
 from unisono.errors import GroupError
 from unisono.events import PHASES, WireUse
 from unisono.plan.assignment import Teams

@@ -1,20 +1,26 @@
 """The workers of one host as a group: partials, messages and commits through the arena. One worker is a normal case."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from unisono.comm.arena import Arena, Region, store_fence
+from unisono.comm.arena import Arena, Region
 from unisono.comm.canonical import Cover
-from unisono.comm.header import Header, Publication
+from unisono.comm.header import Agreement, Header, Publication
 from unisono.comm.host_layout import CAUSE_BYTES, MAILBOX_BYTES, HostLayout
 from unisono.comm.partial import Partial, PartialLayout
+from unisono.comm.roll import Roll
 from unisono.comm.waiting import Waiter
-from unisono.errors import LaunchError
+from unisono.comm.words import store_fence
+from unisono.errors import LaunchError, ReplicaBroken
 from unisono.events import PHASES
+from unisono.plan.roster import Loss, Lot, consecutive
 from unisono.run.summation import Node, covering, missing
+
+_MESSAGE_BITS = 24
+"""Messages are numbered within a step: a worker that joins with it begins to count where the others do."""
 
 
 class HostGroup:
@@ -28,7 +34,7 @@ class HostGroup:
         generation: from 1.
         deadline_s: seconds that any wait may take.
         memory: region -> bytes, where tensors do not lie in the arena itself (a CUDA device's).
-        names: what a rank of this group is called in errors.
+        names: what the worker of a slot is called in errors.
         teams: for each part of the model, the crews that compute it: the slots of those who do so together, of whom
             the first one's sums are read; default: each slot computes all of it.
     """
@@ -50,18 +56,35 @@ class HostGroup:
         self.unlike = ""
         self.arena = arena
         self.layout = layout
-        self.header = Header(arena, layout.regions.named["header"], layout.slots)
+        self.header = Header(arena.bytes(layout.regions.named["header"]), layout.slots)
         self.slot = slot
-        self.members = tuple(members)
-        self.teams = teams if teams is not None else [[(slot,) for slot in self.members]]
+        self.teams = teams if teams is not None else [[(slot,) for slot in members]]
+        replicas = [[slot for team in self.teams for slot in team[number]] for number in range(len(self.teams[0]))]
+        self.roll = Roll(self.header, slot, members, replicas)
         self._generation = generation
         self.names = names
         self.partials = partials
         self._memory = memory or (lambda region: arena.tensor(region, torch.uint8))
-        self.waiter = replace(waiter or Waiter(deadline_s, self.is_revoked), revoked=self.is_revoked, cause=self.cause)
+        self.waiter = replace(
+            waiter or Waiter(deadline_s, self.is_revoked),
+            revoked=self.is_revoked,
+            cause=self.cause,
+            told=lambda operation: self.header.set_waiting(slot, operation),
+        )
         self._views: dict[tuple[int, int], Partial] = {}
-        self._messages = self.header.sequence(slot)
+        self._message = self.header.sequence(slot)
+        self._versions = [arena.words(layout.versions(replica)) for replica in range(layout.replicas)]
         self._reports = arena.bytes(layout.regions.named["reports"]).cast("d")
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """The slots of those who train in this step, in order of rank."""
+        return self.roll.members
+
+    @property
+    def chief(self) -> bool:
+        """Whether this worker keeps the run's records."""
+        return self.roll.chief == self.slot
 
     @property
     def rank(self) -> int:
@@ -90,10 +113,44 @@ class HostGroup:
         differing = [rank for rank, value in enumerate(seen) if value != seen[0]]
         if differing:
             raise LaunchError(
-                f"{self.names(differing[0])} built another model or configuration than {self.names(0)} (other names, "
+                f"{self.names(self.members[differing[0]])} built another model or configuration than "
+                f"{self.names(self.members[0])} (other names, "
                 "shapes, dtypes, batch sizes or optimizer); the model's factory must not depend on the rank"
             )
         self.header.generation = self._generation
+
+    def join(self, layout_hash: int, prepare: Callable[[], None]) -> int:
+        """In place of a worker that was lost, or besides those who train: wait to be let in; the step after which.
+
+        Arguments:
+            layout_hash: as of `assemble`.
+            prepare: done once this worker has been let in, when the state of that step is whole.
+
+        Raises:
+            LaunchError: where this worker has built something else than the others.
+            RunOver: where training is over before.
+        """
+        others = {self.header.layout(slot) for slot in range(self.layout.slots) if slot != self.slot} - {0, layout_hash}
+        if others:
+            raise LaunchError(
+                f"{self.names(self.slot)} cannot join: it built another model or configuration than those who train "
+                "(other names, shapes, dtypes, batch sizes or optimizer)"
+            )
+        self.header.set_layout(self.slot, layout_hash)
+        self.header.set_ready(self.slot, True)
+        patient = replace(self.waiter, deadline_s=float("inf"))  # ended with the others, whatever happens to them
+        agreement: Agreement = patient(self.roll.find_admission, "entry", lambda: "nobody has let it in")
+        before = agreement.step - 1
+        self.waiter(lambda: True if self._settled(agreement) else None, f"commit of step {before}", self.doing)
+        self.roll.join(agreement)
+        prepare()
+        return before
+
+    def _settled(self, agreement: Agreement) -> bool:
+        """Whether the state that a worker joins with is whole."""
+        before = agreement.step - 1
+        done = (self.header.done(slot) >= before for slot in agreement.members if slot != self.slot)
+        return self.is_whole(before) and (len(self._versions) == 1 or any(done))
 
     @property
     def owners(self) -> "HostGroup":
@@ -105,12 +162,30 @@ class HostGroup:
         """Nobody waits for single gradients."""
         return None
 
-    def begin(self, step: int) -> None:
-        """Nothing is to be prepared."""
+    def begin(self, step: int, count: int) -> None:
+        """Say what this worker knows, as the step begins."""
+        self.roll.begin(step, count)
+        self._message = step << _MESSAGE_BITS
 
-    def enter(self, activity: str, step: int) -> None:
+    def lot(self) -> Lot:
+        """What this worker computes in the step that begins, alone or with others; nothing where its replica is not
+        whole and others are."""
+        roster = self.roll.roster
+        found = roster.lots_of(self.slot) if roster is not None else []
+        return found[0] if found else Lot((self.slot,), ())
+
+    def check_replica(self) -> None:
+        """Go on only while everyone is alive who computes together with this worker.
+
+        Raises:
+            ReplicaBroken: where one is not.
+        """
+        if self.roll.broken:
+            raise ReplicaBroken("a worker of this replica is lost")
+
+    def enter(self, activity: str, step: int, micro_batch: int | None = None) -> None:
         """Say what this worker does now."""
-        self.header.set_activity(self.slot, activity, step)
+        self.header.set_activity(self.slot, activity, step, micro_batch)
 
     def partial(self, entry: int) -> Partial:
         """This worker's buffer number ``entry``."""
@@ -132,50 +207,74 @@ class HostGroup:
         """Where the sum over all hosts goes."""
         return Partial(self.partials, self.memory("total"))
 
-    def publish(self, step: int, entry: int, node: Node) -> None:
+    def publish(self, step: int, entry: int, node: Node, *, whole: bool = False) -> None:
         """One aligned store: the subtree is complete."""
-        self.header.publish(self.slot, entry, self._generation, step, node)
+        self.header.publish(self.slot, entry, self._generation, step, node, whole=whole)
 
-    def collect(self, step: int, count: int) -> list[Cover]:
-        """Wait for all micro-batches of the step, then close it."""
+    def published(self, step: int) -> int:
+        """How many subtrees of a step this worker has published: the number of its first buffer that is free."""
+        return len(self._publications(step, (self.slot,)))
 
-        def cover_of(found: Mapping[Node, Publication]) -> Cover | None:
-            chosen = covering(found, count)
-            if chosen is None:
-                return None
-            return [(node, self.view(found[node].slot, found[node].entry)) for node in chosen]
-
+    def collect(self, step: int, count: int, rescue: Callable[[Sequence[int]], None]) -> list[Cover]:
+        """Wait for all micro-batches of the step, computing this worker's part of what others left; close it."""
         covers: list[Cover] = []
 
-        def ready() -> bool | None:
+        def ready() -> list[int] | None:
             while len(covers) < len(self.teams):
-                cover = cover_of(self._published(step, len(covers)))
+                cover = self._cover(step, len(covers), count)
                 if cover is None:
-                    return None
+                    return self.roll.take_over(lambda lot: self._published_of(step, lot)) or None
                 covers.append(cover)
-            return True
+            return [] if self.roll.all_have_begun else None
 
         def absent() -> str:
+            if len(covers) == len(self.teams):
+                return f"workers have not begun step {step}; {self.doing()}"
             lost = missing(self._published(step, len(covers)), count)
             whose = self._name(len(covers))
             return f"micro-batches {_ranges(lost)} of step {step} are not published{whose}; {self.doing()}"
 
-        self.waiter(ready, f"collect of step {step}", absent)
+        while left := self.waiter(ready, f"collect of step {step}", absent):
+            rescue(left)
+        if self.roll.step == step:
+            self.roll.agree()
         self.header.closed = step
         return covers
 
-    def _publications(self, step: int, slots: Sequence[int]) -> Iterable[Publication]:
+    def _cover(self, step: int, team: int, count: int) -> Cover | None:
+        found = self._published(step, team)
+        chosen = covering(found, count)
+        if chosen is None:
+            return None
+        return [(node, self.view(found[node].slot, found[node].entry)) for node in chosen]
+
+    def _publications(self, step: int, slots: Sequence[int]) -> list[Publication]:
         return self.header.publications(self._generation, step, slots)
 
     def _published(self, step: int, team: int) -> dict[Node, Publication]:
-        """What all of a crew of a team have published, as its first worker has."""
+        """What all of a crew of a team have published, as its first worker has; and what anyone has of the whole."""
         found: dict[Node, Publication] = {}
         for first, *others in self.teams[team]:
             also = [{p.node for p in self._publications(step, (other,))} for other in others]
             for publication in self._publications(step, (first,)):
-                if all(publication.node in nodes for nodes in also):
+                if publication.whole or all(publication.node in nodes for nodes in also):
                     found.setdefault(publication.node, publication)
+        for other in range(len(self.teams)) if len(self.teams) > 1 else ():
+            if other != team:
+                slots = [slot for crew in self.teams[other] for slot in crew]
+                whole = (p for p in self._publications(step, slots) if p.whole)
+                found.update((p.node, p) for p in whole if p.node not in found)
         return found
+
+    def _published_of(self, step: int, lot: Lot) -> set[int]:
+        """Of a lot, the micro-batches that its holders have published: in a pipeline, on every stage."""
+        wanted = set(lot.micro_batches)
+        alone = len(lot.holders) == 1
+        for crews in self.teams:
+            slots = lot.holders if alone else next(crew for crew in crews if set(crew) <= set(lot.holders))[:1]
+            nodes = [p.node for p in self._publications(step, slots)]
+            wanted &= {m for m in lot.micro_batches if any(node.start <= m < node.stop for node in nodes)}
+        return wanted
 
     def _name(self, team: int) -> str:
         """A team, for an error."""
@@ -201,19 +300,51 @@ class HostGroup:
         """One store: this slot is done with the step."""
         self.header.set_done(self.slot, step)
 
-    def settle(self, step: int, grace_s: float = 0.0) -> None:
-        """Wait for everyone's `finish`.
+    def wait_or_lose(
+        self, ready: Callable[[], bool], operation: str, absent: Callable[[], str], grace_s: float = 0.0
+    ) -> Sequence[Loss]:
+        """Wait until something is ready, once every micro-batch of the step is published.
+
+        Returns the workers that were lost before it was; none once it is ready.
 
         Arguments:
             grace_s: as of `all_gather`.
         """
 
-        def ready() -> bool | None:
-            return True if all(self.header.done(slot) >= step for slot in self.members) else None
+        def ready_or_lost() -> Sequence[Loss] | None:
+            if ready():
+                return ()
+            before = len(self.roll.losses)
+            self.roll.take_over(None)
+            return self.roll.losses[before:] or None
 
         waiter = replace(self.waiter, deadline_s=self.waiter.deadline_s + grace_s)
-        waiter(ready, f"commit of step {step}", lambda: self.missing(lambda slot: self.header.done(slot) >= step))
-        self.header.committed = step
+        return waiter(ready_or_lost, operation, absent)
+
+    def settle(self, step: int, grace_s: float = 0.0) -> Sequence[Loss]:
+        """Wait for everyone's `finish`, and for the heirs of those who were lost.
+
+        Arguments:
+            grace_s: as of `all_gather`.
+        """
+
+        def finished(slot: int) -> bool:
+            return self.header.done(slot) >= step or self.roll.is_lost(slot)
+
+        def ready() -> bool:
+            if not all(map(finished, self.members)):
+                return False
+            return not any(map(self.roll.is_lost, self.members)) or self.is_whole(step)
+
+        absent = "those who take over from lost workers are not done"
+        lost = self.wait_or_lose(ready, f"commit of step {step}", lambda: self.missing(finished) or absent, grace_s)
+        if not lost:
+            self.header.committed = step
+        return lost
+
+    def is_whole(self, step: int) -> bool:
+        """Whether every block of the state that all share is at ``step``."""
+        return len(self._versions) > 1 or all(version >= step for version in self._versions[0])
 
     def set_flags(self, flags: int) -> None:
         """Requests to go with the next step."""
@@ -221,10 +352,7 @@ class HostGroup:
 
     def all_flags(self) -> int:
         """Everyone's requests joined."""
-        result = 0
-        for slot in self.members:
-            result |= self.header.flags(slot)
-        return result
+        return self.roll.flags
 
     def all_gather(self, payload: bytes, operation: str, grace_s: float = 0.0) -> list[bytes]:
         """Everyone's payload; larger ones than a mailbox go in several rounds.
@@ -235,11 +363,12 @@ class HostGroup:
         room = MAILBOX_BYTES - 8
         received = [bytearray() for _ in self.members]
         totals = [0] * self.size
+        lost: set[int] = set()
         sent, first = 0, True
-        while first or any(len(data) < total for data, total in zip(received, totals, strict=True)):
+        while first or any(len(received[i]) < totals[i] for i in range(self.size) if i not in lost):
             first = False
-            self._messages += 1
-            number = self._messages
+            self._message += 1
+            number = self._message
             box = self.arena.bytes(self.layout.mailbox(self.slot, number))
             chunk = payload[sent : sent + room]
             box[:8] = len(payload).to_bytes(8, "little")
@@ -248,17 +377,23 @@ class HostGroup:
             self.header.set_sequence(self.slot, number)
             self._wait_for_messages(number, operation, grace_s)
             for i, slot in enumerate(self.members):
+                if self.header.sequence(slot) < number:
+                    lost.add(i)
+                    continue
                 box = self.arena.bytes(self.layout.mailbox(slot, number))
                 totals[i] = int.from_bytes(box[:8], "little")
                 received[i] += box[8 : 8 + min(room, totals[i] - len(received[i]))]
-        return [bytes(data) for data in received]
+        return [b"" if i in lost else bytes(data) for i, data in enumerate(received)]
 
     def _wait_for_messages(self, number: int, operation: str, grace_s: float) -> None:
+        def arrived(slot: int) -> bool:
+            return self.header.sequence(slot) >= number
+
         def ready() -> bool | None:
-            return True if all(self.header.sequence(slot) >= number for slot in self.members) else None
+            return True if all(arrived(slot) or self.roll.is_lost(slot) for slot in self.members) else None
 
         waiter = replace(self.waiter, deadline_s=self.waiter.deadline_s + grace_s)
-        waiter(ready, operation, lambda: self.missing(lambda slot: self.header.sequence(slot) >= number))
+        waiter(ready, operation, lambda: self.missing(lambda slot: arrived(slot) or self.roll.is_lost(slot)))
 
     def barrier(self, operation: str) -> None:
         """An exchange of nothing."""
@@ -334,20 +469,18 @@ class HostGroup:
 
     def missing(self, arrived: Callable[[int], bool]) -> str:
         """Whose slot has not arrived, and what they did last."""
-        late = [rank for rank, slot in enumerate(self.members) if not arrived(slot)]
-        return "; ".join(f"{self.names(rank)} is missing, last seen in {self._last(rank)}" for rank in late)
+        late = [slot for slot in self.members if not arrived(slot)]
+        return "; ".join(f"{self.names(slot)} is missing, last seen in {self.header.activity(slot)}" for slot in late)
 
     def describe(self, rank: int) -> str:
         """A worker, with what it did last."""
-        return f"{self.names(rank)}, last seen in {self._last(rank)},"
-
-    def _last(self, rank: int) -> str:
-        return self.header.activity(self.members[rank])
+        slot = self.members[rank]
+        return f"{self.names(slot)}, last seen in {self.header.activity(slot)},"
 
     def doing(self) -> str:
         """What the others did last."""
-        others = [rank for rank in range(self.size) if rank != self.rank]
-        return ", ".join(f"{self.names(rank)}: {self._last(rank)}" for rank in others)
+        others = [slot for slot in self.members if slot != self.slot and not self.roll.is_lost(slot)]
+        return ", ".join(f"{self.names(slot)}: {self.header.activity(slot)}" for slot in others)
 
 
 def _ranges(numbers: Sequence[int]) -> str:
@@ -356,10 +489,4 @@ def _ranges(numbers: Sequence[int]) -> str:
     >>> _ranges([1, 2, 3, 7])
     '1-3, 7'
     """
-    parts: list[list[int]] = []
-    for n in numbers:
-        if parts and parts[-1][1] == n - 1:
-            parts[-1][1] = n
-        else:
-            parts.append([n, n])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
+    return ", ".join(str(r.start) if len(r) == 1 else f"{r.start}-{r.stop - 1}" for r in consecutive(numbers))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from unisono.comm.arena import PAGE, Region, Regions
-from unisono.comm.header import ENTRIES, header_bytes
+from unisono.comm.header import ENTRIES, MOST_SLOTS, header_bytes
 from unisono.comm.meeting import MeetingLayout, meeting_layout
 from unisono.comm.passage_layout import PassageLayout
 from unisono.events import PHASES
@@ -35,6 +35,10 @@ class HostLayout:
     def versions(self, replica: int) -> Region:
         """The versions of a replica's blocks, one word each."""
         return self.regions.named["versions"].part(replica * 8 * self.blocks, 8 * self.blocks)
+
+    def squares(self, replica: int) -> Region:
+        """For each of a replica's blocks, a step, and the squared norm of its gradient there."""
+        return self.regions.named["squares"].part(replica * 16 * self.blocks, 16 * self.blocks)
 
     def mailbox(self, slot: int, number: int) -> Region:
         """Where a slot's message goes; two halves in turn, since a slower reader may still read the last."""
@@ -93,10 +97,13 @@ def host_layout(
     """
     if entries > ENTRIES:
         raise ValueError(f"{entries} partials a slot exceed the {ENTRIES} that can be published")
+    if slots > MOST_SLOTS:
+        raise ValueError(f"{slots} workers exceed the {MOST_SLOTS} that a host can have")
     regions = Regions()
-    regions.add("header", header_bytes(slots))
+    regions.add("header", header_bytes(slots))  # first: the launcher reads it
     regions.add("versions", 8 * blocks * replicas)
     regions.add("reports", 8 * slots * 2 * len(PHASES))
+    regions.add("squares", 16 * blocks * replicas)
     regions.add("mailboxes", slots * 2 * MAILBOX_BYTES, PAGE)
     regions.add("state", replicas * _paged(state_bytes), PAGE)
     regions.add("undo", slots * _paged(undo_bytes), PAGE)

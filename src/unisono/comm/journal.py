@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from unisono.comm.arena import store_fence
 from unisono.comm.header import UNDO_PLACE, UNDO_RUN, UNDO_VERSION
+from unisono.comm.words import store_fence
 
 IN_UNDO_AREA, IN_SNAPSHOT = 0, 1
 

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unisono.comm.arena import LINE, PAGE, Arena, Region, Regions, store_fence
+from unisono.comm.arena import LINE, PAGE, Arena, Region, Regions
 from unisono.comm.waiting import FIRST_SLEEP_S, LONGEST_SLEEP_S
+from unisono.comm.words import store_fence
 
 BUFFER_BYTES = 1 << 21
 DIRECT_BYTES = 1 << 16

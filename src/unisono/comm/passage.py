@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unisono.comm.arena import Region, store_fence
+from unisono.comm.arena import Region
 from unisono.comm.forms import LINE_BYTES, alike, span
 from unisono.comm.host import HostGroup
 from unisono.comm.partial import torch_dtype
 from unisono.comm.passage_layout import HEAD_BYTES, PassageLayout, Way
+from unisono.comm.words import store_fence
 from unisono.errors import GroupError
 from unisono.plan.blocks import aligned
 
@@ -100,12 +101,14 @@ class Passages:
 
         Raises:
             WaitTimeout, Revoked: as every wait.
+            ReplicaBroken: where the worker of a stage is lost.
         """
         first, count = self._layout.words(self._lane, stage, way)
         wanted = self._word(step, micro_batch)
         words = self._words
 
         def ready() -> int | None:
+            self.check()
             return next((slot for slot in range(count) if words[first + slot] == wanted), None)
 
         what = "activations of stage" if way is Way.ACTIVATIONS else "gradients for stage"
@@ -122,9 +125,26 @@ class Passages:
 
         return Arrived(tensors, [entry is not None and entry[5] for entry in entries], release)
 
+    def check(self) -> None:
+        """Go on only while the workers of all stages are alive.
+
+        Raises:
+            ReplicaBroken: where one is not.
+        """
+        self._group.check_replica()
+
     def _word(self, step: int, micro_batch: int) -> int:
         step_word = (self._group.generation << STEP_BITS) | step
         return (step_word << MICRO_BATCH_BITS) | (micro_batch + 1)
+
+
+def clear_lane(group: HostGroup, layout: PassageLayout, lane: int) -> None:
+    """Forget what lies in a lane's passages, of which nobody makes use."""
+    words = group.arena.words(group.layout.regions.named["passage words"])
+    for stage in range(len(layout.sizes)):
+        for way in Way:
+            first, count = layout.words(lane, stage, way)
+            words[first : first + count] = memoryview(bytes(8 * count)).cast("Q")
 
 
 def _is_loose(tensor: Tensor) -> bool:

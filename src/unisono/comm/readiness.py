@@ -3,8 +3,8 @@
 import threading
 from collections.abc import Callable, Sequence
 
-from unisono.comm.arena import store_fence
 from unisono.comm.exchange import Words
+from unisono.comm.words import store_fence
 from unisono.plan.exchange import Bucket
 
 BUCKETS_WAITING = 1

@@ -28,6 +28,7 @@ class Waiter:
         deadline_s: seconds after which a wait raises.
         revoked: whether this worker's generation has ended.
         cause: why it has, where that is known.
+        told: called with the operation when a wait begins, and with None when it ends.
         clock: seconds, monotonic; replaced in tests.
         sleep: called with seconds; replaced in tests.
     """
@@ -35,6 +36,7 @@ class Waiter:
     deadline_s: float
     revoked: Callable[[], bool]
     cause: Callable[[], str] = str
+    told: Callable[[str | None], None] = lambda operation: None
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
 
@@ -48,6 +50,13 @@ class Waiter:
         result = ready()
         if result is not None:
             return result
+        self.told(operation)
+        try:
+            return self._wait(ready, operation, missing)
+        finally:
+            self.told(None)
+
+    def _wait(self, ready: Callable[[], T | None], operation: str, missing: Callable[[], str]) -> T:
         started = self.clock()
         while True:
             result = ready()

@@ -18,6 +18,7 @@ from unisono.parallel.sharded import ShardedValues
 from unisono.parallel.split import Rest, first_part, second_part
 from unisono.parallel.stages import Left, Stages
 from unisono.parallel.tensor import TensorParallel
+from unisono.plan.schedule import WHOLE
 from unisono.run.rng import Draws, ModuleRandom
 
 Loss = Callable[[Any, Any], Any]
@@ -129,21 +130,23 @@ class Replica:
         self._tensor = tensor
         self._sharded = sharded
         self._last = stages.division.stages - 1 if stages is not None else 0
-        self._use_sets = [self._of_stage(stage, [name for name, _ in uses]) for stage in range(self._last + 1)]
-        self._buffer_sets = [self._of_stage(stage, buffers.names) for stage in range(self._last + 1)]
+        names = [name for name, _ in uses]
+        numbers = (*range(self._last + 1), WHOLE)
+        self._use_sets = {stage: self._of_stage(stage, names) for stage in numbers}
+        self._buffer_sets = {stage: self._of_stage(stage, buffers.names) for stage in numbers}
         self._versions = [p._version for _, p in uses]
         self._chain: Sequence[Partial] = ()
         self._on_gradient: Callable[[int], None] | None = None
         self._seen = bytearray(len(uses))
         self._stage = 0
-        self._stage_of = {u: stage for stage, members in enumerate(self._use_sets) for u in members}
+        self._stage_of = {u: stage for stage in range(self._last + 1) for u in self._use_sets[stage]}
         self._takes = [self._take(u) for u in range(len(uses))]
         self._handles = [
             cast(Any, p).register_post_accumulate_grad_hook(self._take_own(u)) for u, (_, p) in enumerate(uses)
         ]
 
     def _of_stage(self, stage: int, names: Sequence[str]) -> range | list[int]:
-        if self._stages is None:
+        if self._stages is None or stage == WHOLE:
             return range(len(names))
         return [i for i, name in enumerate(names) if self._stages.division.stage_of(name) == stage]
 
@@ -162,6 +165,7 @@ class Replica:
         """Compute a micro-batch's loss in step ``step`` (from 1), or what the next stage needs.
 
         Arguments:
+            stage: which one, or `WHOLE`.
             arrived: what an earlier stage has sent, and whether it needs gradients.
 
         Raises:
@@ -174,7 +178,7 @@ class Replica:
         inputs, target = split(batch)
         entrance = Entrance([tensor for tensor, _ in arrived], [needed for _, needed in arrived])
         with self._precision():
-            if self._stages is None:
+            if self._stages is None or stage == WHOLE:
                 result = self._loss(call(self.model, inputs), target)
             else:
                 result = self._stages.run(stage, entrance, lambda: self._loss(call(self.model, inputs), target))
@@ -318,7 +322,7 @@ class Replica:
         self._resume(forwarded)
         if self._sharded is not None:
             self._sharded.begin_backward()
-        if opens and self._stages is None:
+        if opens and (self._stages is None or forwarded.stage == WHOLE):
             chain[0].clear()
         elif opens:
             uses, buffers = self._use_sets[forwarded.stage], self._buffer_sets[forwarded.stage]
@@ -338,7 +342,7 @@ class Replica:
         if self._sharded is not None:
             self._sharded.end()
         self.buffers.add(chain, forwarded.buffers, self._buffer_sets[forwarded.stage])
-        if forwarded.stage == self._last:
+        if forwarded.stage in (self._last, WHOLE):
             for i, value in enumerate((forwarded.value, forwarded.weight)):
                 for partial in chain:
                     value = partial.scalars[i] = partial.scalars[i] + value
@@ -364,7 +368,7 @@ class Replica:
                     f"the gradient of {name} came twice in one backward; with activation checkpointing, "
                     "pass use_reentrant=False"
                 )
-            if self._stage_of[use] != self._stage:
+            if self._stage not in (self._stage_of[use], WHOLE):
                 raise ConfigurationError(
                     f"{name} is used in stage {self._stage} of the pipeline and belongs to stage "
                     f"{self._stage_of[use]}; use it in one of them alone, or cut the model elsewhere (layout.cuts)"

@@ -11,6 +11,9 @@ from enum import StrEnum
 
 from unisono.errors import ConfigurationError
 
+WHOLE = -1
+"""In place of a stage's number: all of the model, as a worker computes it that takes over from a pipeline."""
+
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb_h1", "zb_v")
 
 

@@ -98,6 +98,11 @@ class Leaf:
     opens: bool
     completes: tuple[Node, int] | None
 
+    def moved(self, buffers: int) -> "Leaf":
+        """The same, with later buffers: for a worker whose first ones hold subtrees already."""
+        completes = None if self.completes is None else (self.completes[0], self.completes[1] + buffers)
+        return Leaf(self.micro_batch, tuple(buffer + buffers for buffer in self.chain), self.opens, completes)
+
 
 def accumulation(start: int, stop: int, count: int) -> tuple[tuple[Leaf, ...], int]:
     """The order of sums of one worker over [start, stop), and how many buffers it needs at once.

@@ -1,8 +1,10 @@
 """The contract between the engine and whatever decides when replicas agree."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from unisono.plan.roster import Loss
 from unisono.sync.phases import Phases
 
 
@@ -28,5 +30,12 @@ class Outcome:
 class Policy(Protocol):
     """Turns published partials into the next state; the engine does not know which policy it runs."""
 
-    def conclude(self, step: int, phases: Phases) -> Outcome:
-        """Reduce, update and commit what this worker owns; the new state may be read once the group has settled."""
+    def conclude(self, step: int, phases: Phases, rescue: Callable[[Sequence[int]], None]) -> Outcome:
+        """Reduce, update and commit what this worker owns; the new state may be read once the group has settled.
+
+        Arguments:
+            rescue: computes and publishes micro-batches that lost workers have not.
+        """
+
+    def inherit(self, step: int, lost: Sequence[Loss], phases: Phases) -> None:
+        """Do this worker's part of what lost workers have not done of `conclude`."""

@@ -1,0 +1,161 @@
+"""Who trains on a host, as one worker sees it: how losses become known, and how all agree on who begins the next step.
+
+Nobody is asked: everything is decided from words of the arena. The launcher writes down each worker that is dead, in
+one order for all; what a dead worker has left is final. Each worker says, as it begins a step, how many losses it knows
+of and who waits to be let in; when all micro-batches of the step are published, everyone has said so, and all draw the
+same conclusion. A loss that is not agreed on yet is handled inside the step.
+"""
+
+from collections.abc import Callable, Sequence
+
+from unisono.comm.group import LEAVE
+from unisono.comm.header import Agreement, Course, Header
+from unisono.errors import RunOver
+from unisono.plan.roster import Loss, Lot, StepRoster, next_members, whole_replicas
+
+
+class Roll:
+    """One worker's.
+
+    Arguments:
+        header: the arena's words.
+        slot: this worker's place.
+        members: the slots of those who begin.
+        replicas: the slots of each.
+
+    Attributes:
+        members: who began this step; between two steps, who ended the last.
+        chief: the slot of the worker that keeps the run's records.
+        step: the one under way, or the last.
+        flags: everyone's requests of the step, joined, once it is closed.
+        regained: called with the number of a replica that is whole again, before anyone begins the step with it.
+    """
+
+    def __init__(self, header: Header, slot: int, members: Sequence[int], replicas: Sequence[Sequence[int]]) -> None:
+        self._header = header
+        self._slot = slot
+        self._replicas = replicas
+        self.members = tuple(members)
+        self.chief = self.members[0]
+        self.step = 0
+        self.flags = 0
+        self.regained: Callable[[int], None] = lambda replica: None
+        self._seen = self._handled = 0  # losses that the members take account of, and those that this step does
+        self._agreed = Agreement(0, 0, self.chief, self.members)
+        self.roster: StepRoster | None = None
+
+    def begin(self, step: int, count: int) -> None:
+        """A step begins, with those who were agreed on."""
+        if self._agreed.step == step:
+            self.members, self.chief, self._seen = self._agreed.members, self._agreed.chief, self._agreed.seen
+        self.step, self._handled = step, self._seen
+        self.roster = StepRoster(self._replicas, self.members, count)
+        header = self._header
+        seen = header.losses
+        dead = {header.lost(number) for number in range(self._handled, seen)}
+        present = set(self.members) - dead
+        ready = [slot for slot in range(header.slots) if slot not in present and header.ready(slot)]
+        header.say_hello(self._slot, step, seen, ready)
+        header.course = max(header.course, Course.TRAINING)
+
+    def is_lost(self, slot: int) -> bool:
+        """Whether a member's worker is dead, agreed on or not."""
+        header = self._header
+        return any(header.lost(number) == slot for number in range(self._seen, header.losses))
+
+    @property
+    def broken(self) -> bool:
+        """Whether one of those who compute together with this worker is lost."""
+        if self.roster is None or self._handled == self._header.losses:
+            return False
+        return any(self.is_lost(mate) for mate in self.roster.mates(self._slot))
+
+    def take_over(self, published: Callable[[Lot], set[int]] | None) -> list[int]:
+        """Handle the losses that have become known: the micro-batches that this worker is to compute.
+
+        Arguments:
+            published: of a lot, those of which nothing is missing; None where nothing is missing of the step.
+        """
+        mine: list[int] = []
+        header, roster = self._header, self.roster
+        while roster is not None and self._handled < header.losses:
+            slot, number = header.lost(self._handled), self._handled
+            if slot in roster.living:
+                if published is not None and not self._have_halted(roster.mates(slot), number):
+                    break
+                taken = roster.lose(slot, published or (lambda lot: set(lot.micro_batches)))
+                mine += taken.get(self._slot, ())
+            self._handled += 1
+        return mine
+
+    def _have_halted(self, mates: Sequence[int], number: int) -> bool:
+        """Whether nothing more is published of what a lost worker's mates computed with it."""
+        header = self._header
+        if self._slot in mates and header.halted(self._slot) <= number:
+            header.halt(self._slot, number + 1)
+        return all(header.halted(mate) > number or self.is_lost(mate) for mate in mates)
+
+    @property
+    def losses(self) -> Sequence[Loss]:
+        """Those of this step that have been handled, in order."""
+        return self.roster.losses if self.roster is not None else ()
+
+    @property
+    def all_have_begun(self) -> bool:
+        """Whether every member that lives has said what it knew as it began the step."""
+        return all(self._header.hello(slot) == self.step or self.is_lost(slot) for slot in self.members)
+
+    def agree(self) -> None:
+        """The step is closed: conclude who begins the next, as all others do."""
+        header = self._header
+        said = [slot for slot in self.members if header.hello(slot) == self.step]
+        seen = max(header.seen(slot) for slot in said)
+        flags = {slot: header.flags(slot) for slot in said}
+        self.flags = 0
+        for value in flags.values():
+            self.flags |= value & ~LEAVE
+        lost = [header.lost(number) for number in range(self._seen, seen)]
+        admitted = {slot for member in said for slot in header.admitted(member)}
+        leaving = [slot for slot, value in flags.items() if value & LEAVE]
+        members = next_members(self.members, lost, admitted, leaving)
+        stay = [slot for slot in members if slot in self.members and slot not in lost]
+        chief = self.chief if self.chief in stay else (stay or list(members))[0]
+        self._agreed = Agreement(self.step + 1, seen, chief, members)
+        if set(members) - set(stay):
+            header.agree(self._agreed)
+        for replica in set(whole_replicas(self._replicas, members)) - set(whole_replicas(self._replicas, stay)):
+            self.regained(replica)
+
+    @property
+    def leaves(self) -> bool:
+        """Whether this worker is not among those who begin the next step."""
+        return self._slot not in self._agreed.members
+
+    def conclude(self, seen: Sequence[int]) -> None:
+        """No step follows: agree on the chief from the losses that each knew of."""
+        header = self._header
+        most = max(seen)
+        lost = {header.lost(number) for number in range(self._seen, most)}
+        if self.chief in lost:
+            self.chief = min(set(self.members) - lost)
+
+    def find_admission(self) -> Agreement | None:
+        """For a worker that waits to be let in: the agreement that does so.
+
+        Raises:
+            RunOver: where training ended before.
+        """
+        header = self._header
+        if header.course is Course.OVER:
+            raise RunOver("training was over before this worker could join")
+        for agreement in header.agreements():
+            died = any(header.lost(number) == self._slot for number in range(agreement.seen, header.losses))
+            if self._slot in agreement.members and not died:
+                return agreement
+        return None
+
+    def join(self, agreement: Agreement) -> None:
+        """This worker begins with the step that the agreement is for."""
+        self._agreed, self.step = agreement, agreement.step - 1
+        self.members, self.chief, self._seen = agreement.members, agreement.chief, agreement.seen
+        self._header.set_ready(self._slot, False)

@@ -256,7 +256,7 @@ def reform_without(lost: int) -> dict[str, Any]:
     group = HierarchicalGroup(local, Place(world.hosts, world.rank), link, flat, Way(100), count, teams)
 
     def step(group: HierarchicalGroup, number: int) -> float:
-        group.begin(number)
+        group.begin(number, count)
         share = micro_batches(count, group.size)[group.rank]
         leaves, _ = accumulation(share.start, share.stop, count)
         for leaf in leaves:
@@ -266,7 +266,7 @@ def reform_without(lost: int) -> dict[str, Any]:
             add_entry([group.partial(p) for p in leaf.chain], 0, torch.full((500,), float(leaf.micro_batch)))
             if leaf.completes is not None:
                 group.publish(number, leaf.completes[1], leaf.completes[0])
-        total = float(group.collect(number, count)[0][0][1].segments[0][7])
+        total = float(group.collect(number, count, lambda left: None)[0][0][1].segments[0][7])
         group.finish(number)
         group.settle(number)
         return total

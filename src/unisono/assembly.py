@@ -14,18 +14,18 @@ from unisono.comm.arena import Arena, DeviceMemory, Region
 from unisono.comm.group import Group
 from unisono.comm.hierarchical import HierarchicalGroup
 from unisono.comm.host import HostGroup
-from unisono.comm.journal import Journal
 from unisono.comm.offload import Offload
 from unisono.comm.partial import Partial, item_size
-from unisono.comm.passage import Passages
+from unisono.comm.passage import Passages, clear_lane
+from unisono.comm.squares import ArenaSquares
 from unisono.comm.tensor_group import ArenaTensorGroup
 from unisono.config import TrainingConfig
 from unisono.data.feed import Feed, TrainingFeed
-from unisono.engine import Engine, WorkShare, rounds_share, work_share
+from unisono.engine import Engine, WorkShare, lone_share, rounds_share, work_share
 from unisono.errors import ConfigurationError
 from unisono.evaluation import Evaluator
 from unisono.events import Emitter
-from unisono.filling import Load, Restored, fill, is_head
+from unisono.filling import Load, Restored, fill
 from unisono.footprint import chosen_recomputation, machine_bytes, refuse_what_cannot_fit
 from unisono.launch.membership import join_hosts, place_of
 from unisono.launch.world import World
@@ -39,13 +39,15 @@ from unisono.parallel.sharded import ShardedValues
 from unisono.parallel.stages import Stages
 from unisono.parallel.tensor import TensorParallel
 from unisono.plan.assignment import UpdateClass, micro_batches
-from unisono.plan.schedule import timetable
+from unisono.plan.roster import Lot
+from unisono.plan.schedule import WHOLE, timetable
 from unisono.preparation import Objects, Prepared, crews_of, prepare, rehearse, value_groups
 from unisono.run.rng import ModuleRandom
 from unisono.run.sampling import Sampler
 from unisono.state.shared import SharedState
 from unisono.state.training_state import TrainingState
-from unisono.sync.every_step import EveryStep, Rates
+from unisono.sync.every_step import EveryStep, GatheredSquares, Rates
+from unisono.sync.holdings import Holdings
 from unisono.sync.ownership import OwnedBuffers, Owner, RunMemory
 from unisono.sync.phases import Phases
 
@@ -112,26 +114,34 @@ def assemble(
     host, mesh = prepared.host, prepared.mesh
     arena = _map(world.arena(host.size_bytes, alone=host.slots == 1), host.size_bytes)
     memory = DeviceMemory(device) if device.type != "cpu" else lambda region: arena.tensor(region, torch.uint8)
+    members = host.slots if several or world.members is None else world.members
     local = HostGroup(
         arena,
         host,
         prepared.partials,
         place.local_rank,
-        range(host.slots),
+        range(members),
         1,
         config.deadline_s,
         memory=memory,
         names=place.local_name,
         teams=crews_of(mesh),
     )
-    local.assemble(_fingerprint(prepared, config, feed.size))
+    made = _fingerprint(prepared, config, feed.size)
+    if not world.joins:
+        local.assemble(made)
     group: HostGroup | HierarchicalGroup = local
     if several:
         group = join_hosts(
             prepared.layout, config, local, place, world, device, feed.size, prepared.teams, prepared.shards
         )
     try:
-        return _worker(objects, config, prepared, group, local, memory, feed, schedule, listeners, restore)
+        worker, step = _worker(
+            objects, config, prepared, group, local, memory, feed, schedule, listeners, None if world.joins else restore
+        )
+        if world.joins:
+            step = local.join(made, lambda: _take_state(prepared, local, worker.state, memory))
+        return worker, step
     except BaseException as error:
         group.close(error)
         raise
@@ -147,11 +157,15 @@ def _worker(
     feed: Feed,
     schedule: Schedule,
     listeners: Emitter | None,
-    restore: Callable[[Prepared, Load], Restored],
+    restore: Callable[[Prepared, Load], Restored] | None,
 ) -> tuple[Worker, int]:
-    """A worker over its group, and the step from which it starts."""
+    """A worker over its group, and the step from which it starts.
+
+    Arguments:
+        restore: as of `assemble`; None where the state is there already.
+    """
     host, device = prepared.host, feed.device
-    mine = prepared.mesh.coordinates(local.rank)["data"] if host.replicas > 1 else 0
+    mine = prepared.mesh.coordinates(local.slot)["data"] if host.replicas > 1 else 0
     offload = _offload(prepared, config, local)
     state = TrainingState(prepared.layout, memory(host.state(mine)))
     snapshot = TrainingState(prepared.layout, memory(host.snapshot()), frozen=state)
@@ -159,14 +173,19 @@ def _worker(
     by_name = config.init == "by_name"
     bound = bind(prepared.model, prepared.layout.flat, state.values) if by_name else None
     shared = _shared(prepared, config, group, local, state)
-    step = fill(prepared, config, group, local, state, shared, memory, versions, restore)
+    step = 0
+    if restore is not None:
+        step = fill(prepared, config, group, local, state, shared, memory, versions, restore)
     bound = bound or bind(prepared.model, prepared.layout.flat, state.values)
     recompute = _chosen(prepared, objects, config, feed)
     sharded = _sharded(prepared, objects, config, group, local, state, feed)
     tensor = _tensor(prepared, local, loss_parallel=config.layout.loss_parallel)
     replica = _replica(prepared, objects, config, state, bound, feed, recompute, tensor, sharded)
-    memories = RunMemory(prepared.layout, state.memory, memory(host.undo(local.slot)), snapshot.memory)
-    policy = _policy(prepared, config, group, local, state, memories, versions, schedule)
+
+    def run_memory(slot: int) -> RunMemory:
+        return RunMemory(prepared.layout, state.memory, memory(host.undo(slot)), snapshot.memory)
+
+    policy = _policy(prepared, config, group, local, state, run_memory, versions, schedule, mine)
     share, passages = _share(prepared, config, group, local)
     sampler = Sampler(feed.size, config.seed, config.global_batch_size, config.micro_batch_size)
     names = [name for name, _ in prepared.layout.flat.uses] + [spec.name for spec in prepared.layout.buffers]
@@ -175,6 +194,7 @@ def _worker(
         replica,
         TrainingFeed(feed, sampler),
         policy,
+        config.micro_batches,
         share,
         Phases(group, listeners),
         names,
@@ -226,20 +246,50 @@ def _shared(
 
 def _share(
     prepared: Prepared, config: TrainingConfig, group: Group, local: HostGroup
-) -> tuple[WorkShare, Passages | None]:
-    """What this worker does in a step, and its ways to the other stages of its replica."""
-    layout = config.layout
-    replica, worker = divmod(group.rank, layout.model_workers)
-    if prepared.shards is not None and prepared.shards.rounds:
-        turns = range(replica, config.micro_batches, group.size)
-        return rounds_share(turns, timetable("1f1b", 1, turns).workers[0]), None
-    own = micro_batches(config.micro_batches, group.size // layout.model_workers)[replica]
-    table = timetable(layout.schedule, layout.pipeline, own, layout.virtual_stages)
-    passages = None
+) -> tuple[Callable[[], WorkShare], Passages | None]:
+    """What this worker does in the step that has begun, and its ways to the other stages of its replica."""
+    layout, count = config.layout, config.micro_batches
+    at, passages = prepared.mesh.coordinates(local.slot), None
     if prepared.passages is not None:
-        at = prepared.mesh.coordinates(local.rank)
-        passages = Passages(local, prepared.passages, at["data"] * layout.tensor + at["tensor"])
-    return work_share(own, config.micro_batches, table.workers[worker // layout.tensor]), passages
+        lanes = prepared.passages
+        passages = Passages(local, lanes, at["data"] * layout.tensor + at["tensor"])
+        local.roll.regained = lambda replica: clear_lane(local, lanes, replica)
+
+    def together(own: range) -> WorkShare:
+        table = timetable(layout.schedule, layout.pipeline, own, layout.virtual_stages)
+        return work_share(own, count, table.workers[at["pipeline"]])
+
+    if group is not local:
+        if prepared.shards is not None and prepared.shards.rounds:
+            turns = range(group.rank // layout.model_workers, count, group.size)
+            share = rounds_share(turns, timetable("1f1b", 1, turns).workers[0])
+        else:
+            replicas = group.size // layout.model_workers
+            share = together(micro_batches(count, replicas)[group.rank // layout.model_workers])
+        return lambda: share, passages
+
+    @functools.lru_cache(maxsize=1)  # of one membership, which rarely changes
+    def share_of(lot: Lot) -> WorkShare:
+        if passages is not None and len(lot.holders) < layout.model_workers:
+            return lone_share(lot.micro_batches, count, WHOLE, 0)
+        if not lot.micro_batches:
+            return WorkShare((), {})
+        return together(range(lot.micro_batches[0], lot.micro_batches[-1] + 1))
+
+    return lambda: share_of(local.lot()), passages
+
+
+def _take_state(prepared: Prepared, local: HostGroup, state: TrainingState, memory: Callable[[Region], Tensor]) -> None:
+    """For a worker that joins, where every replica has a state of its own: that of another one."""
+    if prepared.host.replicas == 1:
+        return
+    done = local.roll.step
+    other = next(s for s in local.members if s != local.slot and local.header.done(s) >= done)
+    mine, theirs = (prepared.mesh.coordinates(slot)["data"] for slot in (local.slot, other))
+    state.memory.copy_(memory(prepared.host.state(theirs)))
+    versions = (local.arena.words(prepared.host.versions(replica)) for replica in (mine, theirs))
+    target, source = versions
+    target[:] = source
 
 
 def _chosen(prepared: Prepared, objects: Objects, config: TrainingConfig, feed: Feed) -> str:
@@ -347,36 +397,38 @@ def _policy(
     group: Group,
     local: HostGroup,
     state: TrainingState,
-    memories: RunMemory,
+    run_memory: Callable[[int], RunMemory],
     versions: memoryview,
     schedule: Schedule,
+    replica: int,
 ) -> EveryStep:
-    """How the workers agree, and what this one updates."""
+    """How the workers agree, and what this one updates.
+
+    Arguments:
+        run_memory: of a slot.
+        replica: the number of the state that this worker updates a part of.
+    """
     layout = prepared.layout
     optimizer = BlockOptimizer(prepared.optimizer, prepared.update, state.python_state())
     joinable = state.memory.device.type == "cpu" and config.threads == 1
-    owner = Owner(state, memories, prepared.originals, prepared.teams, joinable)
-    owned = owner.prepare(prepared.owned[local.rank], optimizer)
-    buffers = None
-    if layout.buffers and is_head(prepared, local):
-        buffers = OwnedBuffers(memories.image(layout.buffer_run), state.buffers)
-    keepers = group if prepared.shards is not None else group.owners
-    sharers = keepers.size if prepared.shards is not None else local.size // prepared.host.replicas
-    rates = Rates(schedule, scale(config.scaling, config.global_batch_size), config.clip)
-    journal = Journal(local.header.slot(local.slot), versions)
+    owner = Owner(state, run_memory(local.slot), prepared.originals, prepared.teams, joinable)
+
+    def buffers() -> OwnedBuffers | None:
+        run = layout.buffer_run
+        return OwnedBuffers(run, owner.memory.image(run), state.buffers) if layout.buffers else None
+
+    holdings = Holdings(local.slot, prepared.owned, owner, optimizer, buffers, versions, local.header.slot, run_memory)
+    holdings.adopt(local.members)
     return EveryStep(
         group,
         layout.flat,
         prepared.teams,
         config.micro_batches,
-        keepers,
-        sharers,
+        GatheredSquares(group) if prepared.shards is not None else ArenaSquares(local, replica),
         state.span,
-        owned,
-        buffers,
-        journal,
+        holdings,
         optimizer,
-        rates,
+        Rates(schedule, scale(config.scaling, config.global_batch_size), config.clip),
     )
 
 

@@ -191,6 +191,7 @@ class Engine:
         """Compute what lost workers have not published."""
         stage = WHOLE if self._passages is not None else 0
         self._work(step, lone_share(micro_batches, self._count, stage, self._group.published(step)))
+        self._phases.enter("wait")
 
     def _execute(self, step: int, action: Action, check_purity: bool) -> None:
         kind, m, stage = action.kind, action.micro_batch, action.stage

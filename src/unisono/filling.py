@@ -96,7 +96,7 @@ def _initialise(prepared: Prepared, config: TrainingConfig, local: HostGroup, sh
     done = shared.keep if shared is not None else lambda: None
     members = initialisers(prepared.model)
     further = {name for spec in prepared.layout.flat.parameters for name in spec.uses[1:]}
-    own, holding = shares(members, prepared.model, local.size // prepared.host.replicas)
+    own, holding = shares(members, prepared.model, min(local.size, prepared.sharers))
     if local.rank < len(own):
         initialise(config.seed, own[local.rank], further, done)
     local.barrier("initial values")
@@ -125,4 +125,4 @@ def _take_weights(prepared: Prepared, path: Path, state: TrainingState) -> None:
 
 def is_head(prepared: Prepared, local: HostGroup) -> bool:
     """Whether this worker does what is done once for each state."""
-    return local.rank % (local.size // prepared.host.replicas) == 0
+    return local.slot % prepared.sharers == 0

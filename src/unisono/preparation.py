@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from unisono.comm.forms import LINE_BYTES
+from unisono.comm.header import ENTRIES
 from unisono.comm.host_layout import HostLayout, host_layout
 from unisono.comm.partial import PartialLayout, partial_layout
 from unisono.comm.passage_layout import PassageLayout
@@ -40,6 +41,9 @@ from unisono.plan.shards import StateShards, state_shards
 from unisono.run.rng import Isolation, derive
 from unisono.state.layout import StateLayout, state_layout
 from unisono.sync.ownership import undo_bytes
+
+SHARES_AT_ONCE = 4
+"""Of a worker in a step: its own, and what it takes over. What is not touched takes no memory."""
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
@@ -72,7 +76,6 @@ class Prepared:
     """A model and an optimizer, and all that follows from them and the configuration, before memory is shared.
 
     Attributes:
-        owned: the runs that each worker of this host updates.
         mesh: of this host's workers.
         place: of this worker among all.
         division, passages: of the model into stages, and the memory between them; None where there is one stage.
@@ -88,7 +91,6 @@ class Prepared:
     update: UpdateClass
     layout: StateLayout
     partials: PartialLayout
-    owned: tuple[tuple[Run, ...], ...]
     host: HostLayout
     mesh: Mesh
     place: Place
@@ -98,6 +100,38 @@ class Prepared:
     shards: StateShards | None
     tensor: ProvenPlan | None
     copies: bool
+
+    def owned(self, members: Sequence[int]) -> dict[int, list[Run]]:
+        """The runs that each of these workers of this host updates; the buffers, a run too, go to the first of a state.
+
+        Where a part of the model has lost all that computed with it, all share all blocks.
+        """
+        result: dict[int, list[Run]] = {}
+        kept = self.shards.blocks(self.place.host) if self.shards is not None else None
+        for sharing in self._sharing(members):
+            teams, crews = self.teams, [[s for s in sum(crew, ()) if s in sharing] for crew in crews_of(self.mesh)]
+            if not all(crews):
+                teams, crews = one_team(self.layout.flat, len(self.layout.buffers)), [list(sharing)]
+            slots = [slot for crew in crews for slot in crew]
+            numbered = [[slots.index(slot) for slot in crew] for crew in crews]
+            shares = owners(self.layout.flat, self.update, numbered, teams, kept)
+            for slot, share in zip(slots, shares, strict=True):
+                result[slot] = list(runs(self.layout.flat, self.update, share))
+            if self.layout.buffers:
+                result[min(sharing)].append(self.layout.buffer_run)
+        return result
+
+    @property
+    def sharers(self) -> int:
+        """Workers of this host that share a state."""
+        return self.mesh.size // self.host.replicas
+
+    def _sharing(self, members: Sequence[int]) -> list[list[int]]:
+        """Those of these workers who share a state."""
+        if self.host.replicas == 1:
+            return [list(members)]
+        number = {slot: self.mesh.coordinates(slot)["data"] for slot in members}
+        return [[s for s in members if number[s] == replica] for replica in sorted(set(number.values()))]
 
 
 def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) -> Prepared:
@@ -130,19 +164,16 @@ def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) 
         rounds = config.micro_batches // hosts if config.layout.zero > 1 else 0
         divides_values = config.layout.zero == 3
         shards = state_shards(flat, update, way(config).buckets(flat, teams), hosts, rounds, values=divides_values)
-    members = [sum(crews, ()) for crews in crews_of(replace(mesh, data=mesh.data // replicas))]
-    kept = shards.blocks(place.host) if shards is not None else None
-    shares = owners(flat, update, members, teams, kept) * replicas
-    owned = tuple(runs(flat, update, share) for share in shares)
     passages = _passages(config, place, mesh, division) if division is not None else None
     host = host_layout(
         slots=workers,
         blocks=layout.blocks,
-        entries=2 * max(1, (config.micro_batches - 1).bit_length()) + 2 + (shards.rounds if shards else 0),
+        entries=_entries(config.micro_batches, 1 if several_hosts else SHARES_AT_ONCE)
+        + (shards.rounds if shards else 0),
         partial_bytes=partials.size_bytes,
         state_bytes=layout.size_bytes,
         replicas=replicas,
-        undo_bytes=undo_bytes(layout, [run for share in owned for run in share]),
+        undo_bytes=undo_bytes(layout),
         buckets=len(way(config).buckets(flat, teams)) if several_hosts else 0,
         wire_bytes=way(config).wire_bytes(flat) if several_hosts else 0,
         passages=passages,
@@ -157,7 +188,6 @@ def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) 
         update=update,
         layout=layout,
         partials=partials,
-        owned=owned,
         host=host,
         mesh=mesh,
         place=place,
@@ -168,6 +198,11 @@ def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) 
         tensor=tensor_parallel_plan(model, objects.loss, config, feed) if mesh.tensor > 1 else None,
         copies=config.init != "by_name",
     )
+
+
+def _entries(count: int, shares: int) -> int:
+    """Partials that a worker may hold at once, of so many shares of a step's micro-batches."""
+    return min(ENTRIES // 2, shares * (2 * max(1, (count - 1).bit_length()) + 2))
 
 
 def _model(objects: Objects, config: TrainingConfig, device: torch.device) -> nn.Module:
@@ -269,10 +304,12 @@ def _teams(layout: StateLayout, config: TrainingConfig, division: Division | Non
 
 
 def _passages(config: TrainingConfig, place: Place, mesh: Mesh, division: Division) -> PassageLayout:
-    """The memory between the stages of this host's replicas."""
+    """The memory between the stages of this host's replicas; any of them may come to compute all micro-batches."""
+    several = len(place.hosts.sizes) > 1
     first = sum(place.hosts.sizes[: place.host]) // config.layout.model_workers
     each = micro_batches(config.micro_batches, place.hosts.size // config.layout.model_workers)
-    counts = tuple(len(share) for share in each[first : first + mesh.data] for _ in range(mesh.tensor))
+    most = [len(share) if several else config.micro_batches for share in each[first : first + mesh.data]]
+    counts = tuple(count for count in most for _ in range(mesh.tensor))
     return PassageLayout(counts, tuple(_message_bytes(cut) for cut in division.cuts))
 
 

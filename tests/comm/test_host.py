@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -27,6 +27,10 @@ def groups(size: int, deadline_s: float = 5.0) -> list[HostGroup]:
     layout = host_layout(size, 2, 4, PARTIALS.size_bytes, 64, 1, 64)
     arena = Arena(None, layout.size_bytes)
     return [HostGroup(arena, layout, PARTIALS, slot, range(size), 1, deadline_s) for slot in range(size)]
+
+
+def nobody_is_lost(left: Sequence[int]) -> None:
+    raise AssertionError(f"micro-batches {left} are to be computed again")
 
 
 def together(members: list[HostGroup], work: Callable[[HostGroup], Any]) -> list[Any]:
@@ -73,11 +77,12 @@ def test_a_step_is_collected_once_all_is_published() -> None:
     def work(group: HostGroup) -> list[float]:
         totals = []
         for step in range(1, 30):
+            group.begin(step, 2)
             partial = group.partial(0)
             partial.clear()
             partial.scalars[0] = float(step * (group.rank + 1))
             group.publish(step, 0, Node(0, group.rank))
-            totals.append(sum(p.scalars[0] for _, p in group.collect(step, 2)[0]))
+            totals.append(sum(p.scalars[0] for _, p in group.collect(step, 2, nobody_is_lost)[0]))
             group.finish(step)
             group.settle(step)
         return totals
@@ -94,9 +99,10 @@ def test_a_missing_rank_is_named_with_what_it_did_last() -> None:
         WaitTimeout, match=r"barrier .*waited .*test_host.py:\d+; rank 1 is missing, last seen in compute of step 7"
     ):
         first.barrier("barrier of the test")
+    first.begin(3, 4)
     first.publish(3, 0, Node(0, 0))
     with pytest.raises(WaitTimeout, match="micro-batches 1-3 of step 3 are not published; rank 1: compute of step 7"):
-        first.collect(3, 4)
+        first.collect(3, 4, nobody_is_lost)
     with pytest.raises(WaitTimeout, match=r"commit of step 3 .* rank 0 is missing"):
         first.settle(3)
 
@@ -169,7 +175,7 @@ def test_regions_are_aligned_and_apart() -> None:
 
 
 def test_memory_that_is_no_arena_is_refused() -> None:
-    arena = Arena(None, 8192)
+    arena = Arena(None, header_bytes(1))
     arena.words(Region(0, 8))[0] = 5
     with pytest.raises(ValueError, match="not an arena"):
-        Header(arena, Region(0, header_bytes(1)), 1)
+        Header(arena.bytes(Region(0, header_bytes(1))), 1)

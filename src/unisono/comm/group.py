@@ -49,6 +49,10 @@ class Group(Protocol):
     """Why equal work gives unequal bits on different members; empty where it does not."""
 
     @property
+    def members(self) -> Sequence[int]:
+        """The slots of those of this host who train in this step."""
+
+    @property
     def owners(self) -> "Group":
         """Those among them who share one state, each block of it with one owner: the workers of this host."""
 
@@ -75,6 +79,9 @@ class Group(Protocol):
         Arguments:
             whole: of the whole model, in a group whose workers compute a part of it each.
         """
+
+    def published(self, step: int) -> int:
+        """How many subtrees of a step this worker has published: the number of its first buffer that is free."""
 
     def collect(self, step: int, count: int, rescue: Callable[[Sequence[int]], None]) -> list[Cover]:
         """Wait until all ``count`` micro-batches are published.

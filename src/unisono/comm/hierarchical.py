@@ -51,6 +51,7 @@ from unisono.plan.assignment import Teams
 from unisono.plan.blocks import FlatLayout
 from unisono.plan.exchange import Bucket, host_shares, round_shares
 from unisono.plan.hosts import Hosts, Place
+from unisono.plan.roster import Loss
 from unisono.plan.shards import Piece, StateShards
 from unisono.run.summation import Node, accumulation, root
 
@@ -206,6 +207,11 @@ class HierarchicalGroup:
         return self.place.hosts.size
 
     @property
+    def members(self) -> Sequence[int]:
+        """The slots of this host's workers."""
+        return self.local.members
+
+    @property
     def generation(self) -> int:
         """The group's number."""
         return self.local.generation
@@ -231,11 +237,16 @@ class HierarchicalGroup:
         """What the last step's exchange took."""
         return self._use
 
-    def enter(self, activity: str, step: int) -> None:
-        """Say what this worker does now."""
-        self.local.enter(activity, step)
+    @property
+    def chief(self) -> bool:
+        """Whether this worker keeps the run's records."""
+        return self.rank == 0
 
-    def begin(self, step: int) -> None:
+    def enter(self, activity: str, step: int, micro_batch: int | None = None) -> None:
+        """Say what this worker does now."""
+        self.local.enter(activity, step, micro_batch)
+
+    def begin(self, step: int, count: int) -> None:
         """Let the exchange of a step begin as its buckets come."""
         self._step, self._began = step, time.perf_counter()
         if self._packed is not None:
@@ -263,16 +274,20 @@ class HierarchicalGroup:
         whole = self.local.layout.partial(self.local.slot, self._rounds)
         self.local.arena.release(whole.part(field.offset + start * size, (stop - start) * size))
 
-    def publish(self, step: int, entry: int, node: Node) -> None:
+    def publish(self, step: int, entry: int, node: Node, *, whole: bool = False) -> None:
         """The subtree is complete; with this worker's last one, so are all its buckets."""
-        self.local.publish(step, entry, node)
+        self.local.publish(step, entry, node, whole=whole)
         crews = self.local.teams[self._team]
         replica = next(number for number, crew in enumerate(crews) if self.local.slot in crew)
         mine = [part for part in self._plan.shares[self.place.host].parts if part.replica == replica]
         if self._rounds or node == mine[-1].node:
             self._readiness.end()
 
-    def collect(self, step: int, count: int) -> list[Cover]:
+    def published(self, step: int) -> int:
+        """How many subtrees of a step this worker has published."""
+        return self.local.published(step)
+
+    def collect(self, step: int, count: int, rescue: Callable[[Sequence[int]], None]) -> list[Cover]:
         """Wait until the exchange is over: one subtree, the whole, in this host's total.
 
         The exchange's own deadline begins when this host has computed everything: stages end one after another.
@@ -425,10 +440,10 @@ class HierarchicalGroup:
         """This worker is done with the step."""
         self.local.finish(step)
 
-    def settle(self, step: int) -> None:
+    def settle(self, step: int) -> Sequence[Loss]:
         """Wait for the workers of this host: its state is whole; where hosts share it, a mate may wait for one."""
         with self._patience.telling():
-            self.local.settle(step, GRACE_S if self._shards is not None else 0.0)
+            return self.local.settle(step, GRACE_S if self._shards is not None else 0.0)
 
     def set_flags(self, flags: int) -> None:
         """Requests to go with the next step."""

@@ -1,5 +1,7 @@
 """The workers of one host as a group: partials, messages and commits through the arena. One worker is a normal case."""
 
+import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -351,8 +353,10 @@ class HostGroup:
         self.header.set_flags(self.slot, flags)
 
     def all_flags(self) -> int:
-        """Everyone's requests joined."""
-        return self.roll.flags
+        """Everyone's requests joined: as of the step's close where it was begun with this group."""
+        if self.roll.roster is not None:
+            return self.roll.flags
+        return functools.reduce(operator.or_, map(self.header.flags, self.members))
 
     def all_gather(self, payload: bytes, operation: str, grace_s: float = 0.0) -> list[bytes]:
         """Everyone's payload; larger ones than a mailbox go in several rounds.

@@ -73,8 +73,11 @@ class Journal:
         for block in range(image.first, image.first + image.count):
             self._versions[block] = version
 
-    def recover(self, image_of: Callable[[int, int], Image]) -> Image | None:
+    def recover(self, image_of: Callable[[int, int], Image], only: tuple[int, int] | None = None) -> Image | None:
         """Undo a commit that was cut short; ``image_of(first, count)`` tells what it was about.
+
+        Arguments:
+            only: where it was about these blocks, from first to stop, alone.
 
         Returns the run that was put back to the version before, or None where there was nothing to put back.
         """
@@ -83,6 +86,8 @@ class Journal:
             return None
         word = self._row[UNDO_RUN]
         first, count = word >> 32, word & 0xFFFFFFFF
+        if only is not None and only != (first, first + count):
+            return None
         restored = None
         if self._versions[first + count - 1] < version:
             restored = image_of(first, count)

@@ -18,6 +18,9 @@ CONTROL = "UNISONO_CONTROL"
 HOSTS, ADDRESS = "UNISONO_HOSTS", "UNISONO_ADDRESS"
 """Environment: the numbers of workers on each host, as in "2,2"; this host's address."""
 
+MEMBERS, JOINS = "UNISONO_MEMBERS", "UNISONO_JOINS"
+"""Environment: how many of a host's workers begin, where there is room for more; set for one that joins later."""
+
 LONGEST_MESSAGE_BYTES = 1 << 17
 
 Message = dict[str, Any]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from unisono.errors import LaunchError
-from unisono.launch.control import ADDRESS, CONTROL, HOSTS, Message, receive, send
+from unisono.launch.control import ADDRESS, CONTROL, HOSTS, JOINS, MEMBERS, Message, receive, send
 from unisono.launch.keeper import CONNECT_DEADLINE_S, connect
 from unisono.plan.hosts import Hosts
 
@@ -28,6 +28,8 @@ class World:
         control: the line; None for a world of one.
         launcher: "unisono", "torchrun" or "python".
         address: of this host, as other hosts reach it; None for the one that its name resolves to.
+        members: workers of this host that begin; there is room for more (`local_size`), who may join later.
+        joins: this worker joins those who train already.
     """
 
     rank: int
@@ -35,6 +37,8 @@ class World:
     control: socket.socket | None
     launcher: str
     address: str | None = None
+    members: int | None = None
+    joins: bool = False
     _arenas: int = 0
     _store: "Store | None" = None
     _asking: threading.Lock = field(default_factory=threading.Lock)
@@ -56,7 +60,7 @@ class World:
 
     @property
     def local_size(self) -> int:
-        """Workers on this host."""
+        """Workers that this host has room for."""
         return self.hosts.sizes[self.host]
 
     def arena(self, size_bytes: int, *, alone: bool = False) -> int | None:
@@ -107,6 +111,17 @@ class World:
             self._store = next(iter(rendezvous("env://", self.rank, self.size)))[0]
         return self._store
 
+    def take_output(self) -> None:
+        """What this worker prints from now on is shown: it has become the chief."""
+        if self.launcher != "unisono":
+            return
+        _, descriptors = self._ask({"op": "output"}, descriptors=2)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, descriptor in zip((1, 2), descriptors, strict=True):
+            os.dup2(descriptor, number)
+            os.close(descriptor)
+
     def release_arena(self) -> None:
         """Training is over: the keeper may let go of the last arena, so that its memory ends with the workers' maps."""
         if self.control is not None and self.local_rank == 0 and self._arenas:
@@ -131,7 +146,10 @@ def discover(environ: Mapping[str, str]) -> World:
     if CONTROL in environ:
         control = socket.socket(fileno=os.dup(int(environ[CONTROL])))
         hosts = Hosts(tuple(int(n) for n in environ.get(HOSTS, str(size)).split(",")))
-        return World(rank, hosts, control, "unisono", environ.get(ADDRESS))
+        world = World(rank, hosts, control, "unisono", environ.get(ADDRESS))
+        world.members = int(environ.get(MEMBERS, world.local_size))
+        world.joins = JOINS in environ
+        return world
     if size == 1:
         return World(0, Hosts((1,)), None, "python")
     world = World(rank, Hosts((size,)), None, "torchrun")

@@ -93,6 +93,12 @@ class BlockOptimizer:
             self._optimizer.state[parameter] = {key: _part(key, value, unit) for key, value in constructed.items()}
             self._adopt(unit, parameter)
 
+    def detach_all(self) -> None:
+        """Forget all units; their state stays in the arena."""
+        self._parameters.clear()
+        self._gradients.clear()
+        self._optimizer.state.clear()
+
     def set_rate(self, schedule: Schedule, scale: float, step: int) -> None:
         """Set every group's learning rate for a step (from 0)."""
         factor = schedule(step) * scale

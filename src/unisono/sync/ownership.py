@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from unisono.comm.arena import Region
 from unisono.comm.journal import Image
 from unisono.optim.blockwise import BlockOptimizer, Stretch, Unit
-from unisono.plan.assignment import Run, Teams, UpdateClass
+from unisono.plan.assignment import Run, Teams, UpdateClass, runs
 from unisono.plan.blocks import aligned
 from unisono.state.layout import StateLayout
 from unisono.state.training_state import TrainingState
@@ -44,6 +44,7 @@ class OwnedRun:
 class OwnedBuffers:
     """The buffers' committed values and their memory, where this worker commits them."""
 
+    run: Run
     image: Image
     values: Sequence[Tensor]
 
@@ -127,10 +128,17 @@ def _stripes(regions: Sequence[Region]) -> list[_Stripes]:
     return result
 
 
-def undo_bytes(layout: StateLayout, runs: Sequence[Run]) -> int:
-    """Bytes of an undo area that holds any one of the runs, or the buffers."""
-    images = [layout.image(run) for run in (*runs, layout.buffer_run)]
-    return max(sum(aligned(region.size_bytes) for region in image) for image in images)
+def undo_bytes(layout: StateLayout) -> int:
+    """Bytes of an undo area that holds any run, whoever are the owners, or the buffers.
+
+    Wherever a run begins, two neighbours of all blocks' runs hold it: a third one would be within the limit of one.
+    """
+    flat, update = layout.flat, layout.optimizer.update
+    everything = runs(flat, update, range(len(flat.blocks)))
+    images = [layout.image(run) for run in everything]
+    most = max((sum(aligned(region.size_bytes) for region in image) for image in images), default=0)
+    buffers = sum(aligned(region.size_bytes) for region in layout.image(layout.buffer_run))
+    return max(2 * most if update is UpdateClass.ELEMENT else most, buffers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +163,11 @@ class Owner:
     @property
     def _layout(self) -> StateLayout:
         return self.state.layout
+
+    @property
+    def buffer_run(self) -> Run:
+        """The run that is the buffers."""
+        return self._layout.buffer_run
 
     @property
     def _elementwise(self) -> bool:

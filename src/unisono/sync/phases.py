@@ -37,7 +37,7 @@ class Phases:
         if self._phase is not None:
             self._seconds[self._phase] += now - self._since
         self._phase, self._since = PHASES.index(phase), now
-        self._group.enter(phase, self._step)
+        self._group.enter(phase, self._step, micro_batch)
         if self._listeners is not None:
             self._listeners(PhaseEntered(self._group.rank, self._step, phase, micro_batch))
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +49,11 @@ from unisono.state.shared import SharedState
 from unisono.state.training_state import TrainingState
 from unisono.sync.every_step import EveryStep, GatheredSquares, Rates
 from unisono.sync.holdings import Holdings
-from unisono.sync.ownership import OwnedBuffers, Owner, RunMemory
+from unisono.sync.ownership import Owner, RunMemory
 from unisono.sync.phases import Phases
+
+PATIENCE = 3
+"""Times the deadline that a worker waits where the launcher sees to those who make no progress for one."""
 
 
 @dataclass(slots=True)
@@ -112,7 +116,8 @@ def assemble(
     prepared = prepare(objects, config, place, feed)
     refuse_what_cannot_fit(prepared, config, machine_bytes())
     host, mesh = prepared.host, prepared.mesh
-    arena = _map(world.arena(host.size_bytes, alone=host.slots == 1), host.size_bytes)
+    rules = None if world.launcher != "unisono" or several else _rules(prepared, config)
+    arena = _map(world.arena(host.size_bytes, alone=host.slots == 1, rules=rules), host.size_bytes)
     memory = DeviceMemory(device) if device.type != "cpu" else lambda region: arena.tensor(region, torch.uint8)
     members = host.slots if several or world.members is None else world.members
     local = HostGroup(
@@ -122,7 +127,7 @@ def assemble(
         place.local_rank,
         range(members),
         1,
-        config.deadline_s,
+        config.deadline_s if rules is None else PATIENCE * config.deadline_s,
         memory=memory,
         names=place.local_name,
         teams=crews_of(mesh),
@@ -145,6 +150,23 @@ def assemble(
     except BaseException as error:
         group.close(error)
         raise
+
+
+def _rules(prepared: Prepared, config: TrainingConfig) -> dict[str, Any] | None:
+    """What the launcher is to do about lost workers; None where nothing can be survived in the same processes, so far.
+
+    Those who divide a layer compute nothing alone; a device's state dies with its worker; and replicas with states of
+    their own share nothing with others that could take over.
+    """
+    own_states = prepared.host.replicas > 1 and config.layout.model_workers > 1
+    if config.device != "cpu" or config.layout.tensor > 1 or own_states or prepared.host.slots == 1:
+        return None
+    return {
+        "on_loss": config.fault.on_loss,
+        "deadline_s": config.deadline_s,
+        "slots": prepared.host.slots,
+        "run_dir": config.run_dir,
+    }
 
 
 def _worker(
@@ -413,11 +435,7 @@ def _policy(
     joinable = state.memory.device.type == "cpu" and config.threads == 1
     owner = Owner(state, run_memory(local.slot), prepared.originals, prepared.teams, joinable)
 
-    def buffers() -> OwnedBuffers | None:
-        run = layout.buffer_run
-        return OwnedBuffers(run, owner.memory.image(run), state.buffers) if layout.buffers else None
-
-    holdings = Holdings(local.slot, prepared.owned, owner, optimizer, buffers, versions, local.header.slot, run_memory)
+    holdings = Holdings(local.slot, prepared.owned, owner, optimizer, versions, local.header.slot, run_memory)
     holdings.adopt(local.members)
     return EveryStep(
         group,

@@ -248,6 +248,17 @@ class CheckpointConfig(Section):
     at_end: bool = Field(True, description="Write one when training ends or is stopped.")
 
 
+class FaultConfig(Section):
+    """What happens when a worker is lost, hangs, or has to leave."""
+
+    on_loss: Literal["replace", "shrink", "wait", "stop"] = Field(
+        "replace",
+        description="A worker died or made no progress. replace: the others take over what it has not done, and a new "
+        "one takes its place. shrink: they go on without it. wait: they finish the step, and wait for the new one. "
+        "stop: the run ends.",
+    )
+
+
 class ObserveConfig(Section):
     """What is shown and recorded."""
 
@@ -283,12 +294,18 @@ class TrainingConfig(Section):
     wire: WireConfig = Field(default_factory=lambda: WireConfig())
     validation: ValidationConfig = Field(default_factory=lambda: ValidationConfig())
     checkpoint: CheckpointConfig = Field(default_factory=lambda: CheckpointConfig())
+    fault: FaultConfig = Field(default_factory=lambda: FaultConfig())
     observe: ObserveConfig = Field(default_factory=lambda: ObserveConfig())
     run_dir: str | None = Field(
         None,
         description="Where records and checkpoints go; default: the next free `runs/TASK-NNN` (`Trainer`: nowhere).",
     )
-    deadline_s: float = Field(300.0, gt=0, description="Seconds that a worker may wait for another.")
+    deadline_s: float = Field(
+        300.0,
+        gt=0,
+        description="Seconds that a worker may make no progress, or wait for others that make none; a worker that is "
+        "slower than that by nature has 20 times what its operations take.",
+    )
 
     @model_validator(mode="after")
     def _divides(self) -> Self:

@@ -81,6 +81,29 @@ class StepFinished(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerLost(Event):
+    """A worker died in step ``step``; ``how`` it did, and the micro-batches that others computed in its place, by rank.
+
+    Ranks are those of the start: a worker that takes a lost one's place has its rank.
+    """
+
+    step: int
+    rank: int
+    how: str
+    taken_over: Mapping[int, Sequence[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class MembersChanged(Event):
+    """Other workers than before begin step ``step``; ``members`` are the ranks of all who do."""
+
+    step: int
+    members: Sequence[int]
+    joined: Sequence[int]
+    left: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
 class ValidationFinished(Event):
     """The state after ``step`` was evaluated on the whole validation set."""
 

@@ -117,8 +117,7 @@ class Prepared:
             shares = owners(self.layout.flat, self.update, numbered, teams, kept)
             for slot, share in zip(slots, shares, strict=True):
                 result[slot] = list(runs(self.layout.flat, self.update, share))
-            if self.layout.buffers:
-                result[min(sharing)].append(self.layout.buffer_run)
+            result[min(sharing)].append(self.layout.buffer_run)
         return result
 
     @property

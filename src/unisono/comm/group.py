@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unisono.comm.canonical import Cover
 from unisono.comm.partial import Partial
-from unisono.events import WireUse
+from unisono.events import Event, WireUse
 from unisono.plan.roster import Loss
 from unisono.run.summation import Node
 
@@ -51,6 +51,10 @@ class Group(Protocol):
     @property
     def members(self) -> Sequence[int]:
         """The slots of those of this host who train in this step."""
+
+    @property
+    def deadline_s(self) -> float:
+        """Seconds that any wait may take."""
 
     @property
     def owners(self) -> "Group":
@@ -110,6 +114,10 @@ class Group(Protocol):
         it is to be called again.
         """
 
+    @property
+    def leaves(self) -> bool:
+        """Whether this worker is to leave now, and the others go on."""
+
     def set_flags(self, flags: int) -> None:
         """Requests (`STOP`) to go with the next step that is published."""
 
@@ -129,6 +137,9 @@ class Group(Protocol):
     def wire_use(self) -> WireUse | None:
         """What the last step's exchange between hosts took; None where there is none."""
 
+    def news(self) -> list[Event]:
+        """What has happened to the group since it was last asked."""
+
     def report(self, step: int, seconds: Sequence[float]) -> None:
         """Leave this worker's seconds in each phase of a step for others to read."""
 
@@ -143,6 +154,18 @@ class Group(Protocol):
 
     def restore_compression(self, tensors: Mapping[str, Tensor]) -> None:
         """On the first worker of every host: take up what the first host was given; what is missing begins anew."""
+
+    def leave_known(self, data: bytes) -> None:
+        """Leave what a worker that joins must know besides the state; all members leave the same."""
+
+    def known(self) -> bytes:
+        """What was left for those who join."""
+
+    def conclude(self) -> None:
+        """No step follows: agree on who is the chief from now on."""
+
+    def end(self) -> None:
+        """Training is over: nobody joins any more, and nobody is replaced."""
 
     def close(self, cause: BaseException | None = None) -> None:
         """Let go of connections; no call follows.

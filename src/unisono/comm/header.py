@@ -5,6 +5,7 @@ one flight recorder for each slot. It lies at the arena's start, so that the lau
 trained, can read it. No torch here.
 """
 
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ _HEADER_WORDS = _LOST + LOSSES_KEPT
 # Words of a slot.
 _DONE, _SEQUENCE, _FLAGS, _ACTIVITY, _LAYOUT, _MICRO_BATCH, _OPERATIONS, _HELLO = 0, 1, 2, 3, 4, 5, 6, 7
 UNDO_VERSION, UNDO_RUN, UNDO_PLACE = 8, 9, 10
-_SEEN, _HALTED, _READY, _ASKED, _WAITING, _ADMIT, _PUBLISHED = 11, 12, 13, 14, 15, 16, 32
+_SEEN, _HALTED, _READY, _ASKED, _BEATS, _ADMIT, _PUBLISHED = 11, 12, 13, 14, 15, 16, 32
 ENTRIES = 256  # published subtrees: two a level of the largest tree, and one a round (see `comm.rounds`)
 SLOT_WORDS = _PUBLISHED + ENTRIES
 
@@ -40,6 +41,23 @@ _OPERATION_BYTES = 64
 _TEXT_BYTES = _OPERATION_BYTES - WORD_BYTES
 
 ACTIVITIES = ("start", *PHASES, "validation", "checkpoint", "finish")
+
+
+_CAUSES = 1 << 16
+_SIGNALS = set(map(int, signal.Signals))
+
+
+class Cause(IntEnum):
+    """Why a worker is lost."""
+
+    SIGNAL = 1
+    EXIT = 2
+    HUNG = 3
+
+    @property
+    def words(self) -> str:
+        """A sentence's part, with a place for the signal or exit code."""
+        return {1: "was killed by {}", 2: "ended with exit code {}", 3: "made no progress, and was ended"}[self]
 
 
 class Course(IntEnum):
@@ -130,6 +148,11 @@ class Header:
             raise ValueError("not an arena of this version")
         self._words[_MAGIC] = MAGIC
 
+    def release(self) -> None:
+        """Let go of the memory; nothing is read or written after."""
+        for view in (self._times, self._operations, self._words):
+            view.release()
+
     def slot(self, slot: int) -> memoryview:
         """The words of one slot."""
         start = _HEADER_WORDS + slot * SLOT_WORDS
@@ -194,12 +217,22 @@ class Header:
 
     def lost(self, number: int) -> int:
         """The slot of a loss, counted from 0."""
-        return self._words[_LOST + number % LOSSES_KEPT]
+        return self._words[_LOST + number % LOSSES_KEPT] % MOST_SLOTS
 
-    def lose(self, slot: int) -> None:
-        """The slot's worker is dead: whatever it has written is final. The launcher's word alone."""
+    def how(self, number: int) -> str:
+        """How a lost worker ended, for a reader."""
+        cause, what = divmod(self._words[_LOST + number % LOSSES_KEPT] // MOST_SLOTS, _CAUSES)
+        name = signal.Signals(what).name if cause in (Cause.SIGNAL, Cause.HUNG) and what in _SIGNALS else str(what)
+        return Cause(cause).words.format(name)
+
+    def lose(self, slot: int, cause: "Cause", what: int) -> None:
+        """The slot's worker is dead: whatever it has written is final. The launcher's word alone.
+
+        Arguments:
+            what: the signal or exit code.
+        """
         number = self.losses
-        self._words[_LOST + number % LOSSES_KEPT] = slot
+        self._words[_LOST + number % LOSSES_KEPT] = (cause * _CAUSES + what) * MOST_SLOTS + slot
         store_fence()
         self._words[_LOSSES] = number + 1
 
@@ -321,15 +354,13 @@ class Header:
         word, micro_batch = self._word(slot, _ACTIVITY), self._word(slot, _MICRO_BATCH)
         return ACTIVITIES[word & 0xFF], word >> 8, micro_batch - 1 if micro_batch else None
 
-    def waiting(self, slot: int) -> bool:
-        """Whether the slot's worker waits for others."""
-        return bool(self._word(slot, _WAITING))
+    def beat(self, slot: int) -> None:
+        """The slot's worker is alive, and waits for others."""
+        self._set_word(slot, _BEATS, self._word(slot, _BEATS) + 1)
 
-    def set_waiting(self, slot: int, operation: str | None) -> None:
-        """The slot's worker begins to wait for others, or does no more."""
-        if operation is not None:
-            self.note(slot, f"waits in {operation}")
-        self._set_word(slot, _WAITING, operation is not None)
+    def progress(self, slot: int) -> int:
+        """A number that changes as long as the slot's worker gets on, or waits for others."""
+        return self._word(slot, _OPERATIONS) + self._word(slot, _BEATS)
 
     def note(self, slot: int, text: str) -> None:
         """One more operation, in the slot's flight recorder."""
@@ -341,13 +372,9 @@ class Header:
         self._operations[at + WORD_BYTES + 1 : at + WORD_BYTES + 1 + len(data)] = data
         self._set_word(slot, _OPERATIONS, number + 1)
 
-    def operations(self, slot: int) -> int:
-        """How many operations the slot's worker has begun: a number that grows as long as it gets on."""
-        return self._word(slot, _OPERATIONS)
-
     def flight(self, slot: int) -> list[Operation]:
         """The slot's last operations, the oldest first."""
-        count, found = self.operations(slot), []
+        count, found = self._word(slot, _OPERATIONS), []
         for number in range(max(0, count - OPERATIONS_KEPT), count):
             at = (slot * OPERATIONS_KEPT + number % OPERATIONS_KEPT) * _OPERATION_BYTES
             length = self._operations[at + WORD_BYTES]

@@ -46,7 +46,7 @@ from unisono.comm.way import Way
 from unisono.comm.wire_state import WireState, gathered, restore, wire_regions, wire_state
 from unisono.comm.words import store_fence
 from unisono.errors import GroupError
-from unisono.events import PHASES, WireUse
+from unisono.events import PHASES, Event, WireUse
 from unisono.plan.assignment import Teams
 from unisono.plan.blocks import FlatLayout
 from unisono.plan.exchange import Bucket, host_shares, round_shares
@@ -469,6 +469,10 @@ class HierarchicalGroup:
         """An exchange of nothing."""
         self.all_gather(b"", operation)
 
+    def news(self) -> list[Event]:
+        """Who is lost here ends this group."""
+        return []
+
     def report(self, step: int, seconds: Sequence[float]) -> None:
         """Leave this worker's seconds in each phase."""
         self.local.report(step, seconds)
@@ -496,6 +500,30 @@ class HierarchicalGroup:
             return
         hosts = len(self.place.hosts.sizes)
         restore(self._wire_state, self._flat, self._way.compression, tensors, hosts, self.leaders.broadcast)
+
+    def leave_known(self, data: bytes) -> None:
+        """Nobody joins."""
+
+    def known(self) -> bytes:
+        """Nobody joins."""
+        return b""
+
+    def conclude(self) -> None:
+        """The first worker stays the chief: who is lost here ends this group."""
+
+    def end(self) -> None:
+        """Training is over."""
+        self.local.end()
+
+    @property
+    def leaves(self) -> bool:
+        """Nobody leaves alone."""
+        return False
+
+    @property
+    def deadline_s(self) -> float:
+        """Seconds that any wait may take."""
+        return self.local.deadline_s
 
     def revoke(self, cause: str = "") -> None:
         """End this generation on this host, and free whoever waits on its wires."""

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from unisono.comm.arena import Arena, Region
 from unisono.comm.canonical import Cover
-from unisono.comm.header import Agreement, Header, Publication
-from unisono.comm.host_layout import CAUSE_BYTES, MAILBOX_BYTES, HostLayout
+from unisono.comm.header import Agreement, Course, Header, Publication
+from unisono.comm.host_layout import CAUSE_BYTES, KNOWN_BYTES, MAILBOX_BYTES, HostLayout
 from unisono.comm.partial import Partial, PartialLayout
 from unisono.comm.roll import Roll
 from unisono.comm.waiting import Waiter
 from unisono.comm.words import store_fence
-from unisono.errors import LaunchError, ReplicaBroken
-from unisono.events import PHASES
+from unisono.errors import LaunchError, ReplicaBroken, RunOver
+from unisono.events import PHASES, Event
 from unisono.plan.roster import Loss, Lot, consecutive
 from unisono.run.summation import Node, covering, missing
 
@@ -69,12 +69,14 @@ class HostGroup:
         self._memory = memory or (lambda region: arena.tensor(region, torch.uint8))
         self.waiter = replace(
             waiter or Waiter(deadline_s, self.is_revoked),
-            revoked=self.is_revoked,
+            revoked=self._may_not_go_on,
             cause=self.cause,
-            told=lambda operation: self.header.set_waiting(slot, operation),
+            told=lambda operation: self.header.note(slot, f"waits in {operation}"),
+            beat=lambda: self.header.beat(slot),
         )
         self._views: dict[tuple[int, int], Partial] = {}
         self._message = self.header.sequence(slot)
+        self._told = 0  # losses of the step that the policy has heard of
         self._versions = [arena.words(layout.versions(replica)) for replica in range(layout.replicas)]
         self._reports = arena.bytes(layout.regions.named["reports"]).cast("d")
 
@@ -148,6 +150,38 @@ class HostGroup:
         prepare()
         return before
 
+    def leave_known(self, data: bytes) -> None:
+        """Leave what a worker that joins must know besides the state; all members leave the same."""
+        words = self.arena.bytes(self.layout.regions.named["known"])
+        if len(data) + 8 > KNOWN_BYTES:
+            raise ValueError(f"{len(data)} bytes for those who join; there is room for {KNOWN_BYTES - 8}")
+        words[8 : 8 + len(data)] = data
+        words[:8] = len(data).to_bytes(8, "little")
+
+    def known(self) -> bytes:
+        """What was left for those who join."""
+        words = self.arena.bytes(self.layout.regions.named["known"])
+        return bytes(words[8 : 8 + int.from_bytes(words[:8], "little")])
+
+    def conclude(self) -> None:
+        """No step follows: agree on who is the chief from now on."""
+        said = self.all_gather(self.header.losses.to_bytes(8, "little"), "agreement on the chief")
+        self.roll.conclude([int.from_bytes(word, "little") for word in said if word])
+
+    def end(self) -> None:
+        """Training is over: nobody joins any more, and nobody is replaced."""
+        self.header.course = Course.OVER
+
+    @property
+    def leaves(self) -> bool:
+        """Whether this worker is to leave now, and the others go on."""
+        return self.roll.roster is not None and self.roll.leaves
+
+    @property
+    def deadline_s(self) -> float:
+        """Seconds that any wait may take."""
+        return self.waiter.deadline_s
+
     def _settled(self, agreement: Agreement) -> bool:
         """Whether the state that a worker joins with is whole."""
         before = agreement.step - 1
@@ -167,6 +201,7 @@ class HostGroup:
     def begin(self, step: int, count: int) -> None:
         """Say what this worker knows, as the step begins."""
         self.roll.begin(step, count)
+        self._told = 0
         self._message = step << _MESSAGE_BITS
 
     def lot(self) -> Lot:
@@ -307,7 +342,7 @@ class HostGroup:
     ) -> Sequence[Loss]:
         """Wait until something is ready, once every micro-batch of the step is published.
 
-        Returns the workers that were lost before it was; none once it is ready.
+        Returns the workers that were lost since the step began, each once; none once it is ready.
 
         Arguments:
             grace_s: as of `all_gather`.
@@ -316,9 +351,9 @@ class HostGroup:
         def ready_or_lost() -> Sequence[Loss] | None:
             if ready():
                 return ()
-            before = len(self.roll.losses)
             self.roll.take_over(None)
-            return self.roll.losses[before:] or None
+            told, self._told = self._told, len(self.roll.losses)
+            return self.roll.losses[told:] or None
 
         waiter = replace(self.waiter, deadline_s=self.waiter.deadline_s + grace_s)
         return waiter(ready_or_lost, operation, absent)
@@ -411,6 +446,10 @@ class HostGroup:
         """No bytes leave the host."""
         return None
 
+    def news(self) -> list[Event]:
+        """Workers that were lost, have joined or left."""
+        return self.roll.news()
+
     def report(self, step: int, seconds: Sequence[float]) -> None:
         """Two rows in turn, so that a reader of the settled step is not overtaken."""
         start = (self.slot * 2 + step % 2) * len(PHASES)
@@ -441,6 +480,11 @@ class HostGroup:
             words[:2] = len(text).to_bytes(2, "little")
         store_fence()
         self.header.revoked = self._generation + 1
+
+    def _may_not_go_on(self) -> bool:
+        if self.header.course is Course.OVER:  # whoever waits then was let in for a step that did not come
+            raise RunOver("training was over before this worker could take part")
+        return self.is_revoked()
 
     def is_revoked(self) -> bool:
         """Whether this generation has ended."""

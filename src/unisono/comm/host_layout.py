@@ -10,6 +10,7 @@ from unisono.events import PHASES
 
 MAILBOX_BYTES = 1 << 16
 CAUSE_BYTES = 1 << 10
+KNOWN_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +111,7 @@ def host_layout(
     regions.add("snapshot", state_bytes, PAGE)
     regions.add("partials", slots * entries * _paged(partial_bytes), PAGE)
     regions.add("cause", CAUSE_BYTES)
+    regions.add("known", KNOWN_BYTES)
     if buckets:
         regions.add("ready", 8 * slots * buckets)
         regions.add("summed", 8 * (buckets + 2))

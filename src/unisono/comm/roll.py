@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from unisono.comm.group import LEAVE
 from unisono.comm.header import Agreement, Course, Header
 from unisono.errors import RunOver
+from unisono.events import Event, MembersChanged, WorkerLost
 from unisono.plan.roster import Loss, Lot, StepRoster, next_members, whole_replicas
 
 
@@ -43,10 +44,12 @@ class Roll:
         self._seen = self._handled = 0  # losses that the members take account of, and those that this step does
         self._agreed = Agreement(0, 0, self.chief, self.members)
         self.roster: StepRoster | None = None
+        self._news: list[Event] = []
 
     def begin(self, step: int, count: int) -> None:
         """A step begins, with those who were agreed on."""
         if self._agreed.step == step:
+            self._note_change(self._agreed)
             self.members, self.chief, self._seen = self._agreed.members, self._agreed.chief, self._agreed.seen
         self.step, self._handled = step, self._seen
         self.roster = StepRoster(self._replicas, self.members, count)
@@ -57,6 +60,18 @@ class Roll:
         ready = [slot for slot in range(header.slots) if slot not in present and header.ready(slot)]
         header.say_hello(self._slot, step, seen, ready)
         header.course = max(header.course, Course.TRAINING)
+
+    def _note_change(self, agreed: Agreement) -> None:
+        before, after = set(self.members), set(agreed.members)
+        lost = {self._header.lost(number) for number in range(self._seen, agreed.seen)}
+        joined, left = sorted((after - before) | (after & lost)), sorted(before - after - lost)
+        if joined or left or before - after:
+            self._news.append(MembersChanged(agreed.step, agreed.members, joined, left))
+
+    def news(self) -> list[Event]:
+        """What has happened since it was last asked."""
+        news, self._news = self._news, []
+        return news
 
     def is_lost(self, slot: int) -> bool:
         """Whether a member's worker is dead, agreed on or not."""
@@ -85,6 +100,8 @@ class Roll:
                     break
                 taken = roster.lose(slot, published or (lambda lot: set(lot.micro_batches)))
                 mine += taken.get(self._slot, ())
+                given = {heir: list(part) for heir, part in taken.items() if part}
+                self._news.append(WorkerLost(self.step, slot, header.how(number), given))
             self._handled += 1
         return mine
 

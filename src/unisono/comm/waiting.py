@@ -28,7 +28,8 @@ class Waiter:
         deadline_s: seconds after which a wait raises.
         revoked: whether this worker's generation has ended.
         cause: why it has, where that is known.
-        told: called with the operation when a wait begins, and with None when it ends.
+        told: called with the operation as a wait begins.
+        beat: called again and again while it lasts.
         clock: seconds, monotonic; replaced in tests.
         sleep: called with seconds; replaced in tests.
     """
@@ -36,7 +37,8 @@ class Waiter:
     deadline_s: float
     revoked: Callable[[], bool]
     cause: Callable[[], str] = str
-    told: Callable[[str | None], None] = lambda operation: None
+    told: Callable[[str], None] = lambda operation: None
+    beat: Callable[[], None] = lambda: None
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
 
@@ -51,12 +53,6 @@ class Waiter:
         if result is not None:
             return result
         self.told(operation)
-        try:
-            return self._wait(ready, operation, missing)
-        finally:
-            self.told(None)
-
-    def _wait(self, ready: Callable[[], T | None], operation: str, missing: Callable[[], str]) -> T:
         started = self.clock()
         while True:
             result = ready()
@@ -70,6 +66,7 @@ class Waiter:
                     f"{operation} waited {waited:.1f} s (deadline {self.deadline_s:g} s) at {_caller()}; {missing()}"
                 )
             if waited > SPIN_S:
+                self.beat()
                 self.sleep(min(max(FIRST_SLEEP_S, LATE * waited), LONGEST_SLEEP_S))
 
 

@@ -55,10 +55,14 @@ class ArenaKeeper:
 
     def __init__(self) -> None:
         self._kept: dict[str, tuple[int, int]] = {}
+        self._released: set[str] = set()
 
     def answer(self, connection: socket.socket, request: Message) -> None:
-        """Reply to ``{"op": "arena", "name": ..., "size_bytes": ...}``."""
+        """Reply to ``{"op": "arena", "name": ..., "size_bytes": ..., "rules": ...}``."""
         name, size_bytes = str(request["name"]), int(request["size_bytes"])
+        if name in self._released:
+            send(connection, {"over": True})
+            return
         try:
             if name not in self._kept:
                 self._kept[name] = (create_descriptor(size_bytes), size_bytes)
@@ -73,12 +77,18 @@ class ArenaKeeper:
             return
         send(connection, {"op": "arena"}, [descriptor])
 
+    def descriptor(self, name: str) -> int | None:
+        """That of an arena, which stays the keeper's."""
+        return self._kept[name][0] if name in self._kept else None
+
     def release(self, name: str) -> None:
         """Let go of an arena; its memory is freed with the last worker's mapping."""
         if name in self._kept:
             os.close(self._kept.pop(name)[0])
+            self._released.add(name)
 
     def close(self) -> None:
         """Let go of all."""
         for name in list(self._kept):
             self.release(name)
+        self._released.clear()

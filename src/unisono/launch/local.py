@@ -1,5 +1,6 @@
 """Workers on this host: started from a fork server, watched, and ended together."""
 
+import contextlib
 import os
 import selectors
 import signal
@@ -14,10 +15,12 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from unisono.errors import ConfigurationError, LaunchError, UnisonoError, WorkerFailed
+from unisono.fault.rules import Verdict
 from unisono.launch.board import Board
-from unisono.launch.control import ADDRESS, HOSTS, ArenaKeeper, Message, pair, receive, send
+from unisono.launch.control import ADDRESS, HOSTS, JOINS, ArenaKeeper, Message, pair, receive, send
 from unisono.launch.nodes import Failure, Nodes, free_port
 from unisono.launch.process import kill_group
+from unisono.launch.survival import POLL_S, Subject, Survival
 from unisono.plan.hosts import Hosts, evenly
 
 END_DEADLINE_S = 5.0
@@ -35,9 +38,24 @@ class _Worker:
     log: int | None
     pid: int = 0
     handle: int = -1
+    stacks: int = -1
+    joins: bool = False
     status: int | None = None
+    lost: bool = False
     result: Any = None
     error: Message | None = None
+
+    @property
+    def subject(self) -> Subject:
+        """As it is watched."""
+        return Subject(self.rank, self.pid, self.handle, self.stacks)
+
+    def close(self) -> None:
+        """Let go of what leads to it."""
+        self.control.close()
+        for descriptor in (self.handle, self.log, self.stacks):
+            if descriptor is not None and descriptor >= 0:
+                os.close(descriptor)
 
 
 class Heard(Enum):
@@ -50,10 +68,31 @@ class Heard(Enum):
 
 @dataclass(slots=True)
 class Ending:
-    """How a set of workers ended in good order: their results by rank, and whether the user had interrupted."""
+    """How a set of workers ended in good order: their results by rank, and whether the user had interrupted.
+
+    A worker that was lost, or that left before the end, has none.
+    """
 
     results: list[Any]
     interrupted: bool = False
+
+    @property
+    def result(self) -> Any:
+        """That of the first worker that has one."""
+        return next((result for result in self.results if result is not None), None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """What workers are started with, and again those who take a lost one's place."""
+
+    target: Message
+    show_all: bool
+    output: int
+
+
+class _StartAgain(Exception):
+    """A worker was lost before training began: all start once more."""
 
 
 def _error_of(failure: Failure) -> UnisonoError:
@@ -94,6 +133,11 @@ class LocalLauncher:
         self._reported = False
         self._workers: list[_Worker] = []
         self._interrupts = 0
+        self._restarts = 0
+        self._task = _Task({}, False, STANDARD_OUTPUT)
+        self._survival = Survival()
+        self._attached = ""
+        self._selector: selectors.BaseSelector
 
     def __enter__(self) -> Self:
         return self
@@ -159,18 +203,15 @@ class LocalLauncher:
         """
         self._await_server()
         self._interrupts = 0
-        self._reported = False
-        self._workers = []
-        self._board = Board()
-        self._placed, ranks = self._place(workers, hosts, together)
+        self._task = _Task(target, show_all, output)
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
-            for rank in ranks:
-                self._workers.append(self._start(rank, target, show_all, output))
-                self._await_fork(self._workers[-1])
-            self._watch()
-            self._raise_failure()
-            return Ending([w.result for w in self._workers], self._interrupts > 0)
+            self._restarts = 0
+            while True:
+                try:
+                    return self._run_set(workers, hosts, together)
+                except _StartAgain:
+                    self._restarts += 1
         except BaseException as error:
             if self._nodes is not None:
                 self._nodes.fail(str(error) or "interrupted", getattr(error, "exit_code", 1))
@@ -178,14 +219,29 @@ class LocalLauncher:
                 print("\x1b[?25h", end="", flush=True)
             raise
         finally:
-            self._kill_workers()
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+    def _run_set(self, workers: int, hosts: int, together: int) -> Ending:
+        """Start all workers, and wait until they have ended."""
+        self._reported = False
+        self._workers, self._board, self._survival, self._attached = [], Board(), Survival(), ""
+        self._placed, ranks = self._place(workers, hosts, together)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._server, selectors.EVENT_READ)
+        try:
+            for rank in ranks:
+                self._workers.append(self._start(rank))
+                self._await_fork(self._workers[-1])
+            self._watch()
+            self._raise_failure()
+            return Ending([w.result for w in self._workers], self._interrupts > 0)
+        finally:
+            self._kill_workers()
+            self._survival.detach()
+            self._selector.close()
             for worker in self._workers:
-                worker.control.close()
-                for descriptor in (worker.handle, worker.log):
-                    if descriptor is not None and descriptor >= 0:
-                        os.close(descriptor)
+                worker.close()
             self._workers = []
             self._keeper.close()
 
@@ -206,12 +262,20 @@ class LocalLauncher:
             raise LaunchError(f"the fork server ended before it was ready (exit code {self._process.wait()})")
         self._ready = True
 
-    def _start(self, rank: int, target: Message, show_all: bool, output: int) -> _Worker:
+    def _start(self, rank: int, *, joins: bool = False) -> _Worker:
+        """Ask the server for a worker.
+
+        Arguments:
+            joins: those who train already.
+        """
         ours, theirs = pair()
-        visible = show_all or rank == 0
+        task = self._task
+        visible = task.show_all or (rank == 0 and not joins)
         log = None if visible else os.memfd_create(f"unisono-log-{rank}")
-        output = output if log is None else log
+        output = task.output if log is None else log
         errors = STANDARD_ERROR if log is None else log
+        stacks = os.memfd_create(f"unisono-stacks-{rank}")
+        os.set_blocking(stacks, True)
         sys.stdout.flush()
         hosts = self._placed
         host, local_rank = hosts.place(rank)
@@ -225,14 +289,17 @@ class LocalLauncher:
             "MASTER_PORT": str(self._port if self._nodes is None else self._nodes.master_port),
             HOSTS: ",".join(map(str, hosts.sizes)),
             ADDRESS: LOOPBACK if self._nodes is None else self._nodes.address,
+            **({JOINS: "1"} if joins else {}),
         }
         send(
             self._server,
-            {"op": "fork", "rank": rank, "target": target, "environment": environment},
-            [theirs.fileno(), output, errors],
+            {"op": "fork", "rank": rank, "target": task.target, "environment": environment},
+            [theirs.fileno(), output, errors, stacks],
         )
         theirs.close()
-        return _Worker(rank, ours, log)
+        worker = _Worker(rank, ours, log, stacks=stacks, joins=joins)
+        self._selector.register(ours, selectors.EVENT_READ, worker)
+        return worker
 
     def _await_fork(self, worker: _Worker) -> None:
         while worker.pid == 0:
@@ -240,23 +307,22 @@ class LocalLauncher:
 
     def _watch(self) -> None:
         """Serve the workers until all have ended, or one has failed."""
-        selector = selectors.DefaultSelector()
-        selector.register(self._server, selectors.EVENT_READ)
-        for worker in self._workers:
-            selector.register(worker.control, selectors.EVENT_READ, worker)
+        selector = self._selector
         if self._nodes is not None:
             selector.register(self._nodes, selectors.EVENT_READ, self._nodes)
         patience: float | None = None
         while not self._all_ended():
             timeout = None if patience is None else max(0.0, patience - time.monotonic())
-            ready = selector.select(timeout)
-            for key, _ in ready:
+            if self._survival.watching:
+                timeout = POLL_S if timeout is None else min(timeout, POLL_S)
+            for key, _ in selector.select(timeout):
                 if key.data is None:
                     self._hear_server()
                 elif key.data is self._nodes:
                     self._nodes.poll()
                 elif self._hear_worker(key.data) is Heard.END:
                     selector.unregister(key.fileobj)
+            self._survive()
             cause, consequence = self._failures()
             elsewhere = self._nodes is not None and self._nodes.failure is not None
             if cause or elsewhere or self._interrupts > 1:
@@ -265,7 +331,38 @@ class LocalLauncher:
                 patience = time.monotonic() + CONSEQUENCE_PATIENCE_S
             if patience is not None and time.monotonic() >= patience:
                 break
-        selector.close()
+
+    def _survive(self) -> None:
+        """Go on without those who have ended, where that can be; end those who hang.
+
+        Raises:
+            _StartAgain: where nothing was trained yet.
+        """
+        for number, worker in enumerate(self._workers):
+            if worker.status and not worker.error and not worker.lost and self._interrupts < 2:
+                self._let_go(number, worker)
+        alive = [w for w in self._workers if w.status is None and w.handle >= 0]
+        for subject, sentence in self._survival.silent([w.subject for w in alive]):
+            self._survival.hung.add(subject.process)
+            if self._survival.stops:
+                self._survival.failure = WorkerFailed(sentence)
+            kill_group(subject.process)
+
+    def _let_go(self, number: int, worker: _Worker) -> None:
+        """A worker has ended, not in good order."""
+        assert worker.status is not None
+        last = all(w.status is not None for w in self._workers)
+        verdict = self._survival.ended(worker.rank, worker.pid, worker.status, self._restarts, last=last)
+        if verdict is Verdict.RESTART:
+            print(f"unisono: {self._how_it_ended(worker)}, before training began; all start again", file=sys.stderr)
+            raise _StartAgain
+        worker.lost = verdict is not Verdict.FAIL
+        if verdict is Verdict.REPLACE:
+            with contextlib.suppress(KeyError):  # its end was heard before
+                self._selector.unregister(worker.control)
+            worker.close()
+            self._workers[number] = self._start(worker.rank, joins=True)
+            self._await_fork(self._workers[number])
 
     def _all_ended(self) -> bool:
         """Whether all workers have ended: those of this host, and in good order those of the others."""
@@ -280,8 +377,13 @@ class LocalLauncher:
 
     def _failures(self) -> tuple[bool, bool]:
         """Whether a cause of failure is known, and whether a consequence of one is."""
-        causes = [w for w in self._workers if (w.error and not w.error["consequence"]) or (w.status and not w.error)]
-        return bool(causes), any(w.error for w in self._workers)
+        causes = [w for w in self._failed if not (w.error and w.error["consequence"])]
+        return bool(causes) or self._survival.failure is not None, any(w.error for w in self._workers)
+
+    @property
+    def _failed(self) -> list[_Worker]:
+        """Workers that have ended with an error, or in no good order and are not taken over from."""
+        return [w for w in self._workers if w.error or (w.status and not w.lost)]
 
     def _hear_server(self) -> None:
         message, descriptors = receive(self._server, 1)
@@ -315,17 +417,29 @@ class LocalLauncher:
             return Heard.END
         if message["op"] == "arena":
             self._keeper.answer(worker.control, message)
+            self._attach(message)
+        elif message["op"] == "output":
+            send(worker.control, {"op": "output"}, [self._task.output, STANDARD_ERROR])
         elif message["op"] in ("set", "get"):
             send(worker.control, self._board.answer(message))
             if self._nodes is not None and message["op"] == "set":
                 self._nodes.set(message["key"], message["value"])
         elif message["op"] == "release":
             self._keeper.release(message["name"])
+            if message["name"] == self._attached:
+                self._survival.detach()
         elif message["op"] == "result":
             worker.result = message["value"]
         elif message["op"] == "error" and worker.error is None:
             worker.error = message
         return Heard.MESSAGE
+
+    def _attach(self, message: Message) -> None:
+        """Watch an arena from the first time that it is asked for."""
+        descriptor = self._keeper.descriptor(message["name"])
+        if message.get("rules") and descriptor is not None and message["name"] != self._attached:
+            self._attached = message["name"]
+            self._survival.attach(descriptor, message["rules"])
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         """The first interrupt is passed on, and workers end in good order; the second ends them at once."""
@@ -344,10 +458,12 @@ class LocalLauncher:
         elsewhere = self._nodes.failure if self._nodes is not None else None
         if elsewhere is not None and not self._failures()[0]:
             raise _error_of(elsewhere)
-        failed = [w for w in self._workers if w.error] + [w for w in self._workers if w.status and not w.error]
+        failed = self._failed
+        if self._survival.failure is not None:
+            raise self._survival.failure
         if not failed:
             return
-        failed.sort(key=lambda w: (bool(w.error and w.error["consequence"]), w.rank))
+        failed.sort(key=lambda w: (bool(w.error and w.error["consequence"]), w.error is None, w.rank))
         worker = failed[0]
         if worker.error is None and self._interrupts and os.waitstatus_to_exitcode(worker.status or 0) == INTERRUPTED:
             raise KeyboardInterrupt

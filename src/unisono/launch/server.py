@@ -5,6 +5,7 @@ ends all of them, with their children, when the launcher is gone.
 """
 
 import contextlib
+import faulthandler
 import gc
 import importlib
 import os
@@ -14,6 +15,7 @@ import socket
 import sys
 from collections.abc import Sequence
 
+from unisono.fault.stacks import STACKS_SIGNAL
 from unisono.launch.control import Message, receive, send
 from unisono.launch.process import die_with_parent, kill_group, tasks
 
@@ -38,7 +40,7 @@ class ForkServer:
                 os.read(self._wake_read, 4096)
                 self._reap()
             if self._launcher.fileno() in ready:
-                message, descriptors = receive(self._launcher, 3)
+                message, descriptors = receive(self._launcher, 4)
                 if message is None:
                     break
                 if message["op"] == "preload":
@@ -88,7 +90,8 @@ class ForkServer:
             self._launcher.close()
             os.close(self._wake_read)
             os.close(self._wake_write)
-            control, output, errors = descriptors
+            control, output, errors, stacks = descriptors
+            faulthandler.register(STACKS_SIGNAL, os.fdopen(stacks, "w", closefd=False), all_threads=True)
             os.dup2(output, 1)
             os.dup2(errors, 2)
             os.close(output)

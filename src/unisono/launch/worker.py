@@ -14,7 +14,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from unisono.errors import GroupError, UnisonoError
+from unisono.errors import GroupError, RunOver, UnisonoError
 from unisono.launch.control import CONTROL, LONGEST_MESSAGE_BYTES, Message, send
 
 
@@ -42,6 +42,8 @@ def run(control: int, message: Message) -> int:
             print(end.code, file=sys.stderr)
     except KeyboardInterrupt:
         code = 130
+    except RunOver:  # it was to replace another, and was not needed any more
+        code = 0
     except BaseException as error:
         code = _tell(line, error)
     threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as the interpreter's own end does

@@ -7,9 +7,9 @@ import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from unisono.errors import LaunchError
+from unisono.errors import LaunchError, RunOver
 from unisono.launch.control import ADDRESS, CONTROL, HOSTS, JOINS, MEMBERS, Message, receive, send
 from unisono.launch.keeper import CONNECT_DEADLINE_S, connect
 from unisono.plan.hosts import Hosts
@@ -63,20 +63,24 @@ class World:
         """Workers that this host has room for."""
         return self.hosts.sizes[self.host]
 
-    def arena(self, size_bytes: int, *, alone: bool = False) -> int | None:
+    def arena(self, size_bytes: int, *, alone: bool = False, rules: Mapping[str, Any] | None = None) -> int | None:
         """The descriptor of the next arena, the same for all workers of a host; None where memory is not shared.
 
         Arguments:
             alone: this worker shares its memory with nobody.
+            rules: what the launcher is to do about lost workers (see `fault.rules.Rules`); None for ending the run.
 
         Raises:
             LaunchError: where it cannot be had.
+            RunOver: where that training is over.
         """
         self._arenas += 1
         if alone or self.local_size == 1:
             return None
-        request = {"op": "arena", "name": self._arena_name(), "size_bytes": size_bytes}
-        _, descriptors = self._ask(request, descriptors=1)
+        request = {"op": "arena", "name": self._arena_name(), "size_bytes": size_bytes, "rules": rules}
+        reply, descriptors = self._ask(request, descriptors=1)
+        if "over" in reply:
+            raise RunOver("training was over before this worker could take part")
         return descriptors[0]
 
     def _arena_name(self) -> str:

@@ -68,19 +68,19 @@ class CheckpointWriter:
         self._thread = threading.Thread(target=write, name="unisono-checkpoint")
         self._thread.start()
 
-    def poll(self) -> None:
-        """Report what has been finished.
+    def wait(self, seconds: float) -> None:
+        """Wait until nothing is being written, or for so long."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+
+    def finish(self) -> bool:
+        """Wait until nothing is being written, and report what has been; whether there was something.
 
         Raises:
             CheckpointError: where the last checkpoint could not be written.
         """
-        if self._thread is not None and not self._thread.is_alive():
-            self.finish()
-
-    def finish(self) -> None:
-        """Wait until nothing is being written; as `poll`."""
         if self._thread is None:
-            return
+            return False
         self._thread.join()
         outcome, self._thread, self._outcome = self._outcome, None, None
         if isinstance(outcome, UnisonoError):
@@ -89,6 +89,13 @@ class CheckpointWriter:
             raise CheckpointError(f"the checkpoint could not be written: {outcome!r}") from outcome
         if outcome is not None:
             self._saved(outcome)
+        return True
+
+    def abandon(self) -> None:
+        """Wait until nothing is being written, whatever came of it."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = self._outcome = None
 
     def _write(self, step: int, tensors: Iterable[tuple[str, Tensor]], about: Description) -> CheckpointSaved:
         started = time.perf_counter()

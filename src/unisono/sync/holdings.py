@@ -21,13 +21,12 @@ class Holdings:
         shares: who updates what.
         owner: prepares runs.
         optimizer: updates them.
-        buffers: as they are committed; None where there are none.
         versions: one word a block.
         row, memory: of a slot: its words, and where runs lie with its undo area.
 
     Attributes:
         runs: this worker's.
-        buffers: where it commits them.
+        buffers: the buffers, where it commits them.
         journal: its own.
     """
 
@@ -37,7 +36,6 @@ class Holdings:
         shares: Shares,
         owner: Owner,
         optimizer: BlockOptimizer,
-        buffers: Callable[[], OwnedBuffers | None],
         versions: memoryview,
         row: Callable[[int], memoryview],
         memory: Callable[[int], RunMemory],
@@ -46,7 +44,6 @@ class Holdings:
         self._shares = shares
         self._owner = owner
         self._optimizer = optimizer
-        self._make_buffers = buffers
         self._versions = versions
         self._row = row
         self._memory = memory
@@ -90,7 +87,7 @@ class Holdings:
 
     def _prepared(self, runs: Sequence[Run]) -> tuple[list[OwnedRun], OwnedBuffers | None]:
         trained = [run for run in runs if run != self._owner.buffer_run]
-        buffers = self._make_buffers() if len(trained) < len(runs) else None
+        buffers = self._owner.prepare_buffers() if len(trained) < len(runs) else None
         return self._owner.prepare(trained, self._optimizer), buffers
 
 

@@ -191,6 +191,10 @@ class Owner:
             result.append(OwnedRun(run, self.memory.image(run), spans, members, stretch, gradients, self._team(run)))
         return result
 
+    def prepare_buffers(self) -> OwnedBuffers:
+        """The buffers, which may be none, with all that their owner needs."""
+        return OwnedBuffers(self.buffer_run, self.memory.image(self.buffer_run), self.state.buffers)
+
     def _team(self, run: Run) -> int | None:
         flat = self._layout.flat
         uses = [flat.uses_of(p) for p in {block.parameter for block in flat.blocks[run.first : run.stop]}]

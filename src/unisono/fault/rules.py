@@ -1,0 +1,100 @@
+"""What is to be done about a worker that has ended: a pure decision."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from unisono.comm.header import Course
+
+MOST_RESTARTS = 2
+"""Of all workers, where one is lost before training begins."""
+MOST_EARLY_ENDS = 3
+"""Of workers in one place, one after another, that end before they have joined: then it stays empty."""
+COMPUTING = ("data", "compute")
+
+
+class Verdict(Enum):
+    """What follows from a worker's end."""
+
+    FAIL = "fail"  # the run ends
+    RESTART = "restart"  # nothing was trained yet: all workers start again
+    REPLACE = "replace"  # the others take over, and another takes its place
+    SHRINK = "shrink"  # the others take over
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What the run's configuration says, as workers tell their launcher.
+
+    Attributes:
+        on_loss: "replace", "shrink", "wait" or "stop".
+        deadline_s: seconds without progress after which a worker is ended.
+        slots: workers that the arena has room for.
+        run_dir: where reports go; None for nowhere.
+    """
+
+    on_loss: str
+    deadline_s: float
+    slots: int
+    run_dir: str | None = None
+
+    @classmethod
+    def read(cls, message: Mapping[str, Any]) -> "Rules":
+        """From a worker's message."""
+        return cls(str(message["on_loss"]), float(message["deadline_s"]), int(message["slots"]), message.get("run_dir"))
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """Where a worker was when it ended: its place, its process, and what it did; ``trained``: it had joined."""
+
+    slot: int
+    process: int
+    activity: str
+    step: int
+    micro_batch: int | None
+    trained: bool
+
+    @property
+    def where(self) -> str:
+        """For a reader."""
+        which = "" if self.micro_batch is None else f", micro-batch {self.micro_batch}"
+        return f"in {self.activity} of step {self.step}{which}"
+
+    def same_work(self, other: "Death") -> bool:
+        """Whether both computed the same micro-batch of the same step."""
+        computing = self.activity in COMPUTING and other.activity in COMPUTING
+        same = (self.step, self.micro_batch) == (other.step, other.micro_batch)
+        return computing and same and self.micro_batch is not None
+
+
+def decide(rules: Rules | None, course: Course, death: Death, before: Sequence[Death], restarts: int) -> Verdict:
+    """What follows.
+
+    Arguments:
+        rules: None where nothing can be survived.
+        course: of the training.
+        before: earlier deaths of the run.
+        restarts: how often all workers have been started again.
+    """
+    if rules is None or rules.on_loss == "stop" or course is Course.OVER:
+        return Verdict.FAIL
+    if course is Course.STARTING:
+        return Verdict.RESTART if restarts < MOST_RESTARTS else Verdict.FAIL
+    if poisoned(death, before) is not None:
+        return Verdict.FAIL
+    early = 0
+    for other in (death, *reversed(before)):
+        if other.slot == death.slot:
+            if other.trained:
+                break
+            early += 1
+    if rules.on_loss == "shrink" or early >= MOST_EARLY_ENDS:
+        return Verdict.SHRINK
+    return Verdict.REPLACE
+
+
+def poisoned(death: Death, before: Sequence[Death]) -> Death | None:
+    """The earlier death on the same micro-batch, if there is one: it would be that of every worker that tries."""
+    return next((other for other in before if death.same_work(other)), None)

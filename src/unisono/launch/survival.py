@@ -1,0 +1,156 @@
+"""What a host's launcher makes of its workers' ends and silences: it watches, decides, and tells the user."""
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from unisono.comm.header import Course
+from unisono.errors import WorkerFailed
+from unisono.fault.rules import Death, Rules, Verdict, decide, poisoned
+from unisono.fault.stacks import answer, ask, source_line, state_of
+from unisono.fault.watch import Silence, Watch
+
+POLL_S = 0.05
+"""How often a launcher looks who gets on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A worker's process: its rank, and where its stacks are written."""
+
+    rank: int
+    process: int
+    handle: int
+    stacks: int
+
+
+@dataclass(slots=True)
+class Survival:
+    """Of one set of workers.
+
+    Attributes:
+        deaths: of workers so far.
+        failure: why the run cannot go on, where that was found here.
+        hung: processes that were ended because they made no progress.
+    """
+
+    deaths: list[Death] = field(default_factory=list)
+    failure: WorkerFailed | None = None
+    hung: set[int] = field(default_factory=set)
+    _watch: Watch | None = None
+
+    def attach(self, descriptor: int, rules: Mapping[str, Any]) -> None:
+        """A training begins, in this arena."""
+        self.detach()
+        self._watch = Watch(descriptor, Rules.read(rules))
+
+    def detach(self) -> None:
+        """It is over."""
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
+
+    @property
+    def watching(self) -> bool:
+        """Whether there is something to be looked at, again and again."""
+        return self._watch is not None
+
+    @property
+    def stops(self) -> bool:
+        """Whether a worker that hangs ends the run."""
+        return self._watch is not None and self._watch.rules.on_loss == "stop"
+
+    @property
+    def committed(self) -> int | None:
+        """The last step that is committed; None where nothing is trained."""
+        return self._watch.header.committed if self._watch is not None else None
+
+    def ended(self, rank: int, process: int, status: int, restarts: int, *, last: bool) -> Verdict:
+        """A worker's process has ended, not in good order; what follows. Those who live may go by it on return.
+
+        Arguments:
+            status: as ``waitpid`` gives it.
+            restarts: how often all have been started again.
+            last: no other lives.
+        """
+        watch = self._watch
+        if watch is None:
+            return Verdict.FAIL
+        death = watch.death(rank, process)
+        verdict = decide(watch.rules, watch.course, death, self.deaths, restarts)
+        if verdict in (Verdict.REPLACE, Verdict.SHRINK) and last:
+            verdict = Verdict.FAIL
+        if verdict is Verdict.FAIL and watch.course is Course.TRAINING:
+            self._say_why_not(death)
+        self.deaths.append(death)
+        if verdict in (Verdict.REPLACE, Verdict.SHRINK):
+            watch.lose(rank, status, hung=process in self.hung)
+            how = watch.header.how(watch.header.losses - 1)
+            then = ", and another takes its place" if verdict is Verdict.REPLACE else ""
+            _say(f"worker {rank} (process {process}) {how} {death.where}; the others take over its work{then}")
+        return verdict
+
+    def _say_why_not(self, death: Death) -> None:
+        """A micro-batch of which two workers died would be the end of all."""
+        other = poisoned(death, self.deaths)
+        if other is not None and self._watch is not None and self._watch.rules.on_loss != "stop":
+            self.failure = WorkerFailed(
+                f"two workers died {death.where}: process {other.process}, then process {death.process}, which "
+                "computed it in its place; whatever it is, no other worker is given it. To see it alone, with the same "
+                f"bits: train with one worker (-n 1), from the newest checkpoint (--resume), to steps={death.step}; "
+                f"it is micro-batch {death.micro_batch} of that step"
+            )
+
+    def silent(self, subjects: Sequence[Subject]) -> list[tuple[Subject, str]]:
+        """Those who make no progress, each with a sentence; a report of all is written."""
+        if self._watch is None:
+            return []
+        by_rank = {subject.rank: subject for subject in subjects if subject.process not in self.hung}
+        found = self._watch.silent(list(by_rank))
+        if not found:
+            return []
+        sizes = {subject.rank: os.fstat(subject.stacks).st_size for subject in subjects}
+        for subject in subjects:
+            ask(subject.handle)
+        stacks = {subject.rank: answer(subject.stacks, sizes[subject.rank]) for subject in subjects}
+        told = [(by_rank[s.slot], self._sentence(s, by_rank[s.slot], stacks[s.slot])) for s in found]
+        self._report([sentence for _, sentence in told], subjects, stacks)
+        return told
+
+    def _sentence(self, silence: Silence, subject: Subject, stacks: str) -> str:
+        which = "" if silence.micro_batch is None else f", micro-batch {silence.micro_batch}"
+        state = state_of(subject.process)
+        at = source_line(stacks) or ("its process is stopped" if state == "T" else f"no stack, process state {state}")
+        return (
+            f"worker {subject.rank} (process {subject.process}) has made no progress for {silence.seconds:.1f} s "
+            f"(it may take {silence.limit_s:.1f} s): {silence.activity} of step {silence.step}{which}, at {at}"
+        )
+
+    def _report(self, sentences: Sequence[str], subjects: Sequence[Subject], stacks: Mapping[int, str]) -> None:
+        """Tell the user; the stacks of all, and what each did last, go into a file where there is a directory."""
+        assert self._watch is not None
+        shown, recorded = list(sentences), list(sentences)
+        now = time.monotonic()
+        for subject in subjects:
+            text = stacks[subject.rank].strip() or "no stack: its process does not answer"
+            part = f"stacks of worker {subject.rank} (process {subject.process}):\n{text}"
+            shown.append(part)
+            flight = [f"{now - o.at_s:12.6f} s ago  {o.text}" for o in self._watch.header.flight(subject.rank)]
+            recorded += [part, f"last operations of worker {subject.rank}:", *flight]
+        run_dir = self._watch.rules.run_dir
+        if run_dir is not None and Path(run_dir).is_dir():
+            path = Path(run_dir) / f"hang-{len(list(Path(run_dir).glob('hang-*.txt'))) + 1:03d}.txt"
+            with contextlib.suppress(OSError):  # a full disk is no reason to leave the hang as it is
+                path.write_text("\n".join(recorded) + "\n", encoding="utf-8")
+                shown.append(f"the last operations of all workers are in {path}")
+        for line in shown:
+            _say(line)
+
+
+def _say(text: str) -> None:
+    print(f"unisono: {text}", file=sys.stderr, flush=True)

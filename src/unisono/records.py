@@ -1,0 +1,125 @@
+"""What the chief keeps of a run: its directory, its observers, its checkpoints; the next one's when it is lost.
+
+All workers come to the same events; those of the others are remembered for a few steps, in case they become chief.
+"""
+
+import json
+import os
+from collections import deque
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from unisono.config import TrainingConfig, to_yaml
+from unisono.errors import ConfigurationError
+from unisono.events import Emitter, Event, Listener, StepFinished, ValidationFinished
+from unisono.launch.runs import lock, write_config
+from unisono.observe.choose import observers
+from unisono.observe.records import EVENTS
+from unisono.state.checkpoint import DIRECTORY, remove_leftovers, steps_in
+from unisono.state.writer import CheckpointWriter, Retention
+
+REMEMBERED = 64
+TAIL_BYTES = 1 << 16
+
+
+class Records:
+    """One worker's, open while it is the chief.
+
+    Arguments:
+        config: the run's.
+        callbacks: the user's, which hear every event.
+
+    Attributes:
+        writer: of checkpoints; None where there is no directory for them, or this worker is not the chief.
+        observed: whether anybody but callbacks listens.
+    """
+
+    def __init__(self, config: TrainingConfig, callbacks: Sequence[Listener]) -> None:
+        self._config = config
+        self._callbacks = callbacks
+        self.run_dir = Path(config.run_dir) if config.run_dir is not None else None
+        self.writer: CheckpointWriter | None = None
+        self.observed = False
+        self._emit: Emitter | None = None
+        self._unsaid: deque[Event] = deque(maxlen=REMEMBERED)
+        self._open = ExitStack()
+
+    @property
+    def kept_here(self) -> bool:
+        """Whether this worker keeps them."""
+        return self._emit is not None
+
+    def __call__(self, event: Event) -> None:
+        """Tell listeners, or remember it."""
+        if self._emit is not None:
+            self._emit(event)
+        else:
+            self._unsaid.append(event)
+
+    def begin(self, *, resume: bool) -> None:
+        """This worker is the chief from the start.
+
+        Raises:
+            ConfigurationError: where the directory cannot be used.
+        """
+        if self.run_dir is not None:
+            checkpoints = self.run_dir / DIRECTORY
+            if not resume and steps_in(checkpoints):
+                raise ConfigurationError(
+                    f"{self.run_dir} holds the checkpoints of a run (the last at step {steps_in(checkpoints)[0]}); "
+                    "resume it (--resume, or fit(resume=True)), or give another run_dir"
+                )
+        self._keep()
+        if self.run_dir is not None:
+            for name in ("config.yaml.tmp", "report.html.tmp"):
+                (self.run_dir / name).unlink(missing_ok=True)
+            write_config(self.run_dir, to_yaml(self._config))
+
+    def take_over(self, step: int) -> None:
+        """The chief is lost, and this worker is the next: say what it could not.
+
+        Arguments:
+            step: the first that the lost chief may not have told of, where there is no record of it.
+        """
+        said = self._said()
+        self._keep()
+        unsaid, self._unsaid = self._unsaid, deque(maxlen=REMEMBERED)
+        for event in unsaid:
+            if isinstance(event, StepFinished | ValidationFinished):
+                before = said.get(type(event).__name__, step - 1 if self.run_dir is None else -1)
+                if event.step <= before:
+                    continue
+            self(event)
+
+    def _keep(self) -> None:
+        if self.run_dir is not None:
+            self._open.callback(os.close, lock(self.run_dir))
+            remove_leftovers(self.run_dir / DIRECTORY)
+            retention = Retention(self._config.checkpoint.keep, self._config.checkpoint.keep_best)
+            self.writer = CheckpointWriter(self.run_dir / DIRECTORY, retention, self)
+            self._open.callback(self.writer.abandon)
+        chosen = observers(self._config.observe, self.run_dir)
+        for observer in reversed(chosen):
+            self._open.callback(observer.close)
+        self.observed = bool(chosen)
+        self._emit = Emitter([*chosen, *self._callbacks])
+
+    def _said(self) -> dict[str, int]:
+        """The last step of each kind of event that is on record."""
+        found: dict[str, int] = {}
+        if self.run_dir is None or not (self.run_dir / EVENTS).exists():
+            return found
+        with (self.run_dir / EVENTS).open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
+            for line in file.read().splitlines():
+                try:
+                    record = json.loads(line)
+                    found[record["event"]] = record["step"]
+                except (ValueError, KeyError, TypeError):  # a line that was cut off, or that is of no step
+                    continue
+        return found
+
+    def close(self) -> None:
+        """Let go of everything, in whatever state."""
+        self._open.close()

@@ -52,8 +52,8 @@ from unisono.sync.holdings import Holdings
 from unisono.sync.ownership import Owner, RunMemory
 from unisono.sync.phases import Phases
 
-PATIENCE = 3
-"""Times the deadline that a worker waits where the launcher sees to those who make no progress for one."""
+PATIENCE, PATIENCE_S = 3, 10.0
+"""Times the deadline, and seconds besides, that a worker waits where the launcher sees to those who hang."""
 
 
 @dataclass(slots=True)
@@ -127,7 +127,7 @@ def assemble(
         place.local_rank,
         range(members),
         1,
-        config.deadline_s if rules is None else PATIENCE * config.deadline_s,
+        config.deadline_s if rules is None else PATIENCE * config.deadline_s + PATIENCE_S,
         memory=memory,
         names=place.local_name,
         teams=crews_of(mesh),

@@ -78,6 +78,8 @@ def decide(rules: Rules | None, course: Course, death: Death, before: Sequence[D
         before: earlier deaths of the run.
         restarts: how often all workers have been started again.
     """
+    if course is Course.OVER and not death.trained:
+        return Verdict.SHRINK  # it was not needed any more
     if rules is None or rules.on_loss == "stop" or course is Course.OVER:
         return Verdict.FAIL
     if course is Course.STARTING:

@@ -13,6 +13,8 @@ from unisono.fault.rules import Death, Rules
 
 SLOWER = 20
 """Times its median that an operation may take, where that is more than the deadline."""
+FIRST = 2
+"""Times the deadline that anything may take in a worker's first step, and before: much of it happens only once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +61,11 @@ class Watch:
     def death(self, slot: int, process: int) -> Death:
         """What a worker that has ended did last."""
         activity, step, micro_batch = self.header.doing(slot)
-        trained = self.header.hello(slot) > 0 and not self.header.ready(slot) and activity != "start"
-        return Death(slot, process, activity, step, micro_batch, trained)
+        return Death(slot, process, activity, step, micro_batch, self.trains(slot))
+
+    def trains(self, slot: int) -> bool:
+        """Whether a slot's worker takes part; one that has just started, or waits to be let in, does not."""
+        return self.header.doing(slot)[0] != "start"
 
     def lose(self, slot: int, status: int, *, hung: bool) -> None:
         """A worker's process has ended: whatever it has written is final, and the others may go by it.
@@ -73,17 +78,11 @@ class Watch:
         cause = Cause.HUNG if hung else Cause.SIGNAL if code < 0 else Cause.EXIT
         self.header.set_ready(slot, False)
         self.header.lose(slot, cause, abs(code))
-        self.forget(slot)
-
-    def forget(self, slot: int) -> None:
-        """Another worker has a slot now."""
+        self.header.set_activity(slot, "start", 0)  # whoever comes there next
         self._progress.pop(slot, None)
 
     def silent(self, slots: Sequence[int]) -> list[Silence]:
-        """Those who have given no sign for longer than they may; the longest first.
-
-        A worker's first step is left out: much of it happens only once.
-        """
+        """Those who have given no sign for longer than they may; the longest first."""
         if self.course is not Course.TRAINING:
             self._progress.clear()
             return []
@@ -92,13 +91,14 @@ class Watch:
             progress, (activity, step, micro_batch) = header.progress(slot), header.doing(slot)
             seen = self._progress.get(slot)
             if seen is None or seen.progress != progress:
-                first = step if seen is None else seen.first_step
-                self._progress[slot] = _Progress(progress, now, first)
+                joins = seen is None or seen.first_step == 0
+                self._progress[slot] = _Progress(progress, now, step if joins or seen is None else seen.first_step)
                 continue
             silence = now - seen.since
-            if silence <= self.rules.deadline_s or step <= seen.first_step:
+            if silence <= self.rules.deadline_s:
                 continue
-            limit = max(self.rules.deadline_s, SLOWER * self._median(slot, activity))
+            first = FIRST if step <= seen.first_step or activity == "start" else 1
+            limit = max(first * self.rules.deadline_s, SLOWER * self._median(slot, activity))
             if silence > limit:
                 found.append(Silence(slot, activity, step, micro_batch, silence, limit))
         return sorted(found, key=lambda silence: -silence.seconds)

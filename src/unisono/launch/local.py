@@ -8,12 +8,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from unisono.comm.header import Course
 from unisono.errors import ConfigurationError, LaunchError, UnisonoError, WorkerFailed
 from unisono.fault.rules import Verdict
 from unisono.launch.board import Board
@@ -110,10 +111,17 @@ class LocalLauncher:
     Arguments:
         environment: variables for the server and its workers.
         nodes: the launchers of the other hosts, where the run spans several.
+
+    Attributes:
+        survival: what is made of ends and silences.
+        each_turn: called again and again while workers run, at least every `turn_s`; chaos looks and strikes there.
     """
 
     def __init__(self, environment: Mapping[str, str] = os.environ, nodes: Nodes | None = None) -> None:
         self._nodes = nodes
+        self.survival = Survival()
+        self.each_turn: Callable[[], None] | None = None
+        self.turn_s = POLL_S
         self._keeper = ArenaKeeper()
         self._server, theirs = pair()
         command = [sys.executable, "-m", "unisono.launch.server", str(theirs.fileno()), str(os.getpid())]
@@ -135,7 +143,6 @@ class LocalLauncher:
         self._interrupts = 0
         self._restarts = 0
         self._task = _Task({}, False, STANDARD_OUTPUT)
-        self._survival = Survival()
         self._attached = ""
         self._selector: selectors.BaseSelector
 
@@ -225,7 +232,7 @@ class LocalLauncher:
     def _run_set(self, workers: int, hosts: int, together: int) -> Ending:
         """Start all workers, and wait until they have ended."""
         self._reported = False
-        self._workers, self._board, self._survival, self._attached = [], Board(), Survival(), ""
+        self._workers, self._board, self.survival, self._attached = [], Board(), Survival(), ""
         self._placed, ranks = self._place(workers, hosts, together)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._server, selectors.EVENT_READ)
@@ -238,7 +245,7 @@ class LocalLauncher:
             return Ending([w.result for w in self._workers], self._interrupts > 0)
         finally:
             self._kill_workers()
-            self._survival.detach()
+            self.survival.detach()
             self._selector.close()
             for worker in self._workers:
                 worker.close()
@@ -313,8 +320,8 @@ class LocalLauncher:
         patience: float | None = None
         while not self._all_ended():
             timeout = None if patience is None else max(0.0, patience - time.monotonic())
-            if self._survival.watching:
-                timeout = POLL_S if timeout is None else min(timeout, POLL_S)
+            if self.survival.watching or self.each_turn is not None:
+                timeout = self.turn_s if timeout is None else min(timeout, self.turn_s)
             for key, _ in selector.select(timeout):
                 if key.data is None:
                     self._hear_server()
@@ -322,6 +329,8 @@ class LocalLauncher:
                     self._nodes.poll()
                 elif self._hear_worker(key.data) is Heard.END:
                     selector.unregister(key.fileobj)
+            if self.each_turn is not None:
+                self.each_turn()
             self._survive()
             cause, consequence = self._failures()
             elsewhere = self._nodes is not None and self._nodes.failure is not None
@@ -341,18 +350,37 @@ class LocalLauncher:
         for number, worker in enumerate(self._workers):
             if worker.status and not worker.error and not worker.lost and self._interrupts < 2:
                 self._let_go(number, worker)
-        alive = [w for w in self._workers if w.status is None and w.handle >= 0]
-        for subject, sentence in self._survival.silent([w.subject for w in alive]):
-            self._survival.hung.add(subject.process)
-            if self._survival.stops:
-                self._survival.failure = WorkerFailed(sentence)
+        self._end_late_ones()
+        for subject, sentence in self.survival.silent(self.alive):
+            self.survival.hung.add(subject.process)
+            if self.survival.stops:
+                self.survival.failure = WorkerFailed(sentence)
             kill_group(subject.process)
+
+    def _end_late_ones(self) -> None:
+        """Those who were to join are not waited for once training is over and all others have ended."""
+        header = self.survival.header
+        if header is not None and header.course is not Course.OVER:
+            return
+        late = [w for w in self._workers if w.joins and w.status is None and not w.lost]
+        if late and all(w.status is not None for w in self._workers if w not in late):
+            for worker in late:
+                if not self.survival.trains(worker.rank):
+                    worker.lost = True
+                    kill_group(worker.pid)
+
+    @property
+    def alive(self) -> list[Subject]:
+        """The processes of workers that have not ended."""
+        return [w.subject for w in self._workers if w.status is None and w.handle >= 0]
 
     def _let_go(self, number: int, worker: _Worker) -> None:
         """A worker has ended, not in good order."""
         assert worker.status is not None
-        last = all(w.status is not None for w in self._workers)
-        verdict = self._survival.ended(worker.rank, worker.pid, worker.status, self._restarts, last=last)
+        others = [subject.rank for subject in self.alive]
+        verdict = self.survival.ended(
+            worker.rank, worker.pid, worker.status, self._restarts, others, joins=worker.joins
+        )
         if verdict is Verdict.RESTART:
             print(f"unisono: {self._how_it_ended(worker)}, before training began; all start again", file=sys.stderr)
             raise _StartAgain
@@ -378,7 +406,7 @@ class LocalLauncher:
     def _failures(self) -> tuple[bool, bool]:
         """Whether a cause of failure is known, and whether a consequence of one is."""
         causes = [w for w in self._failed if not (w.error and w.error["consequence"])]
-        return bool(causes) or self._survival.failure is not None, any(w.error for w in self._workers)
+        return bool(causes) or self.survival.failure is not None, any(w.error for w in self._workers)
 
     @property
     def _failed(self) -> list[_Worker]:
@@ -427,7 +455,7 @@ class LocalLauncher:
         elif message["op"] == "release":
             self._keeper.release(message["name"])
             if message["name"] == self._attached:
-                self._survival.detach()
+                self.survival.detach()
         elif message["op"] == "result":
             worker.result = message["value"]
         elif message["op"] == "error" and worker.error is None:
@@ -439,7 +467,7 @@ class LocalLauncher:
         descriptor = self._keeper.descriptor(message["name"])
         if message.get("rules") and descriptor is not None and message["name"] != self._attached:
             self._attached = message["name"]
-            self._survival.attach(descriptor, message["rules"])
+            self.survival.attach(descriptor, message["rules"])
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         """The first interrupt is passed on, and workers end in good order; the second ends them at once."""
@@ -459,8 +487,8 @@ class LocalLauncher:
         if elsewhere is not None and not self._failures()[0]:
             raise _error_of(elsewhere)
         failed = self._failed
-        if self._survival.failure is not None:
-            raise self._survival.failure
+        if self.survival.failure is not None:
+            raise self.survival.failure
         if not failed:
             return
         failed.sort(key=lambda w: (bool(w.error and w.error["consequence"]), w.error is None, w.rank))

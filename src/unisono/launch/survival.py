@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unisono.comm.header import Course
+from unisono.comm.header import Course, Header
 from unisono.errors import WorkerFailed
 from unisono.fault.rules import Death, Rules, Verdict, decide, poisoned
 from unisono.fault.stacks import answer, ask, source_line, state_of
@@ -43,6 +43,7 @@ class Survival:
     failure: WorkerFailed | None = None
     hung: set[int] = field(default_factory=set)
     _watch: Watch | None = None
+    _trained: set[int] = field(default_factory=set)
 
     def attach(self, descriptor: int, rules: Mapping[str, Any]) -> None:
         """A training begins, in this arena."""
@@ -52,6 +53,7 @@ class Survival:
     def detach(self) -> None:
         """It is over."""
         if self._watch is not None:
+            self._trained = {slot for slot in range(self._watch.rules.slots) if self._watch.trains(slot)}
             self._watch.close()
             self._watch = None
 
@@ -66,29 +68,40 @@ class Survival:
         return self._watch is not None and self._watch.rules.on_loss == "stop"
 
     @property
-    def committed(self) -> int | None:
-        """The last step that is committed; None where nothing is trained."""
-        return self._watch.header.committed if self._watch is not None else None
+    def header(self) -> Header | None:
+        """The words of the arena in which is trained; None where nothing is."""
+        return self._watch.header if self._watch is not None else None
 
-    def ended(self, rank: int, process: int, status: int, restarts: int, *, last: bool) -> Verdict:
+    def trains(self, rank: int) -> bool:
+        """Whether a worker takes part in the training, or has done so in the last."""
+        return self._watch.trains(rank) if self._watch is not None else rank in self._trained
+
+    def ended(
+        self, rank: int, process: int, status: int, restarts: int, others: Sequence[int], *, joins: bool
+    ) -> Verdict:
         """A worker's process has ended, not in good order; what follows. Those who live may go by it on return.
 
         Arguments:
             status: as ``waitpid`` gives it.
             restarts: how often all have been started again.
-            last: no other lives.
+            others: ranks of workers that live.
+            joins: it was to join those who train, or had done so.
         """
         watch = self._watch
         if watch is None:
-            return Verdict.FAIL
+            return Verdict.FAIL if not joins or self.trains(rank) else Verdict.SHRINK
         death = watch.death(rank, process)
         verdict = decide(watch.rules, watch.course, death, self.deaths, restarts)
-        if verdict in (Verdict.REPLACE, Verdict.SHRINK) and last:
+        if verdict is not Verdict.FAIL and watch.course is Course.TRAINING and not any(map(watch.trains, others)):
             verdict = Verdict.FAIL
-        if verdict is Verdict.FAIL and watch.course is Course.TRAINING:
+            self.failure = WorkerFailed(
+                f"worker {rank} (process {process}), the last that trained, has ended {death.where}, and nobody is "
+                "left to take over; resume from the newest checkpoint (--resume)"
+            )
+        elif verdict is Verdict.FAIL and watch.course is Course.TRAINING:
             self._say_why_not(death)
         self.deaths.append(death)
-        if verdict in (Verdict.REPLACE, Verdict.SHRINK):
+        if verdict in (Verdict.REPLACE, Verdict.SHRINK) and watch.course is Course.TRAINING:
             watch.lose(rank, status, hung=process in self.hung)
             how = watch.header.how(watch.header.losses - 1)
             then = ", and another takes its place" if verdict is Verdict.REPLACE else ""
@@ -114,10 +127,11 @@ class Survival:
         found = self._watch.silent(list(by_rank))
         if not found:
             return []
-        sizes = {subject.rank: os.fstat(subject.stacks).st_size for subject in subjects}
-        for subject in subjects:
+        running = [subject for subject in subjects if state_of(subject.process) != "T"]
+        sizes = {subject.rank: os.fstat(subject.stacks).st_size for subject in running}
+        for subject in running:
             ask(subject.handle)
-        stacks = {subject.rank: answer(subject.stacks, sizes[subject.rank]) for subject in subjects}
+        stacks = {s.rank: answer(s.stacks, sizes[s.rank]) if s in running else "" for s in subjects}
         told = [(by_rank[s.slot], self._sentence(s, by_rank[s.slot], stacks[s.slot])) for s in found]
         self._report([sentence for _, sentence in told], subjects, stacks)
         return told

@@ -102,10 +102,12 @@ def assemble(
     schedule: Schedule,
     listeners: Emitter | None,
     restore: Callable[[Prepared, Load], Restored],
+    stopping: Callable[[], bool],
 ) -> tuple[Worker, int]:
     """Share memory with the other workers, fill it, and build the engine.
 
     Arguments:
+        stopping: whether this worker was asked to stop.
         restore: called by rank 0 once the state holds its initial values; may load a checkpoint.
 
     Returns the worker and the step from which training starts.
@@ -142,7 +144,17 @@ def assemble(
         )
     try:
         worker, step = _worker(
-            objects, config, prepared, group, local, memory, feed, schedule, listeners, None if world.joins else restore
+            objects,
+            config,
+            prepared,
+            group,
+            local,
+            memory,
+            feed,
+            schedule,
+            listeners,
+            None if world.joins else restore,
+            stopping,
         )
         if world.joins:
             step = local.join(made, lambda: _take_state(prepared, local, worker.state, memory))
@@ -180,6 +192,7 @@ def _worker(
     schedule: Schedule,
     listeners: Emitter | None,
     restore: Callable[[Prepared, Load], Restored] | None,
+    stopping: Callable[[], bool],
 ) -> tuple[Worker, int]:
     """A worker over its group, and the step from which it starts.
 
@@ -227,7 +240,7 @@ def _worker(
     if objects.validation is not None:
         held_out = Feed(objects.validation, config.seed, "validation", objects.collate, device)
         evaluator = Evaluator(
-            group, replica, held_out, config.micro_batch_size, config.validation.samples, objects.metrics
+            group, replica, held_out, config.micro_batch_size, config.validation.samples, objects.metrics, stopping
         )
     return Worker(prepared, group, state, snapshot, replica, engine, evaluator, shared, offload), step
 

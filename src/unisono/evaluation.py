@@ -1,7 +1,7 @@
 """Evaluation on a whole dataset, shared out over the workers, with the same bits on any number of them."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,13 +12,15 @@ from unisono.comm.group import Group
 from unisono.data.feed import Feed
 from unisono.errors import ConfigurationError
 from unisono.parallel.replicated import Replica
-from unisono.plan.assignment import micro_batches
+from unisono.plan.roster import consecutive, divided
 from unisono.run.summation import Node, finish, subtrees
 
 Metrics = Callable[[Any, Any], Mapping[str, Any]]
 """(output, target) -> metrics by name: each a mean over the batch, or a pair (sum, weight)."""
 
 Sums = dict[str, tuple[float, float]]
+
+_STOPPED = b"stopped"
 
 RANDOM_KEY = 1 << 62
 """Keeps the random numbers of evaluation apart from those of any training step."""
@@ -30,10 +32,18 @@ class Evaluator:
     Arguments:
         feed: the validation samples; the first ``limit`` of them are used.
         batch_size: samples computed at once; the last batch may be smaller.
+        stopping: whether this worker was asked to stop.
     """
 
     def __init__(
-        self, group: Group, replica: Replica, feed: Feed, batch_size: int, limit: int | None, metrics: Metrics | None
+        self,
+        group: Group,
+        replica: Replica,
+        feed: Feed,
+        batch_size: int,
+        limit: int | None,
+        metrics: Metrics | None,
+        stopping: Callable[[], bool],
     ) -> None:
         self._group = group
         self._replica = replica
@@ -41,6 +51,7 @@ class Evaluator:
         self._batch_size = batch_size
         self.samples = min(feed.size, limit or feed.size)
         self._metrics = metrics
+        self._stopping = stopping
 
     def rehearse(self, metric: str) -> None:
         """Evaluate the first batch, so that what is wrong is found before hours of training, not after.
@@ -54,24 +65,45 @@ class Evaluator:
         if metric not in names:
             raise ConfigurationError(f"validation.metric is {metric!r}; the task has {', '.join(sorted(names))}")
 
-    def evaluate(self, step: int) -> dict[str, float]:
-        """Means over all samples, the same in every worker: ``loss``, and the metrics."""
-        self._group.enter("validation", step)
+    def evaluate(self, step: int) -> dict[str, float] | None:
+        """Means over all samples, the same in every worker: ``loss``, and the metrics.
+
+        Every batch counts once: those of a worker that is lost are evaluated by the others. None where a worker was
+        asked to stop meanwhile.
+        """
         self._replica.buffers.invalidate()  # other workers may have committed some
         count = -(-self.samples // self._batch_size)
-        share = micro_batches(count, self._group.size)[self._group.rank]
-        with self._replica.whole(), _evaluating(self._replica.model):
-            leaves = {m: self._leaf(m) for m in share}
-        mine = []
-        for node in subtrees(share.start, share.stop, count):
-            values = {Node(0, m): leaves[m] for m in range(node.start, min(node.stop, count))}
-            mine.append([node.code, finish(values, count, _add, node)])
         total: dict[Node, Sums] = {}
-        for payload in self._group.all_gather(json.dumps(mine).encode(), f"validation after step {step}"):
-            for code, sums in json.loads(payload):
-                total[Node.from_code(code)] = {name: (pair[0], pair[1]) for name, pair in sums.items()}
+        left, among = list(range(count)), list(range(self._group.size))
+        while left:
+            shares = divided(left, among)
+            mine = self._evaluated(step, shares[self._group.rank], count)
+            answers = self._group.all_gather(mine, f"validation after step {step}")
+            if _STOPPED in answers:
+                return None
+            for answer in filter(None, answers):
+                for code, sums in json.loads(answer):
+                    total[Node.from_code(code)] = {name: (pair[0], pair[1]) for name, pair in sums.items()}
+            left = sorted(m for rank in among if not answers[rank] for m in shares[rank])
+            among = [rank for rank in among if answers[rank]]
         result = finish(total, count, _add)
         return {name: value / weight if weight else float("nan") for name, (value, weight) in result.items()}
+
+    def _evaluated(self, step: int, batches: Sequence[int], count: int) -> bytes:
+        """Sums over some of ``count`` batches, for the others."""
+        leaves = {}
+        with self._replica.whole(), _evaluating(self._replica.model):
+            for m in batches:
+                if self._stopping():
+                    return _STOPPED
+                self._group.enter("validation", step, m)
+                leaves[m] = self._leaf(m)
+        found = []
+        for run in consecutive(batches):
+            for node in subtrees(run.start, run.stop, count):
+                values = {Node(0, m): leaves[m] for m in range(node.start, min(node.stop, count))}
+                found.append([node.code, finish(values, count, _add, node)])
+        return json.dumps(found).encode()
 
     def _leaf(self, batch_number: int) -> Sums:
         first = batch_number * self._batch_size

@@ -99,6 +99,7 @@ class Training:
         self._steps = job.steps
         self._records = Records(config, job.callbacks)
         self._loss: float | None = None
+        self._interrupted = False  # in the middle of an evaluation
         self._notices: list[Event] = []
         self._recorded: dict[str, Any] | None = None
         self._resumed: Mapping[str, Any] = {}
@@ -122,7 +123,7 @@ class Training:
         probes = Emitter(job.probes) if job.probes else None
         plan = job.schedule or schedule(self._config.schedule, job.steps)
         self._worker, self._start = assemble(
-            job.objects, self._config, self._world, device, plan, probes, self._restore
+            job.objects, self._config, self._world, device, plan, probes, self._restore, job.stopping
         )
         if self._world.joins and self._start >= self._steps:
             raise RunOver("training was over before this worker could take part")
@@ -171,13 +172,14 @@ class Training:
             if no_better:
                 reason = "early stop"
                 break
-            if outcome.flags & STOP:
+            if outcome.flags & STOP or self._interrupted:
                 reason = "stopped"
                 break
             if worker.group.leaves:
                 return self._leave(step)
         if worker.evaluator is not None and saving.evaluated != step and reason == "finished":
             self._validate(step)
+            reason = "stopped" if self._interrupted else reason
         return self._finish(step, reason, time.perf_counter() - started)
 
     def close(self) -> None:
@@ -287,6 +289,9 @@ class Training:
             return False
         began = time.perf_counter()
         metrics = evaluator.evaluate(step)
+        if metrics is None:
+            self._interrupted = True
+            return False
         better = self._saving.evaluated_at(step, metrics)
         self._leave_known()
         self._records(ValidationFinished(step, metrics, evaluator.samples, time.perf_counter() - began, better))

@@ -42,7 +42,8 @@ class _Worker:
     stacks: int = -1
     joins: bool = False
     status: int | None = None
-    lost: bool = False
+    lost: bool = False  # and the others go on
+    fatal: bool = False  # and they do not
     result: Any = None
     error: Message | None = None
 
@@ -347,9 +348,8 @@ class LocalLauncher:
         Raises:
             _StartAgain: where nothing was trained yet.
         """
-        for number, worker in enumerate(self._workers):
-            if worker.status and not worker.error and not worker.lost and self._interrupts < 2:
-                self._let_go(number, worker)
+        while self._interrupts < 2 and (ended := next(filter(self._is_new_end, enumerate(self._workers)), None)):
+            self._let_go(*ended)  # while another is started, more may end
         self._end_late_ones()
         for subject, sentence in self.survival.silent(self.alive):
             self.survival.hung.add(subject.process)
@@ -374,6 +374,12 @@ class LocalLauncher:
         """The processes of workers that have not ended."""
         return [w.subject for w in self._workers if w.status is None and w.handle >= 0]
 
+    @staticmethod
+    def _is_new_end(numbered: tuple[int, _Worker]) -> bool:
+        """Whether a worker has ended, not in good order, and nothing was made of it yet."""
+        worker = numbered[1]
+        return bool(worker.status) and not worker.error and not worker.lost and not worker.fatal
+
     def _let_go(self, number: int, worker: _Worker) -> None:
         """A worker has ended, not in good order."""
         assert worker.status is not None
@@ -384,7 +390,7 @@ class LocalLauncher:
         if verdict is Verdict.RESTART:
             print(f"unisono: {self._how_it_ended(worker)}, before training began; all start again", file=sys.stderr)
             raise _StartAgain
-        worker.lost = verdict is not Verdict.FAIL
+        worker.lost, worker.fatal = verdict is not Verdict.FAIL, verdict is Verdict.FAIL
         if verdict is Verdict.REPLACE:
             with contextlib.suppress(KeyError):  # its end was heard before
                 self._selector.unregister(worker.control)

@@ -29,6 +29,7 @@ from unisono.events import Emitter
 from unisono.filling import Load, Restored, fill
 from unisono.footprint import chosen_recomputation, machine_bytes, refuse_what_cannot_fit
 from unisono.launch.membership import join_hosts, place_of
+from unisono.launch.possible import survives
 from unisono.launch.world import World
 from unisono.optim.blockwise import BlockOptimizer
 from unisono.optim.schedules import Schedule, scale
@@ -134,6 +135,7 @@ def assemble(
         names=place.local_name,
         teams=crews_of(mesh),
     )
+    local.waits_for_all = rules is not None and config.fault.on_loss == "wait"
     made = _fingerprint(prepared, config, feed.size)
     if not world.joins:
         local.assemble(made)
@@ -165,20 +167,11 @@ def assemble(
 
 
 def _rules(prepared: Prepared, config: TrainingConfig) -> dict[str, Any] | None:
-    """What the launcher is to do about lost workers; None where nothing can be survived in the same processes, so far.
-
-    Those who divide a layer compute nothing alone; a device's state dies with its worker; and replicas with states of
-    their own share nothing with others that could take over.
-    """
-    own_states = prepared.host.replicas > 1 and config.layout.model_workers > 1
-    if config.device != "cpu" or config.layout.tensor > 1 or own_states or prepared.host.slots == 1:
+    """What the launcher is to do about lost workers; None where nothing can be survived."""
+    slots = prepared.host.slots
+    if not survives(config, slots):
         return None
-    return {
-        "on_loss": config.fault.on_loss,
-        "deadline_s": config.deadline_s,
-        "slots": prepared.host.slots,
-        "run_dir": config.run_dir,
-    }
+    return {**config.fault.model_dump(), "deadline_s": config.deadline_s, "slots": slots, "run_dir": config.run_dir}
 
 
 def _worker(

@@ -257,6 +257,18 @@ class FaultConfig(Section):
         "one takes its place. shrink: they go on without it. wait: they finish the step, and wait for the new one. "
         "stop: the run ends.",
     )
+    drain_s: float | None = Field(
+        None,
+        gt=0,
+        description="Seconds that a run has, once it is asked to stop, to finish its step, save its state and end; "
+        "then it is ended. Default: as long as it takes.",
+    )
+    notice_file: str | None = Field(
+        None, description="A file whose appearance asks the run to stop, as a spot instance's agent may write it."
+    )
+    notice_command: str | None = Field(
+        None, description="A command, run every 5 s, that asks the run to stop by ending with exit code 0."
+    )
 
 
 class ObserveConfig(Section):

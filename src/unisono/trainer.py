@@ -147,7 +147,8 @@ class Trainer:
             stopping=lambda: self._stop,
         )
         random_state = torch.random.fork_rng(devices=[])
-        with random_state, threads(config.threads), interrupts(self.stop), deterministic(config.device):
+        stopping = interrupts(self.stop, watched=world.launcher == "unisono")
+        with random_state, threads(config.threads), stopping, deterministic(config.device):
             training = Training(job, world)
             self.model = training.model
             try:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from unisono.assembly import Worker, assemble
-from unisono.comm.group import STOP
+from unisono.comm.group import LEAVE, STOP
 from unisono.comm.wire_state import PREFIX
 from unisono.config import TrainingConfig
 from unisono.definition import definition, differences
@@ -247,6 +247,8 @@ class Training:
     def _flags(self, step: int) -> int:
         """What this worker asks for with ``step``, which begins."""
         flags = STOP if self._job.stopping() else 0
+        if self._assembled.group.asked_to_leave:
+            flags |= LEAVE
         return flags | self._saving.flags(step)
 
     def _after_step(self, step: int, outcome: Outcome, seconds: float) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from unisono.comm.tuning import Measured, table_path, write_table
 from unisono.launch.launcher import Launcher
-from unisono.launch.local import STANDARD_ERROR
+from unisono.launch.task import STANDARD_ERROR
 
 SIZES = (1 << 10, 1 << 16, 1 << 20, 25 << 20, 100 << 20)
 TUNED_SIZES = tuple(1 << power for power in range(10, 25, 2))

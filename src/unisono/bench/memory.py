@@ -5,7 +5,7 @@ from typing import Any
 
 from unisono.bench.states import described
 from unisono.launch.launcher import Launcher
-from unisono.launch.local import STANDARD_ERROR
+from unisono.launch.task import STANDARD_ERROR
 
 BYTES = 4  # of a value, of a gradient; AdamW's state takes two of them
 

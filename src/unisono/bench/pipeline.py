@@ -6,7 +6,7 @@ from typing import Any
 
 from unisono.bench.pipelines import STAGES, TORCHS, described
 from unisono.launch.launcher import Launcher
-from unisono.launch.local import STANDARD_ERROR
+from unisono.launch.task import STANDARD_ERROR
 from unisono.plan.schedule import SCHEDULES, timetable
 from unisono.plan.timing import bubble_theory, timing
 

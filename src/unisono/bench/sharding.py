@@ -6,7 +6,7 @@ from typing import Any
 
 from unisono.bench.sharded import LAYOUTS, WAYS, WORKERS, described
 from unisono.launch.launcher import Launcher
-from unisono.launch.local import STANDARD_ERROR
+from unisono.launch.task import STANDARD_ERROR
 
 TORCHS = {"zero 3": "fully_shard", "tensor": "parallelize_module", "tensor, sequence": "parallelize_module"}
 

@@ -7,7 +7,7 @@ from typing import Any
 from unisono.bench.variants import SHAPES, available
 from unisono.errors import ConfigurationError
 from unisono.launch.launcher import Launcher
-from unisono.launch.local import STANDARD_ERROR
+from unisono.launch.task import STANDARD_ERROR
 
 WORKERS = 2
 MICRO_BATCHES = {"small": (1, 2, 4), "large": (1,)}

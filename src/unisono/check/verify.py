@@ -12,8 +12,8 @@ import yaml
 from unisono.config import Config, Layout, validate
 from unisono.errors import ConfigurationError
 from unisono.launch.launcher import Launcher
-from unisono.launch.local import STANDARD_ERROR
 from unisono.launch.possible import refuse_impossible
+from unisono.launch.task import STANDARD_ERROR
 from unisono.plan.hosts import Hosts, evenly
 
 TOLERANCE = 5e-5

@@ -23,6 +23,7 @@ bench_app = typer.Typer(help="Measure speed and memory beside what one would use
 
 app.command()(runs.train)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(runs.run)
+app.command()(runs.scale)
 app.command()(runs.verify)
 app.command()(looking.plan)
 app.command()(looking.doctor)

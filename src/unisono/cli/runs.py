@@ -10,6 +10,7 @@ import typer
 from unisono.cli.options import (
     INTERRUPTED,
     ConfigFile,
+    ElasticOption,
     HostsOption,
     JsonOption,
     NodeRankOption,
@@ -17,9 +18,10 @@ from unisono.cli.options import (
     Overrides,
     RendezvousOption,
     SecretOption,
-    WorkersOption,
+    SparesOption,
     launcher_here,
     whole_numbers,
+    workers_range,
 )
 from unisono.errors import ConfigurationError
 
@@ -30,7 +32,8 @@ ELSEWHERE = Path("(on host 0)")
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
-    workers: WorkersOption = None,
+    workers: ElasticOption = None,
+    spares: SparesOption = 0,
     resume: Annotated[
         bool,
         typer.Option("--resume", help="Go on from the newest intact checkpoint of run_dir, or of the task's last run."),
@@ -46,6 +49,9 @@ def train(
 
     Example: unisono train configs/lm.yaml steps=200 layout.zero=0 -n 2
 
+    With two to eight workers, as unisono scale says while it trains, and one that waits for a lost one's place:
+    unisono train configs/lm.yaml --workers 2:8 --spares 1
+
     On two hosts, the same command on each but for its number:
     unisono train configs/lm.yaml --nnodes 2 --node-rank 0 --rendezvous 10.0.0.1:29400 --secret-file job.secret
     """
@@ -53,18 +59,24 @@ def train(
 
     with launchers(hosts, nnodes, node_rank, rendezvous, secret_file) as here:
         from unisono.config import load, to_yaml
-        from unisono.launch.local import STANDARD_ERROR, STANDARD_OUTPUT
-        from unisono.launch.possible import refuse_impossible
+        from unisono.launch.possible import refuse_impossible, refuse_inelastic
         from unisono.launch.runs import choose_workers, next_run_dir, preloads, workers_here
+        from unisono.launch.task import STANDARD_ERROR, STANDARD_OUTPUT, Elastic
         from unisono.plan.hosts import Hosts
 
         settings = load(config, overrides or [])
         launcher = here.launcher
+        wanted, bounds = workers_range(workers)
+        elastic = None
         if here.nodes > 1:
-            count = workers_here(settings, workers or here.slots, here.nodes)
+            if bounds is not None or spares:
+                raise ConfigurationError("--workers MIN:MAX and --spares are for the workers of one host, so far")
+            count = workers_here(settings, wanted or here.slots, here.nodes)
         else:
-            count = choose_workers(settings, workers)
-            refuse_impossible(settings, Hosts((count,)))
+            count = choose_workers(settings, wanted, bounds)
+            elastic = Elastic(*(bounds or (count, count)), spares) if bounds or spares else None
+            refuse_impossible(settings, Hosts((elastic.most + spares if elastic else count,)))
+            refuse_inelastic(settings, elastic)
         if settings.layout.model_workers > 1 or settings.layout.stages > 1:
             from unisono.check.layouts import refuse_what_does_not_fit
 
@@ -81,25 +93,32 @@ def train(
             typer.echo(f"unisono: host {here.number} of {here.nodes}; progress and records are on host 0", err=True)
         arguments = {"config": settings.model_dump(mode="json"), "resume": resume}
         output = STANDARD_ERROR if as_json else STANDARD_OUTPUT
-        ending = launcher.run({"call": "unisono.tasks.job:train", "arguments": arguments}, count, output=output)
+        ending = launcher.run(
+            {"call": "unisono.tasks.job:train", "arguments": arguments},
+            count,
+            elastic=elastic,
+            together=settings.layout.model_workers,
+            output=output,
+        )
         if as_json and here.number == 0:
-            typer.echo(json.dumps({**ending.results[0], "workers": count}))
+            typer.echo(json.dumps({**ending.result, "workers": count}))
         elif not as_json and (run_dir / "report.html").exists():
             typer.echo(f"report: {run_dir / 'report.html'}")
-        result = ending.results[0]
+        result = ending.result
         if here.number:
             typer.echo(f"unisono: {result['reason']} after step {result['step']}, digest {result['digest']}", err=True)
-        if ending.interrupted or result["reason"] == "stopped":  # here, or on another host
+        if ending.interrupted or ending.preempted or result["reason"] == "stopped":  # here, or on another host
             if not as_json:
                 words = " ".join(sys.argv[1:] if "--resume" in sys.argv else [*sys.argv[1:], "--resume"])
                 typer.echo(f"to go on: unisono {words}" + (f" run_dir={run_dir}" if "run_dir=" not in words else ""))
-            raise typer.Exit(INTERRUPTED)
+            raise typer.Exit(0 if ending.preempted else INTERRUPTED)
 
 
 def run(
     context: typer.Context,
     script: Annotated[Path, typer.Argument(help="A Python script that uses unisono.Trainer.", show_default=False)],
-    workers: WorkersOption = None,
+    workers: ElasticOption = None,
+    spares: SparesOption = 0,
     all_output: Annotated[
         bool, typer.Option("--all-output", help="Show every worker's output, not only rank 0's.")
     ] = False,
@@ -128,12 +147,35 @@ def run(
         raise ConfigurationError(f"no script at {script}; give an existing Python file")
     from unisono.launch.runs import default_workers
     from unisono.launch.spanning import launchers
+    from unisono.launch.task import Elastic
 
     with launchers(hosts, nnodes, node_rank, rendezvous, secret_file, len(context.args)) as here:
         target = {"script": str(script), "argv": list(context.args), "backend": backend}
-        ending = here.launcher.run(target, workers or here.slots or default_workers(), show_all=all_output)
+        wanted, bounds = workers_range(workers)
+        if (bounds is not None or spares) and (here.nodes > 1 or backend is not None):
+            raise ConfigurationError("--workers MIN:MAX and --spares are for the workers of one host, so far")
+        least, most = bounds or (1, wanted or here.slots or default_workers())
+        count = min(most, max(least, default_workers())) if bounds else most
+        elastic = Elastic(least, most, spares) if bounds or spares else None
+        ending = here.launcher.run(target, count, elastic=elastic, show_all=all_output)
         if ending.interrupted:
             raise typer.Exit(INTERRUPTED)
+
+
+def scale(
+    run_dir: Annotated[Path, typer.Argument(help="The directory of a run that trains now.", show_default=False)],
+    workers: Annotated[int, typer.Argument(min=1, help="How many are to train from now on.", show_default=False)],
+) -> None:
+    """Let workers join or leave a run of this host while it trains; its result does not change.
+
+    Example: unisono train configs/lm.yaml --workers 1:4   and, meanwhile: unisono scale runs/lm-001 4
+    """
+    from unisono.launch.door import ask
+
+    answer = ask(run_dir, {"op": "scale", "workers": workers})
+    if "error" in answer:
+        raise ConfigurationError(answer["error"])
+    typer.echo(answer["text"])
 
 
 def verify(

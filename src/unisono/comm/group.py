@@ -115,6 +115,10 @@ class Group(Protocol):
         """
 
     @property
+    def asked_to_leave(self) -> bool:
+        """Whether the launcher wants this worker to leave."""
+
+    @property
     def leaves(self) -> bool:
         """Whether this worker is to leave now, and the others go on."""
 

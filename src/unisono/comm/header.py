@@ -27,7 +27,7 @@ OPERATIONS_KEPT = 1000
 _MASK_WORDS = MOST_SLOTS // 64
 _RECORD_WORDS = 4 + _MASK_WORDS
 # Words of the header.
-_MAGIC, _GENERATION, _REVOKED, _CLOSED, _COMMITTED, _COURSE, _LOSSES, _RECORDS = 0, 1, 2, 3, 4, 5, 6, 8
+_MAGIC, _GENERATION, _REVOKED, _CLOSED, _COMMITTED, _COURSE, _LOSSES, _WANTED, _RECORDS = 0, 1, 2, 3, 4, 5, 6, 7, 8
 _LOST = _RECORDS + 2 * _RECORD_WORDS
 _HEADER_WORDS = _LOST + LOSSES_KEPT
 # Words of a slot.
@@ -209,6 +209,15 @@ class Header:
     def course(self, value: Course) -> None:
         store_fence()
         self._words[_COURSE] = value
+
+    @property
+    def wanted(self) -> int:
+        """How many workers are to train; others wait as spares. 0 for all."""
+        return self._words[_WANTED]
+
+    @wanted.setter
+    def wanted(self, value: int) -> None:
+        self._words[_WANTED] = value
 
     @property
     def losses(self) -> int:

@@ -516,6 +516,11 @@ class HierarchicalGroup:
         self.local.end()
 
     @property
+    def asked_to_leave(self) -> bool:
+        """Nobody leaves alone."""
+        return False
+
+    @property
     def leaves(self) -> bool:
         """Nobody leaves alone."""
         return False

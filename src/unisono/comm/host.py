@@ -28,6 +28,9 @@ _MESSAGE_BITS = 24
 class HostGroup:
     """A `Group` over one arena.
 
+    Attributes:
+        waits_for_all: no step begins with fewer workers than are wanted.
+
     Arguments:
         arena, layout: the shared memory and its division.
         partials: the fields of a partial.
@@ -76,6 +79,7 @@ class HostGroup:
         )
         self._views: dict[tuple[int, int], Partial] = {}
         self._message = self.header.sequence(slot)
+        self.waits_for_all = False
         self._told = 0  # losses of the step that the policy has heard of
         self._versions = [arena.words(layout.versions(replica)) for replica in range(layout.replicas)]
         self._reports = arena.bytes(layout.regions.named["reports"]).cast("d")
@@ -173,6 +177,11 @@ class HostGroup:
         self.header.course = Course.OVER
 
     @property
+    def asked_to_leave(self) -> bool:
+        """Whether the launcher wants this worker to leave."""
+        return self.header.asked_to_leave(self.slot)
+
+    @property
     def leaves(self) -> bool:
         """Whether this worker is to leave now, and the others go on."""
         return self.roll.roster is not None and self.roll.leaves
@@ -200,6 +209,9 @@ class HostGroup:
 
     def begin(self, step: int, count: int) -> None:
         """Say what this worker knows, as the step begins."""
+        if self.waits_for_all:
+            patient = replace(self.waiter, deadline_s=float("inf"))  # the launcher gives up, if need be
+            patient(lambda: True if self.roll.is_full else None, f"others before step {step}", self.doing)
         self.roll.begin(step, count)
         self._told = 0
         self._message = step << _MESSAGE_BITS

@@ -57,9 +57,23 @@ class Roll:
         seen = header.losses
         dead = {header.lost(number) for number in range(self._handled, seen)}
         present = set(self.members) - dead
-        ready = [slot for slot in range(header.slots) if slot not in present and header.ready(slot)]
+        ready = self._ready(present)
         header.say_hello(self._slot, step, seen, ready)
         header.course = max(header.course, Course.TRAINING)
+
+    def _ready(self, present: set[int]) -> list[int]:
+        """Those who may be let in: as many as are wanted."""
+        header = self._header
+        ready = [slot for slot in range(header.slots) if slot not in present and header.ready(slot)]
+        return ready[: max(0, header.wanted - len(present))] if header.wanted else ready
+
+    @property
+    def is_full(self) -> bool:
+        """Whether as many as are wanted train, or are ready to."""
+        header = self._header
+        lost = {header.lost(number) for number in range(self._agreed.seen, header.losses)}
+        present = set(self._agreed.members) - lost
+        return len(present) + len(self._ready(present)) >= header.wanted
 
     def _note_change(self, agreed: Agreement) -> None:
         before, after = set(self.members), set(agreed.members)

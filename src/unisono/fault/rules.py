@@ -1,7 +1,7 @@
 """What is to be done about a worker that has ended: a pure decision."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any
 
@@ -32,17 +32,21 @@ class Rules:
         deadline_s: seconds without progress after which a worker is ended.
         slots: workers that the arena has room for.
         run_dir: where reports go; None for nowhere.
+        drain_s, notice_file, notice_command: as of `config.FaultConfig`.
     """
 
     on_loss: str
     deadline_s: float
     slots: int
     run_dir: str | None = None
+    drain_s: float | None = None
+    notice_file: str | None = None
+    notice_command: str | None = None
 
     @classmethod
     def read(cls, message: Mapping[str, Any]) -> "Rules":
         """From a worker's message."""
-        return cls(str(message["on_loss"]), float(message["deadline_s"]), int(message["slots"]), message.get("run_dir"))
+        return cls(**{field.name: message[field.name] for field in fields(cls) if field.name in message})
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +96,8 @@ def decide(rules: Rules | None, course: Course, death: Death, before: Sequence[D
             if other.trained:
                 break
             early += 1
+    if rules.on_loss == "wait" and early >= MOST_EARLY_ENDS:
+        return Verdict.FAIL
     if rules.on_loss == "shrink" or early >= MOST_EARLY_ENDS:
         return Verdict.SHRINK
     return Verdict.REPLACE

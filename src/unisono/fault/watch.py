@@ -63,6 +63,14 @@ class Watch:
         activity, step, micro_batch = self.header.doing(slot)
         return Death(slot, process, activity, step, micro_batch, self.trains(slot))
 
+    def want(self, workers: int) -> None:
+        """So many are to train; others that are ready wait as spares."""
+        self.header.wanted = workers
+
+    def dismiss(self, slot: int, *, leave: bool) -> None:
+        """Ask a slot's worker to leave, or no longer."""
+        self.header.ask_to_leave(slot, leave)
+
     def trains(self, slot: int) -> bool:
         """Whether a slot's worker takes part; one that has just started, or waits to be let in, does not."""
         return self.header.doing(slot)[0] != "start"

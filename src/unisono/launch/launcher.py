@@ -9,8 +9,9 @@ from typing import Protocol, Self
 
 from unisono.errors import ConfigurationError, LaunchError
 from unisono.launch.control import Message
-from unisono.launch.local import STANDARD_OUTPUT, Ending, LocalLauncher
+from unisono.launch.local import LocalLauncher
 from unisono.launch.nodes import Nodes
+from unisono.launch.task import STANDARD_OUTPUT, Elastic, Ending
 
 
 class Launcher(Protocol):
@@ -34,6 +35,7 @@ class Launcher(Protocol):
         *,
         hosts: int = 1,
         together: int = 1,
+        elastic: Elastic | None = None,
         show_all: bool = False,
         output: int = STANDARD_OUTPUT,
     ) -> Ending:
@@ -70,6 +72,7 @@ class SoloLauncher:
         *,
         hosts: int = 1,
         together: int = 1,
+        elastic: Elastic | None = None,
         show_all: bool = False,
         output: int = STANDARD_OUTPUT,
     ) -> Ending:

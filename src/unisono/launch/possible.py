@@ -2,6 +2,7 @@
 
 from unisono.config import TrainingConfig, more_replicas_than_micro_batches
 from unisono.errors import ConfigurationError
+from unisono.launch.task import Elastic
 from unisono.plan.hosts import Hosts
 
 MOST_ROUNDS = 200
@@ -25,6 +26,42 @@ def refuse_impossible(config: TrainingConfig, hosts: Hosts) -> None:
         layout.refuse_broken_replicas(workers, f"host {host}")
     if layout.zero and len(hosts.sizes) > 1:
         _refuse_shared_state(config, layout.zero, hosts.sizes)
+
+
+def refuse_inelastic(config: TrainingConfig, elastic: Elastic | None) -> None:
+    """Check whether workers can join and leave.
+
+    Raises:
+        ConfigurationError: where they cannot.
+    """
+    layout = config.layout
+    if elastic is None:
+        return
+    if layout.data is not None and elastic.most != elastic.least:
+        raise ConfigurationError(
+            f"layout.data is {layout.data}, and --workers is {elastic.least}:{elastic.most}; leave layout.data out"
+        )
+    if elastic.spares and layout.model_workers > 1:
+        raise ConfigurationError(
+            f"--spares is {elastic.spares}, and a worker computes a part of the model that another cannot wait for in "
+            "advance; leave --spares out: a lost worker is replaced all the same"
+        )
+    if not survives(config, elastic.most):
+        raise ConfigurationError(
+            "workers can join and leave where they share one state in the CPU's memory and compute whole layers; use "
+            "device cpu and layout.tensor=1, and leave layout.zero=0 out where a replica has several workers"
+        )
+
+
+def survives(config: TrainingConfig, workers: int) -> bool:
+    """Whether the workers of a host can go on without one of them, in the same processes, so far.
+
+    Those who divide a layer compute nothing alone; a device's state dies with its worker; and where every replica has a
+    state of its own, the rest of one shares nothing with others that could take over.
+    """
+    layout = config.layout
+    own_states = layout.zero == 0 and layout.model_workers > 1
+    return config.device == "cpu" and layout.tensor == 1 and not own_states and workers > 1
 
 
 def _refuse_on_devices(config: TrainingConfig) -> None:

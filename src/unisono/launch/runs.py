@@ -31,13 +31,21 @@ def preloads(config: Config, layouts: Iterable[Layout]) -> list[str]:
     return [*config.preload, *([_COMPILER] if wanted else [])]
 
 
-def choose_workers(config: Config, wanted: int | None = None) -> int:
+def choose_workers(config: Config, wanted: int | None = None, bounds: tuple[int, int] | None = None) -> int:
     """The number wanted, the layout's, or one for each core and its threads, never more than there is work for.
+
+    Arguments:
+        bounds: the least and the most that it may be.
 
     Raises:
         ConfigurationError: for a number that the layout cannot have.
     """
     layout, each = config.layout, config.layout.model_workers
+    if bounds is not None:
+        least, most = bounds
+        layout.refuse_broken_replicas(least)
+        layout.refuse_broken_replicas(most)
+        wanted = min(most, max(least, choose_workers(config) if layout.data is None else each * layout.data))
     if wanted is None and layout.data is None:
         if config.device != "cpu":
             return each

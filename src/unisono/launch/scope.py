@@ -37,16 +37,22 @@ def deterministic(device: str) -> Iterator[None]:
 
 
 @contextmanager
-def interrupts(stop: Callable[[], None]) -> Iterator[None]:
-    """Let the first Ctrl-C (or SIGTERM) stop training in good order; the second acts as ever."""
+def interrupts(stop: Callable[[], None], *, watched: bool) -> Iterator[None]:
+    """Let the first Ctrl-C, SIGTERM or SIGUSR1 stop training in good order; the second acts as ever.
+
+    Arguments:
+        watched: a launcher sees to what does not stop. Then a second signal is no more than the first: a scheduler
+            sends one to every process, and the launcher another.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
 
     def request(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if not watched:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         stop()
 
     for number in before:

@@ -11,6 +11,7 @@ from typing import Any
 
 from unisono.comm.header import Course, Header
 from unisono.errors import WorkerFailed
+from unisono.fault.notice import Notices
 from unisono.fault.rules import Death, Rules, Verdict, decide, poisoned
 from unisono.fault.stacks import answer, ask, source_line, state_of
 from unisono.fault.watch import Silence, Watch
@@ -37,11 +38,14 @@ class Survival:
         deaths: of workers so far.
         failure: why the run cannot go on, where that was found here.
         hung: processes that were ended because they made no progress.
+        drain_s: seconds that the run has once it is asked to stop; None for as long as it takes.
     """
 
     deaths: list[Death] = field(default_factory=list)
     failure: WorkerFailed | None = None
     hung: set[int] = field(default_factory=set)
+    drain_s: float | None = None
+    _notices: Notices | None = None
     _watch: Watch | None = None
     _trained: set[int] = field(default_factory=set)
 
@@ -49,6 +53,24 @@ class Survival:
         """A training begins, in this arena."""
         self.detach()
         self._watch = Watch(descriptor, Rules.read(rules))
+        self._notices = Notices(self._watch.rules.notice_file, self._watch.rules.notice_command)
+        self.drain_s = self._watch.rules.drain_s
+
+    def want(self, workers: int) -> None:
+        """So many are to train."""
+        if self._watch is not None:
+            self._watch.want(workers)
+
+    def dismiss(self, rank: int, *, leave: bool) -> None:
+        """Ask a worker to leave after its step, or no longer."""
+        if self._watch is not None:
+            self._watch.dismiss(rank, leave=leave)
+
+    @property
+    def run_dir(self) -> Path | None:
+        """Where the records of what is trained go."""
+        watch = self._watch
+        return Path(watch.rules.run_dir) if watch is not None and watch.rules.run_dir is not None else None
 
     def detach(self) -> None:
         """It is over."""
@@ -56,6 +78,18 @@ class Survival:
             self._trained = {slot for slot in range(self._watch.rules.slots) if self._watch.trains(slot)}
             self._watch.close()
             self._watch = None
+        if self._notices is not None:
+            self._notices.close()
+            self._notices = None
+
+    def notice(self) -> str | None:
+        """What asks the run to stop, for a reader."""
+        try:
+            return self._notices.arrived() if self._notices is not None else None
+        except OSError as error:  # the command cannot be started
+            self._notices = None
+            _say(f"fault.notice_command cannot be run: {error}")
+            return None
 
     @property
     def watching(self) -> bool:

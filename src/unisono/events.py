@@ -82,15 +82,26 @@ class StepFinished(Event):
 
 @dataclass(frozen=True, slots=True)
 class WorkerLost(Event):
-    """A worker died in step ``step``; ``how`` it did, and the micro-batches that others computed in its place, by rank.
+    """A worker died; ``number`` counts the losses of a run from 0. ``how`` it did, and the micro-batches of ``step``
+    that others computed in its place, by rank: again in the next step, where it was too late to begin it without it.
 
     Ranks are those of the start: a worker that takes a lost one's place has its rank.
     """
 
+    number: int
     step: int
     rank: int
     how: str
     taken_over: Mapping[int, Sequence[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class ChiefChanged(Event):
+    """The worker that kept the run's records is lost; that of ``rank`` does so from step ``step`` on, of ``steps``."""
+
+    step: int
+    steps: int
+    rank: int
 
 
 @dataclass(frozen=True, slots=True)

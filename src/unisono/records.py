@@ -12,7 +12,16 @@ from pathlib import Path
 
 from unisono.config import TrainingConfig, to_yaml
 from unisono.errors import ConfigurationError
-from unisono.events import Emitter, Event, Listener, StepFinished, ValidationFinished
+from unisono.events import (
+    ChiefChanged,
+    Emitter,
+    Event,
+    Listener,
+    MembersChanged,
+    StepFinished,
+    ValidationFinished,
+    WorkerLost,
+)
 from unisono.launch.runs import lock, write_config
 from unisono.observe.choose import observers
 from unisono.observe.records import EVENTS
@@ -20,6 +29,7 @@ from unisono.state.checkpoint import DIRECTORY, remove_leftovers, steps_in
 from unisono.state.writer import CheckpointWriter, Retention
 
 REMEMBERED = 64
+OF_A_STEP = (StepFinished, ValidationFinished, WorkerLost, MembersChanged)
 TAIL_BYTES = 1 << 16
 
 
@@ -54,7 +64,7 @@ class Records:
         """Tell listeners, or remember it."""
         if self._emit is not None:
             self._emit(event)
-        else:
+        elif isinstance(event, OF_A_STEP):
             self._unsaid.append(event)
 
     def begin(self, *, resume: bool) -> None:
@@ -76,21 +86,21 @@ class Records:
                 (self.run_dir / name).unlink(missing_ok=True)
             write_config(self.run_dir, to_yaml(self._config))
 
-    def take_over(self, step: int) -> None:
+    def take_over(self, step: int, steps: int, rank: int) -> None:
         """The chief is lost, and this worker is the next: say what it could not.
 
         Arguments:
-            step: the first that the lost chief may not have told of, where there is no record of it.
+            step: the one that has been trained now, of ``steps``.
+            rank: this worker's.
         """
         said = self._said()
         self._keep()
         unsaid, self._unsaid = self._unsaid, deque(maxlen=REMEMBERED)
+        self(ChiefChanged(step, steps, rank))
         for event in unsaid:
-            if isinstance(event, StepFinished | ValidationFinished):
-                before = said.get(type(event).__name__, step - 1 if self.run_dir is None else -1)
-                if event.step <= before:
-                    continue
-            self(event)
+            known = json.dumps(_key(event)) in said if self.run_dir is not None else _key(event)[1] < step - 1
+            if not known:
+                self(event)
 
     def _keep(self) -> None:
         if self.run_dir is not None:
@@ -105,9 +115,9 @@ class Records:
         self.observed = bool(chosen)
         self._emit = Emitter([*chosen, *self._callbacks])
 
-    def _said(self) -> dict[str, int]:
-        """The last step of each kind of event that is on record."""
-        found: dict[str, int] = {}
+    def _said(self) -> set[str]:
+        """What is on record already, of the last events."""
+        found: set[str] = set()
         if self.run_dir is None or not (self.run_dir / EVENTS).exists():
             return found
         with (self.run_dir / EVENTS).open("rb") as file:
@@ -115,7 +125,7 @@ class Records:
             for line in file.read().splitlines():
                 try:
                     record = json.loads(line)
-                    found[record["event"]] = record["step"]
+                    found.add(json.dumps([record["event"], record["step"], record.get("number")]))
                 except (ValueError, KeyError, TypeError):  # a line that was cut off, or that is of no step
                     continue
         return found
@@ -123,3 +133,8 @@ class Records:
     def close(self) -> None:
         """Let go of everything, in whatever state."""
         self._open.close()
+
+
+def _key(event: Event) -> tuple[str, int, int | None]:
+    """What tells one event of a step from another."""
+    return type(event).__name__, getattr(event, "step", 0), getattr(event, "number", None)

@@ -160,7 +160,7 @@ class Trainer:
         config = self.config
         if steps < 1:
             raise ConfigurationError(f"steps is {steps}; give a whole number from 1")
-        refuse_impossible(config, world.hosts)
+        refuse_impossible(config, world.beginning)
         if config.device.startswith("cuda") and not torch.cuda.is_available():
             raise ConfigurationError(f"device {config.device} is not there; use device cpu")
         if config.device.startswith("cuda") and config.wire.compression != "none":

@@ -281,7 +281,7 @@ class Training:
     def _become_chief(self, step: int) -> None:
         """The chief is lost, and this worker is the next."""
         self._world.take_output()
-        self._records.take_over(step)
+        self._records.take_over(step, self._steps, self._world.rank)
         self._saving.take_over(step)
 
     def _validate(self, step: int) -> bool:

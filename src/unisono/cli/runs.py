@@ -75,7 +75,7 @@ def train(
         else:
             count = choose_workers(settings, wanted, bounds)
             elastic = Elastic(*(bounds or (count, count)), spares) if bounds or spares else None
-            refuse_impossible(settings, Hosts((elastic.most + spares if elastic else count,)))
+            refuse_impossible(settings, Hosts((elastic.most if elastic else count,)))
             refuse_inelastic(settings, elastic)
         if settings.layout.model_workers > 1 or settings.layout.stages > 1:
             from unisono.check.layouts import refuse_what_does_not_fit

@@ -115,7 +115,7 @@ class Roll:
                 taken = roster.lose(slot, published or (lambda lot: set(lot.micro_batches)))
                 mine += taken.get(self._slot, ())
                 given = {heir: list(part) for heir, part in taken.items() if part}
-                self._news.append(WorkerLost(self.step, slot, header.how(number), given))
+                self._news.append(WorkerLost(number, self.step, slot, header.how(number), given))
             self._handled += 1
         return mine
 

@@ -27,6 +27,7 @@ class WorkerProcess:
         control, log, stacks: its line, its hidden output, and where its stacks are written.
         joins: it was started while others trained.
         status: as ``waitpid`` gives it; None while it lives.
+        leaves: it was asked to.
         lost, fatal: it ended in no good order, and the others go on, or do not.
         result, error: what it has told.
     """
@@ -39,6 +40,7 @@ class WorkerProcess:
     stacks: int = -1
     joins: bool = False
     status: int | None = None
+    leaves: bool = False
     lost: bool = False
     fatal: bool = False
     result: Any = None

@@ -243,7 +243,8 @@ class WorkerSet:
         Arguments:
             first: the place that is taken first.
         """
-        missing = self._wanted + self._task.elastic.spares - len([w for w in self._workers if w.status is None])
+        staying = [w for w in self._workers if w.status is None and not w.leaves and not w.lost]
+        missing = self._wanted + self._task.elastic.spares - len(staying)
         taken = {w.rank for w in self._workers if w.status is None}
         free = [rank for rank in self._task.places if rank not in taken]
         for rank in sorted(free, key=lambda rank: (rank != first, rank))[: max(0, missing)]:
@@ -278,16 +279,18 @@ class WorkerSet:
                 f"{workers} workers are wanted; this run can have {elastic.least} to {elastic.most}{whole} "
                 "(--workers MIN:MAX)"
             )
+        training = [w for w in self._workers if w.status is None and self.survival.trains(w.rank)]
+        waiting = [w for w in self._workers if w.status is None and w not in training]
         self._wanted = workers
         self.survival.want(workers)
-        alive = [w for w in self._workers if w.status is None]
-        for worker in alive:
-            self.survival.dismiss(worker.rank, leave=False)
-        surplus = alive[workers + elastic.spares :]
-        for worker in surplus:
-            self.survival.dismiss(worker.rank, leave=True)
+        for number, worker in enumerate(training):
+            worker.leaves = number >= workers
+            self.survival.dismiss(worker.rank, leave=worker.leaves)
+        for worker in waiting[max(0, workers - len(training)) + elastic.spares :]:
+            worker.lost = True
+            kill_group(worker.pid)
         self._fill_up()
-        return f"{workers} workers are wanted; {len(alive)} were there"
+        return f"{workers} workers are wanted; {len(training)} train now"
 
     def _answer_the_door(self) -> None:
         """Someone on this host asks for something."""

@@ -49,6 +49,11 @@ class World:
         return self.hosts.size
 
     @property
+    def beginning(self) -> Hosts:
+        """The workers of each host that begin."""
+        return self.hosts if self.members is None or len(self.hosts.sizes) > 1 else Hosts((self.members,))
+
+    @property
     def host(self) -> int:
         """The number of this worker's host."""
         return self.hosts.place(self.rank)[0]

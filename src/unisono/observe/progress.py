@@ -9,7 +9,9 @@ from rich.progress import Progress as Bar
 
 from unisono.events import (
     CheckpointSaved,
+    ChiefChanged,
     Event,
+    MembersChanged,
     Notice,
     Resumed,
     RunFinished,
@@ -44,6 +46,13 @@ class Progress:
                 self._start(event)
             case StepFinished():
                 self._step(event)
+            case ChiefChanged():
+                self._print(f"step {event.step}: worker {event.rank} keeps the records from here on")
+                self._open_bar(event.step, event.steps)
+            case MembersChanged():
+                changes = [f"{w} has joined" for w in event.joined] + [f"{w} has left" for w in event.left]
+                if changes:
+                    self._print(f"step {event.step}: worker {', '.join(changes)}; {len(event.members)} train")
             case ValidationFinished():
                 best = " (best)" if event.best else ""
                 self._print(f"step {event.step}: validation {_listed(event.metrics)}{best}")
@@ -72,10 +81,13 @@ class Progress:
         self._close_bar()
 
     def _start(self, event: RunStarted) -> None:
-        self._steps = event.steps
         workers = f"{event.workers} worker{'s' * (event.workers > 1)}"
         where = f", records in {event.run_dir}" if event.run_dir else ""
         self._print(f"training {event.parameters:,} parameters with {workers}{where}")
+        self._open_bar(event.step, event.steps)
+
+    def _open_bar(self, step: int, steps: int) -> None:
+        self._steps = steps
         if self._console.is_terminal:
             self._bar = Bar(
                 TextColumn("step"),
@@ -87,7 +99,7 @@ class Progress:
                 console=self._console,
                 auto_refresh=False,
             )
-            self._task_id = self._bar.add_task("", total=event.steps, completed=event.step, figures="")
+            self._task_id = self._bar.add_task("", total=steps, completed=step, figures="")
             self._bar.start()
 
     def _step(self, event: StepFinished) -> None:

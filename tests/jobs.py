@@ -17,6 +17,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 
 from tests import toys
 from unisono import Trainer
+from unisono.check.strike import armed
 from unisono.comm.algorithms import drive, ring
 from unisono.comm.arena import Arena
 from unisono.comm.hierarchical import HierarchicalGroup
@@ -157,6 +158,46 @@ def fail(rank: int, how: str, step: int = 2, phase: str = "compute", **options: 
     subject = trainer(**options)
     subject.probe(strike)
     return asdict(subject.fit(10))
+
+
+def struck(strikes: list[dict[str, Any]], steps: int = 12, **options: Any) -> dict[str, Any]:
+    """Train toys, and be struck as `check.strike` says."""
+    if options.pop("validated", False):
+        options["validation"] = toys.Samples()
+    subject = armed(trainer(**options), strikes)
+    return {**asdict(subject.fit(steps)), "process": os.getpid()}
+
+
+class DeadlySample(toys.Samples):
+    """Whoever loads one of the samples ends."""
+
+    def __init__(self, deadly: int) -> None:
+        super().__init__()
+        self._deadly = deadly
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if index == self._deadly and this_process().size > 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+def train_on_a_deadly_sample(deadly: int, **options: Any) -> None:
+    """Train toys on samples one of which ends its worker."""
+    small_trainer(data=DeadlySample(deadly), global_batch_size=60, **options).fit(3)
+
+
+def train_after_an_early_death(mark: str, **options: Any) -> dict[str, Any]:
+    """Train toys; the worker of rank 1 ends before training begins, once."""
+    if this_process().rank == 1 and not os.path.exists(mark):
+        os.close(os.open(mark, os.O_CREAT))
+        take = HostGroup.barrier
+
+        def end(group: HostGroup, operation: str) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+            take(group, operation)
+
+        HostGroup.barrier = end  # type: ignore[method-assign, assignment]
+    return train(**options)
 
 
 def survive(**options: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from tests.jobs import small_trainer as trainer
 from unisono.errors import ConfigurationError
 from unisono.events import CheckpointSaved, Event, StepFinished, ValidationFinished
 from unisono.launch.local import LocalLauncher
+from unisono.launch.worker_set import WorkerSet
 from unisono.optim.classes import pin_variant, update_class
 from unisono.state.checkpoint import DIRECTORY, load, path_of, steps_in
 
@@ -303,8 +304,8 @@ def test_a_worker_that_fails_in_the_middle_of_a_step_tells_other_hosts_why(
     pool: LocalLauncher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its exchange thread waited for gradients that could not come, without a deadline; others lost a connection."""
-    monkeypatch.setattr(pool, "_failures", lambda: (False, False))
-    monkeypatch.setattr(pool, "_raise_failure", lambda: None)
+    monkeypatch.setattr(WorkerSet, "_failures", lambda self: (False, False))
+    monkeypatch.setattr(WorkerSet, "_raise_failure", lambda self: None)
     target = {"call": "tests.jobs:survive", "arguments": {"rank": 1, "how": "raise", "step": 3, "deadline_s": 5.0}}
     results = pool.run(target, 2, hosts=2).results
     assert "rank 1 (host 1) ended: RuntimeError: struck on purpose" in results[0]["error"]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from unisono.launch.local import LocalLauncher
+from unisono.launch.worker_set import WorkerSet
 
 
 def run(pool: LocalLauncher, call: str, workers: int, **arguments: Any) -> list[Any]:
@@ -39,8 +40,8 @@ def test_a_dead_or_stopped_peer_is_named(
     pool: LocalLauncher, monkeypatch: pytest.MonkeyPatch, how: str, operation: str
 ) -> None:
     """(rank 2 of 3, before an operation): SIGKILL is noticed at once, SIGSTOP at the deadline."""
-    monkeypatch.setattr(pool, "_failures", lambda: (False, False))
-    monkeypatch.setattr(pool, "_raise_failure", lambda: None)
+    monkeypatch.setattr(WorkerSet, "_failures", lambda self: (False, False))
+    monkeypatch.setattr(WorkerSet, "_raise_failure", lambda self: None)
     results = run(pool, "fault", 3, how=how, operation=operation, timeout_s=1.0)
     for result in results[:2]:
         assert "rank 2" in result["error"] and ("recv" if operation == "recv" else "all_reduce") in result["error"]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from unisono.launch.local import LocalLauncher
+from unisono.launch.worker_set import WorkerSet
 
 DEADLINE_S = 1.5
 
@@ -14,8 +15,8 @@ DEADLINE_S = 1.5
 @pytest.fixture
 def tolerant(pool: LocalLauncher, monkeypatch: pytest.MonkeyPatch) -> LocalLauncher:
     """A pool that lets survivors end by themselves instead of ending them with the first that failed."""
-    monkeypatch.setattr(pool, "_failures", lambda: (False, False))
-    monkeypatch.setattr(pool, "_raise_failure", lambda: None)
+    monkeypatch.setattr(WorkerSet, "_failures", lambda self: (False, False))
+    monkeypatch.setattr(WorkerSet, "_raise_failure", lambda self: None)
     return pool
 
 

@@ -16,7 +16,7 @@ from unisono.comm.partial import Partial, PartialLayout
 from unisono.comm.roll import Roll
 from unisono.comm.waiting import Waiter
 from unisono.comm.words import store_fence
-from unisono.errors import LaunchError, ReplicaBroken, RunOver
+from unisono.errors import LaunchError, ReplicaBroken
 from unisono.events import PHASES, Event
 from unisono.plan.roster import Loss, Lot, consecutive
 from unisono.run.summation import Node, covering, missing
@@ -72,8 +72,9 @@ class HostGroup:
         self._memory = memory or (lambda region: arena.tensor(region, torch.uint8))
         self.waiter = replace(
             waiter or Waiter(deadline_s, self.is_revoked),
-            revoked=self._may_not_go_on,
+            revoked=self.is_revoked,
             cause=self.cause,
+            over=lambda: self.header.course is Course.OVER,
             told=lambda operation: self.header.note(slot, f"waits in {operation}"),
             beat=lambda: self.header.beat(slot),
         )
@@ -492,11 +493,6 @@ class HostGroup:
             words[:2] = len(text).to_bytes(2, "little")
         store_fence()
         self.header.revoked = self._generation + 1
-
-    def _may_not_go_on(self) -> bool:
-        if self.header.course is Course.OVER:  # whoever waits then was let in for a step that did not come
-            raise RunOver("training was over before this worker could take part")
-        return self.is_revoked()
 
     def is_revoked(self) -> bool:
         """Whether this generation has ended."""

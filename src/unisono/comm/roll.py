@@ -152,7 +152,7 @@ class Roll:
         stay = [slot for slot in members if slot in self.members and slot not in lost]
         chief = self.chief if self.chief in stay else (stay or list(members))[0]
         self._agreed = Agreement(self.step + 1, seen, chief, members)
-        if set(members) - set(stay):
+        if members != self.members or lost:
             header.agree(self._agreed)
         for replica in set(whole_replicas(self._replicas, members)) - set(whole_replicas(self._replicas, stay)):
             self.regained(replica)
@@ -179,11 +179,11 @@ class Roll:
         header = self._header
         if header.course is Course.OVER:
             raise RunOver("training was over before this worker could join")
-        for agreement in header.agreements():
-            died = any(header.lost(number) == self._slot for number in range(agreement.seen, header.losses))
-            if self._slot in agreement.members and not died:
-                return agreement
-        return None
+        agreement = next(iter(header.agreements()), None)  # one before may be about who was here earlier
+        if agreement is None or self._slot not in agreement.members:
+            return None
+        died = any(header.lost(number) == self._slot for number in range(agreement.seen, header.losses))
+        return None if died else agreement
 
     def join(self, agreement: Agreement) -> None:
         """This worker begins with the step that the agreement is for."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from unisono.errors import Revoked, WaitTimeout
+from unisono.errors import Revoked, RunOver, WaitTimeout
 
 T = TypeVar("T")
 
@@ -28,6 +28,7 @@ class Waiter:
         deadline_s: seconds after which a wait raises.
         revoked: whether this worker's generation has ended.
         cause: why it has, where that is known.
+        over: whether training has ended: who waits on was let in for a step that did not come.
         told: called with the operation as a wait begins.
         beat: called again and again while it lasts.
         clock: seconds, monotonic; replaced in tests.
@@ -37,6 +38,7 @@ class Waiter:
     deadline_s: float
     revoked: Callable[[], bool]
     cause: Callable[[], str] = str
+    over: Callable[[], bool] = bool
     told: Callable[[str], None] = lambda operation: None
     beat: Callable[[], None] = lambda: None
     clock: Callable[[], float] = time.monotonic
@@ -48,6 +50,7 @@ class Waiter:
         Raises:
             WaitTimeout: with the operation, the line that waits, and what ``missing`` says.
             Revoked: the generation ended.
+            RunOver: training ended.
         """
         result = ready()
         if result is not None:
@@ -55,9 +58,12 @@ class Waiter:
         self.told(operation)
         started = self.clock()
         while True:
+            over = self.over()  # read before: what came until then counts
             result = ready()
             if result is not None:
                 return result
+            if over:
+                raise RunOver(f"training was over while this worker waited in {operation}")
             if self.revoked():
                 raise Revoked(revoked(operation, self.cause()))
             waited = self.clock() - started

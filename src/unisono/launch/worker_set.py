@@ -51,6 +51,7 @@ class WorkerSet:
     Attributes:
         survival: what is made of ends and silences.
         interrupts: how often it was asked to stop.
+        notes: what workers have told that is for whoever looks on.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class WorkerSet:
         self.interrupts = 0
         self._orderly = False
         self._drained_by = float("inf")
+        self.notes: list[Message] = []
         self._workers: list[WorkerProcess] = []
         self._wanted = task.workers
         self._reported = False
@@ -370,6 +372,8 @@ class WorkerSet:
             self._keeper.release(message["name"])
             if message["name"] == self._attached:
                 self._detach()
+        elif message["op"] == "note":
+            self.notes.append(message)
         elif message["op"] == "result":
             worker.result = message["value"]
         elif message["op"] == "error" and worker.error is None:

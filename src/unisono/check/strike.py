@@ -4,11 +4,13 @@ Moments are the phases of a step, and others inside them: ``forward``, ``backwar
 ``mid-commit``, ``rescue`` (while it computes in a lost worker's place), ``validation``, and ``entry`` (while it joins).
 """
 
+import errno
 import os
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from unisono.evaluation import Evaluator
 from unisono.events import PHASES, Event, PhaseEntered
 from unisono.launch.control import send
 from unisono.launch.world import this_process
+from unisono.state import checkpoint
 from unisono.sync.every_step import EveryStep
 from unisono.tasks.job import objects_of
 from unisono.tasks.task import make_task
@@ -30,7 +33,9 @@ MOMENTS = (
     *PHASES,
     *("forward", "backward", "mid-reduce", "mid-update", "mid-commit", "rescue", "validation", "entry"),
 )
-WAYS = ("kill", "stop", "hang", "sleep", "exit")
+WAYS = ("kill", "stop", "hang", "sleep", "exit", "clock")
+HOUR_S = 3600.0
+SLOWER = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +43,8 @@ class Strike:
     """One fault: what happens to the worker of ``rank`` in ``step`` at a moment; 0 as step is any.
 
     Attributes:
-        how: ``kill`` (SIGKILL), ``stop`` (SIGSTOP), ``hang`` (an endless loop), ``sleep`` (in a system call), ``exit``.
+        how: ``kill`` (SIGKILL), ``stop`` (SIGSTOP), ``hang`` (an endless loop), ``sleep`` (in a system call), ``exit``,
+            ``clock`` (the wall clock is set back by an hour, or forward).
         code: of an exit.
     """
 
@@ -47,6 +53,23 @@ class Strike:
     moment: str
     how: str = "kill"
     code: int = 1
+
+    def as_dict(self) -> dict[str, Any]:
+        """As data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """A disk that is ``full``, ``read-only`` or ``slow`` (10 times), from one step on until another is begun."""
+
+    how: str
+    start: int
+    stop: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """As data."""
+        return asdict(self)
 
 
 def strike(fault: Strike) -> None:
@@ -62,6 +85,9 @@ def strike(fault: Strike) -> None:
         time.sleep(3600)
     elif fault.how == "exit":
         os._exit(fault.code)
+    elif fault.how == "clock":
+        wall, shift = time.time, HOUR_S if fault.step % 2 else -HOUR_S
+        time.time = lambda: wall() + shift
     while fault.how == "hang":
         pass
 
@@ -69,15 +95,18 @@ def strike(fault: Strike) -> None:
 class Armed:
     """Strikes this process once its moment has come; each strike once in a run.
 
-    A worker that takes a lost one's place has the same rank and the same strikes: those of steps before it joined do
-    not come again, and one of any step (0) strikes the first process alone.
+    A worker that takes a lost one's place has the same rank and the same strikes; those of steps before it joined do
+    not come again. One at an entry strikes every second worker that joins there.
+
+    Attributes:
+        step: the one under way.
     """
 
     def __init__(self, strikes: Sequence[Strike]) -> None:
         world = this_process()
-        mine = [s for s in strikes if s.rank == world.rank and (s.step > 0 or not world.joins or s.moment == "entry")]
+        mine = [s for s in strikes if s.rank == world.rank]
         self._left = list(mine)
-        self._step = 0
+        self.step = 0
         self._computed: set[tuple[int, int | None]] = set()
 
     def at(self, moment: str, step: int) -> None:
@@ -91,7 +120,7 @@ class Armed:
         """Hear of phases."""
         if not isinstance(event, PhaseEntered):
             return
-        self._step = event.step
+        self.step = event.step
         self.at(event.phase, event.step)
         if event.phase == "compute":
             again = (event.step, event.micro_batch) in self._computed
@@ -102,15 +131,21 @@ class Armed:
         """Reach the moments inside phases too. For a process whose only use this is: nothing is put back."""
         self._before(EveryStep, "_reduce", lambda *_: self._second("mid-reduce"))
         self._before(Journal, "advance", self._advance)
-        self._before(Engine, "_rescue", lambda *_: self.at("rescue", self._step))
-        self._before(Evaluator, "_leaf", lambda *_: self.at("validation", self._step))
-        self._before(HostGroup, "_settled", lambda *_: self.at("entry", 0))
+        self._before(Engine, "_rescue", lambda *_: self.at("rescue", self.step))
+        self._before(Evaluator, "_leaf", lambda *_: self.at("validation", self.step))
+        self._before(HostGroup, "_settled", self._enter)
+
+    def _enter(self, group: HostGroup, *_: object) -> None:
+        """This worker was let in; it is struck where it comes for one that trained, and not for one struck here."""
+        header = group.header
+        if sum(header.lost(number) == group.slot for number in range(header.losses)) % 2:
+            self.at("entry", 0)
 
     def _second(self, moment: str) -> None:
         """After the first of several."""
-        key = (self._step, None)
+        key = (self.step, None)
         if key in self._computed:
-            self.at(moment, self._step)
+            self.at(moment, self.step)
         self._computed.add(key)
 
     def _advance(self, journal: Journal, image: Image, version: int) -> None:
@@ -131,18 +166,45 @@ class Armed:
         setattr(owner, name, wrapped)
 
 
-def armed(trainer: Trainer, strikes: Sequence[Mapping[str, Any]]) -> Trainer:
-    """A trainer whose workers are struck."""
+def spoil(storage: Storage, step: Callable[[], int]) -> None:
+    """Let this process's disk be full, read-only or slow; for a process whose only use this is."""
+    write = checkpoint._write
+
+    def spoiled(path: Path, data: bytes) -> None:
+        if not storage.start <= step() < storage.stop:
+            write(path, data)
+        elif storage.how == "slow":
+            started = time.perf_counter()
+            write(path, data)
+            time.sleep((SLOWER - 1) * (time.perf_counter() - started))
+        else:
+            number = errno.ENOSPC if storage.how == "full" else errno.EROFS
+            write(path, data[: len(data) // 2])
+            raise OSError(number, os.strerror(number), str(path))
+
+    checkpoint._write = spoiled
+
+
+def armed(trainer: Trainer, strikes: Sequence[Mapping[str, Any]], storage: Mapping[str, Any] | None = None) -> Trainer:
+    """A trainer whose workers are struck, and whose disk may be."""
     arm = Armed([Strike(**fault) for fault in strikes])
     arm.install()
+    if storage is not None:
+        spoil(Storage(**storage), lambda: arm.step)
     trainer.probe(arm)
     return trainer
 
 
-def train(config: Mapping[str, Any], strikes: Sequence[Mapping[str, Any]], resume: bool = False) -> dict[str, Any]:
+def train(
+    config: Mapping[str, Any],
+    strikes: Sequence[Mapping[str, Any]],
+    storage: Mapping[str, Any] | None = None,
+    resume: bool = False,
+) -> dict[str, Any]:
     """What every worker of ``unisono chaos`` does: train a task, and be struck."""
     settings = validate(Config, config, "configuration")
     torch.set_num_threads(settings.threads)
     task = make_task(settings.task, settings.options)
-    trainer = armed(Trainer.from_config(objects_of(task, settings.optimizer), settings), strikes)
+    objects = replace(objects_of(task, settings.optimizer), validation=None, summary=None)
+    trainer = armed(Trainer.from_config(objects, settings), strikes, storage)
     return asdict(trainer.fit(settings.steps, resume=resume))

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from unisono.cli import bench, checkpoint, looking, runs
+from unisono.cli import bench, chaos, checkpoint, looking, runs
 from unisono.cli.options import INTERRUPTED
 from unisono.errors import UnisonoError
 
@@ -25,6 +25,7 @@ app.command()(runs.train)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(runs.run)
 app.command()(runs.scale)
 app.command()(runs.verify)
+app.command()(chaos.chaos)
 app.command()(looking.plan)
 app.command()(looking.doctor)
 app.command()(looking.report)

@@ -79,6 +79,10 @@ class LocalLauncher:
             self._process.kill()
             self._process.wait()
 
+    def kill_server(self) -> None:
+        """End the fork server, and with it its workers, without warning: what chaos does."""
+        self._process.kill()
+
     def preload(self, modules: Sequence[str]) -> None:
         """Let the server import modules of the user's, so that workers share them already imported.
 

@@ -1,0 +1,524 @@
+"""``unisono chaos``: faults against a real run, beside the same run undisturbed: what it took to go on, and whether the
+result is the same.
+
+Scripted faults strike from inside workers (`check.strike`), at (rank, step, moment); others come from outside, from the
+launcher's loop, which also takes the times: it looks at the arena's words every millisecond.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import random
+import signal
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from unisono.check.strike import Storage, Strike
+from unisono.comm.header import Course
+from unisono.config import Config, validate
+from unisono.errors import ConfigurationError, UnisonoError
+from unisono.launch.local import LocalLauncher
+from unisono.launch.task import STANDARD_ERROR, Elastic, Ending
+from unisono.launch.worker_set import WorkerSet
+from unisono.observe.records import EVENTS
+from unisono.state.checkpoint import DIRECTORY, newest_intact, path_of, steps_in, verify
+
+FIRST, GAP = 10, 8
+"""The step of the first fault, and steps from one to the next: until then, a lost worker's place is taken again."""
+TURN_S = 0.001
+STOP_DEADLINE_S = 1.0
+AT_MOMENTS = {
+    **{
+        f"kill-{moment}": moment for moment in ("data", "forward", "backward", "mid-reduce", "mid-update", "mid-commit")
+    },
+    "exit": "backward",
+    "stop": "backward",
+    "hang": "forward",
+}
+SPECIAL = (
+    *("kill-two", "kill-rescue", "kill-entry", "spare", "scale", "sigterm", "everything", "server"),
+    *("disk-full", "disk-read-only", "disk-slow", "clock", "random"),
+)
+FAULTS = (*AT_MOMENTS, *SPECIAL)
+
+Say = Callable[[str], None]
+
+
+@dataclass(slots=True)
+class Row:
+    """What one kind of fault led to.
+
+    Attributes:
+        recovery_s: from each fault to the next commit.
+        bound_s: what an undisturbed step, the recomputation and half a second come to.
+        lost_steps: that had been committed, and had to be trained again.
+        recomputed_micro_batches: the most for one fault.
+        exactly_once: every step is on record once, with the loss of the undisturbed run.
+        survivors_restarted: processes that ended without being struck.
+        note: what else was looked at.
+    """
+
+    fault: str
+    repetitions: int = 0
+    recovery_s: list[float] = field(default_factory=list)
+    bound_s: float | None = None
+    lost_steps: int = 0
+    recomputed_micro_batches: int = 0
+    exactly_once: bool = True
+    digest_equal: bool = True
+    survivors_restarted: int = 0
+    note: str = ""
+
+    @property
+    def good(self) -> bool:
+        """Whether everything is as it would have been."""
+        return self.exactly_once and self.digest_equal and not self.lost_steps and not self.survivors_restarted
+
+    def as_dict(self) -> dict[str, Any]:
+        """As data."""
+        at = sorted(self.recovery_s)
+        return {
+            "fault": self.fault,
+            "repetitions": self.repetitions,
+            "recovery_p50_s": round(statistics.median(at), 4) if at else None,
+            "recovery_p95_s": round(at[min(len(at) - 1, int(0.95 * len(at)))], 4) if at else None,
+            "bound_s": None if self.bound_s is None else round(self.bound_s, 4),
+            "lost_steps": self.lost_steps,
+            "recomputed_micro_batches": self.recomputed_micro_batches,
+            "exactly_once": self.exactly_once,
+            "digest_equal": self.digest_equal,
+            "survivors_restarted": self.survivors_restarted,
+            "note": self.note,
+        }
+
+    def as_text(self) -> str:
+        """For a reader."""
+        row = self.as_dict()
+        times = ""
+        if self.recovery_s:
+            bound = f", bound {row['bound_s']:.2f} s" if self.bound_s is not None else ""
+            times = f"{row['recovery_p50_s']:.2f} s, p95 {row['recovery_p95_s']:.2f} s{bound}; "
+        return (
+            f"{'ok ' if self.good else 'BAD'} {self.fault:<16} x{self.repetitions:<3} {times}"
+            f"{self.recomputed_micro_batches} micro-batches again, {self.lost_steps} steps lost, "
+            f"{self.survivors_restarted} survivors restarted, "
+            f"digest {'equal' if self.digest_equal else 'DIFFERS'}{'; ' + self.note if self.note else ''}"
+        )
+
+
+@dataclass(slots=True)
+class Observed:
+    """What was seen of one run.
+
+    Attributes:
+        ending: how it ended; None where it was to end with an error, which is ``error``.
+        committed_at: when each step was first seen committed.
+        strikes: what workers told as they were struck: fault, time and process.
+        ended: processes that ended while others trained.
+        records: the run's events.
+    """
+
+    ending: Ending | None = None
+    error: str = ""
+    committed_at: dict[int, float] = field(default_factory=dict)
+    strikes: list[dict[str, Any]] = field(default_factory=list)
+    ended: set[int] = field(default_factory=set)
+    records: list[dict[str, Any]] = field(default_factory=list)
+    over_at: float = 0.0
+
+    @property
+    def losses(self) -> list[tuple[int, float]]:
+        """(step, loss) of all steps on record, in order."""
+        return [(r["step"], r["loss"]) for r in self.records if r["event"] == "StepFinished"]
+
+    @property
+    def step_s(self) -> float:
+        """The median step, the first ones left out."""
+        times = [self.committed_at[step] for step in sorted(self.committed_at)][3:]
+        return statistics.median(b - a for a, b in itertools.pairwise(times))
+
+
+class Chaos:
+    """Runs faults against one configuration.
+
+    Arguments:
+        config: what is trained; its length and records are chaos's own.
+        workers: that begin.
+        repeat: faults of each kind.
+        seed: of random faults.
+        say: told of what happens.
+    """
+
+    def __init__(self, launcher: LocalLauncher, config: Config, workers: int, repeat: int, seed: int, say: Say) -> None:
+        self._launcher = launcher
+        self._config = config
+        self._workers = workers
+        self._repeat = repeat
+        self._seed = seed
+        self._say = say
+        self._undisturbed: dict[int, tuple[str, Observed]] = {}
+
+    def run(self, fault: str) -> Row:
+        """Let one kind of fault happen, again and again."""
+        self._say(f"{fault}: {self._repeat} times")
+        if fault in AT_MOMENTS:
+            return self._at_moment(fault, AT_MOMENTS[fault])
+        method: Callable[[Row], None] = getattr(self, f"_{fault.replace('-', '_')}")
+        row = Row(fault, self._repeat)
+        method(row)
+        return row
+
+    # Faults at moments of a step
+
+    def _at_moment(self, fault: str, moment: str) -> Row:
+        """One run, with a fault every few steps, at another rank each time."""
+        how = {"exit": "exit", "stop": "stop", "hang": "hang"}.get(fault, "kill")
+        steps, strikes = self._schedule(lambda rank, step: [Strike(rank, step, moment, how)])
+        settings: dict[str, Any] = {"deadline_s": STOP_DEADLINE_S} if how in ("stop", "hang") else {}
+        row = Row(fault, self._repeat)
+        seen = self._train(steps, strikes, **settings)
+        self._judge(row, seen, steps, late_s=settings.get("deadline_s", 0.0))
+        return row
+
+    def _schedule(self, faults: Callable[[int, int], list[Strike]]) -> tuple[int, list[Strike]]:
+        """Steps to train, and faults spread over them and over ranks."""
+        strikes = [s for n in range(self._repeat) for s in faults(n % self._workers, FIRST + GAP * n)]
+        return FIRST + GAP * (self._repeat + 1), strikes
+
+    def _kill_two(self, row: Row) -> None:
+        """Two of them in one step."""
+        self._at_least(3)
+
+        def faults(rank: int, step: int) -> list[Strike]:
+            return [Strike(r % self._workers, step, "backward") for r in (rank, rank + 1)]
+
+        steps, strikes = self._schedule(faults)
+        self._judge(row, self._train(steps, strikes), steps, killed=2)
+
+    def _kill_rescue(self, row: Row) -> None:
+        """One, and another that computes in its place."""
+        self._at_least(3)
+        steps = FIRST + GAP * (self._repeat + 1)
+        strikes = []
+        for n in range(self._repeat):
+            rank, step = n % self._workers, FIRST + GAP * n
+            others = [r for r in range(self._workers) if r != rank]
+            strikes += [Strike(rank, step, "forward"), *(Strike(r, step, "rescue") for r in others[:1])]
+        self._judge(row, self._train(steps, strikes), steps, killed=2)
+
+    def _kill_entry(self, row: Row) -> None:
+        """A worker, and the one that is to take its place, as it enters."""
+        steps, strikes = self._schedule(lambda rank, step: [Strike(rank, step, "forward")])
+        strikes += [Strike(rank, 0, "entry") for rank in range(self._workers)]
+        self._judge(row, self._train(steps, strikes), steps)
+
+    def _spare(self, row: Row) -> None:
+        """The spare that waits is killed, and training does not notice."""
+        steps, following = FIRST + GAP * (self._repeat + 1), [FIRST]
+
+        def look(workers: WorkerSet, committed: int) -> None:
+            waiting = [w for w in workers.alive if not workers.survival.trains(w.rank)]
+            if waiting and committed >= following[0] and committed < steps - GAP:
+                following[0] = committed + GAP
+                os.kill(waiting[0].process, signal.SIGKILL)
+
+        seen = self._train(steps, [], look, elastic=Elastic(self._workers, self._workers, 1), struck_outside=True)
+        self._judge(row, seen, steps)
+
+    def _random(self, row: Row) -> None:
+        """Kills and stops at random times, never the last two, nor two at one micro-batch."""
+        self._at_least(3)
+        chance, doomed, struck = random.Random(self._seed), set[int](), set[tuple[int, int | None]]()
+        following = [0.0]
+        steps = FIRST + 3 * self._repeat + 10 * GAP
+
+        def look(workers: WorkerSet, committed: int) -> None:
+            header, now = workers.survival.header, time.monotonic()
+            healthy = [w for w in workers.alive if w.process not in doomed and workers.survival.trains(w.rank)]
+            if header is None or len(healthy) < 3 or now < following[0] or len(doomed) >= self._repeat:
+                return
+            victim = chance.choice(healthy)
+            _, step, micro_batch = header.doing(victim.rank)
+            if FIRST <= step <= steps - GAP and (step, micro_batch) not in struck:
+                struck.add((step, micro_batch))
+                doomed.add(victim.process)
+                os.kill(victim.process, chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP]))
+                following[0] = now + chance.choice([0.0, 0.05, 0.2, 0.8])
+
+        seen = self._train(steps, [], look, struck_outside=True, deadline_s=STOP_DEADLINE_S)
+        row.repetitions = len(doomed)
+        row.note = f"seed {self._seed}"
+        self._judge(row, seen, steps)
+
+    def _scale(self, row: Row) -> None:
+        """1 to 4 to 2 to 3, in turn."""
+        sizes = [n for n in (4, 2, 3, 1) if n % self._config.layout.model_workers == 0]
+        steps, done = FIRST + 2 * GAP * (self._repeat + 1), [0]
+        asked: list[tuple[int, float]] = []
+
+        def look(workers: WorkerSet, committed: int) -> None:
+            if done[0] < self._repeat and committed >= FIRST + 2 * GAP * done[0]:
+                workers.scale(sizes[done[0] % len(sizes)])
+                asked.append((committed + 1, time.monotonic()))
+                done[0] += 1
+
+        elastic = Elastic(self._config.layout.model_workers, max(sizes))
+        seen = self._train(steps, [], look, elastic=elastic, struck_outside=True)
+        for before, at in asked:
+            times = [seen.committed_at[s] for s in range(before, before + 2 * GAP) if s in seen.committed_at]
+            row.recovery_s.append(max(b - a for a, b in zip([at, *times], times, strict=False)))
+        row.note = "times are the longest pause between two commits after each change"
+        self._judge(row, seen, steps)
+
+    # The whole run
+
+    def _sigterm(self, row: Row) -> None:
+        """Asked to stop in the middle; resumed, and ended."""
+        steps = FIRST + 2 * GAP
+        for number in range(self._repeat):
+            with tempfile.TemporaryDirectory(prefix="unisono-chaos-") as run_dir:
+                asked: list[float] = []
+
+                def look(workers: WorkerSet, committed: int, at: list[float] = asked, n: int = number) -> None:
+                    if not at and committed >= FIRST + n % GAP:
+                        at.append(time.monotonic())
+                        workers.interrupt(signal.SIGTERM)
+
+                first = self._train(steps, [], look, run_dir=run_dir)
+                orderly = first.ending is not None and first.ending.preempted
+                saved = steps_in(Path(run_dir) / DIRECTORY)
+                last = max(first.committed_at, default=0)
+                row.lost_steps += last - saved[0] if saved else last
+                row.recovery_s.append(first.over_at - asked[0])
+                again = self._train(steps, [], run_dir=run_dir, resume=True)
+                self._judge(row, again, steps)
+                row.digest_equal = row.digest_equal and orderly
+        row.bound_s = self._expected(steps)[1].step_s + 0.5
+        row.note = "times are from the signal to the end"
+
+    def _everything(self, row: Row) -> None:
+        """All workers are killed at once; the run is resumed from its newest intact checkpoint."""
+        steps, every = FIRST + 2 * GAP, 5
+        for number in range(self._repeat):
+            with tempfile.TemporaryDirectory(prefix="unisono-chaos-") as run_dir:
+                stop_at = FIRST + number % GAP
+                strikes = [Strike(rank, stop_at, "backward") for rank in range(self._workers)]
+                first = self._train(steps, strikes, run_dir=run_dir, checkpoint={"every": every})
+                row.note = first.error.partition("; ")[2] or first.error
+                path, manifest, _ = newest_intact(Path(run_dir) / DIRECTORY)
+                verify(path)
+                self._judge(row, self._train(steps, [], run_dir=run_dir, resume=True), steps, whole=False)
+                row.digest_equal = row.digest_equal and manifest.step >= stop_at - 2 * every
+
+    def _server(self, row: Row) -> None:
+        """The fork server is killed: a clear end, and a checkpoint that resumes."""
+        steps, every = FIRST + 2 * GAP, 5
+        for _ in range(self._repeat):
+            with tempfile.TemporaryDirectory(prefix="unisono-chaos-") as run_dir, LocalLauncher() as own:
+                mine, self._launcher = self._launcher, own
+                try:
+                    first = self._train(
+                        steps,
+                        [],
+                        lambda workers, committed: own.kill_server() if committed >= FIRST + every else None,
+                        run_dir=run_dir,
+                        checkpoint={"every": every},
+                    )
+                finally:
+                    self._launcher = mine
+                row.note = first.error
+                self._judge(row, self._train(steps, [], run_dir=run_dir, resume=True), steps, whole=False)
+
+    def _disk_full(self, row: Row) -> None:
+        self._disk(row, "full")
+
+    def _disk_read_only(self, row: Row) -> None:
+        self._disk(row, "read-only")
+
+    def _disk_slow(self, row: Row) -> None:
+        self._disk(row, "slow")
+
+    def _disk(self, row: Row, how: str) -> None:
+        """Checkpoints cannot be written for a while, or take long; training goes on, and older ones stay intact."""
+        steps, every = FIRST + GAP * (self._repeat + 2), 4
+        with tempfile.TemporaryDirectory(prefix="unisono-chaos-") as run_dir:
+            storage = Storage(how, FIRST, steps - GAP)
+            seen = self._train(steps, [], run_dir=run_dir, checkpoint={"every": every, "keep": 1000}, storage=storage)
+            self._judge(row, seen, steps)
+            directory = Path(run_dir) / DIRECTORY
+            saved = sorted(steps_in(directory))
+            for step in saved:
+                verify(path_of(directory, step))
+            said = sum(r["event"] == "Notice" and "NO CHECKPOINT" in r["text"] for r in seen.records)
+            row.note = f"{said} failures told; checkpoints of steps {', '.join(map(str, saved))} are intact"
+            row.digest_equal = row.digest_equal and saved[-1] == steps and (saved[0] <= FIRST or how == "slow")
+
+    def _clock(self, row: Row) -> None:
+        """The wall clock is set back and forward by an hour: nothing happens."""
+        steps, strikes = self._schedule(lambda rank, step: [Strike(rank, step, "data", "clock")])
+        self._judge(row, self._train(steps, strikes, deadline_s=STOP_DEADLINE_S), steps)
+
+    # One run, and what is made of it
+
+    def _at_least(self, workers: int) -> None:
+        if self._workers < workers:
+            raise ConfigurationError(f"this fault needs at least {workers} workers; {self._workers} are there (-n)")
+
+    def _expected(self, steps: int) -> tuple[str, Observed]:
+        """Digest and course of the undisturbed run."""
+        if steps not in self._undisturbed:
+            seen = self._train(steps, [])
+            assert seen.ending is not None, seen.error
+            self._undisturbed[steps] = seen.ending.result["digest"], seen
+        return self._undisturbed[steps]
+
+    def _judge(
+        self, row: Row, seen: Observed, steps: int, *, late_s: float = 0.0, killed: int = 1, whole: bool = True
+    ) -> None:
+        """Compare a run with the undisturbed one.
+
+        Arguments:
+            late_s: until a fault is noticed.
+            killed: workers that a fault takes.
+            whole: nothing was trained twice.
+        """
+        digest, undisturbed = self._expected(steps)
+        result = seen.ending.result if seen.ending is not None else None
+        if result is None:
+            row.digest_equal, row.note = False, seen.error
+            return
+        row.digest_equal = row.digest_equal and result["digest"] == digest
+        if whole:
+            row.exactly_once = row.exactly_once and seen.losses == undisturbed.losses
+            row.lost_steps += len(seen.losses) - len({step for step, _ in seen.losses})
+        else:  # what was trained twice had the same losses
+            row.exactly_once = row.exactly_once and dict(seen.losses) == dict(undisturbed.losses)
+        struck = {note["process"] for note in seen.strikes}
+        row.survivors_restarted += len(seen.ended - struck)
+        for step, at in {note["struck"]["step"]: note["at"] for note in reversed(seen.strikes)}.items():
+            if step in seen.committed_at:
+                row.recovery_s.append(seen.committed_at[step] - at)
+        again = [len([m for part in r["taken_over"].values() for m in part]) for r in _of(seen, "WorkerLost")]
+        row.recomputed_micro_batches = max([row.recomputed_micro_batches, *again])
+        if seen.strikes:
+            step_s = undisturbed.step_s
+            share = -(-self._config.micro_batches // max(1, self._workers // self._config.layout.model_workers))
+            one = step_s / max(1, share)
+            row.bound_s = step_s + killed * share * one + late_s + 0.5 * killed
+            asked = {(n["struck"]["rank"], n["struck"]["step"], n["struck"]["moment"]) for n in seen.strikes}
+            row.repetitions = min(row.repetitions, len(asked))
+
+    def _train(
+        self,
+        steps: int,
+        strikes: Sequence[Strike],
+        look: Callable[[WorkerSet, int], None] | None = None,
+        *,
+        elastic: Elastic | None = None,
+        run_dir: str | None = None,
+        resume: bool = False,
+        storage: Storage | None = None,
+        struck_outside: bool = False,
+        **settings: Any,
+    ) -> Observed:
+        """Train, and look on.
+
+        Arguments:
+            look: called with the last committed step, again and again, while it trains.
+            struck_outside: who ends was struck by ``look``, or left.
+        """
+        seen, processes = Observed(), dict[int, int]()
+
+        def turn(workers: WorkerSet) -> None:
+            header, now = workers.survival.header, time.monotonic()
+            seen.strikes = list(workers.notes)
+            if header is None or header.course is not Course.TRAINING:
+                return
+            committed = header.committed
+            for step in range(max(seen.committed_at, default=committed - 1) + 1, committed + 1):
+                seen.committed_at[step] = now
+            alive = {w.rank: w.process for w in workers.alive}
+            if not struck_outside and not workers.interrupts:
+                seen.ended |= {process for rank, process in processes.items() if alive.get(rank) != process}
+            processes.clear()
+            processes.update(alive)
+            if look is not None:
+                look(workers, committed)
+
+        with _directory(run_dir) as directory:
+            arguments = self._arguments(steps, directory, strikes, storage, settings, resume)
+            target = {"call": "unisono.check.strike:train", "arguments": arguments}
+            together = self._config.layout.model_workers
+            count = elastic.least if elastic is not None else self._workers
+            self._launcher.each_turn, self._launcher.turn_s = turn, TURN_S
+            try:
+                seen.ending = self._launcher.run(
+                    target, count, elastic=elastic, together=together, output=STANDARD_ERROR
+                )
+            except UnisonoError as error:
+                seen.error = str(error)
+            finally:
+                self._launcher.each_turn = None
+                seen.over_at = time.monotonic()
+            if seen.ending is not None and seen.ending.interrupted:
+                raise KeyboardInterrupt
+            lines = (Path(directory) / EVENTS).read_text(encoding="utf-8").splitlines()
+            seen.records = [json.loads(line) for line in lines]
+        return seen
+
+    def _arguments(
+        self,
+        steps: int,
+        run_dir: str,
+        strikes: Sequence[Strike],
+        storage: Storage | None,
+        settings: dict[str, Any],
+        resume: bool,
+    ) -> dict[str, Any]:
+        data = self._config.model_dump(mode="json")
+        decay = self._config.schedule.decay_steps or self._config.steps
+        data["schedule"] = {**data["schedule"], "decay_steps": decay}
+        data["layout"] = {**data["layout"], "data": None}
+        data["observe"] = {"progress": False, "tensorboard": False, "report": False}
+        data |= {"steps": steps, "run_dir": run_dir, "checkpoint": {}, "validation": {}, **settings}
+        return {
+            "config": validate(Config, data, "chaos").model_dump(mode="json"),
+            "strikes": [strike.as_dict() for strike in strikes],
+            "storage": storage.as_dict() if storage is not None else None,
+            "resume": resume,
+        }
+
+
+def _of(seen: Observed, event: str) -> list[dict[str, Any]]:
+    return [record for record in seen.records if record["event"] == event]
+
+
+@contextlib.contextmanager
+def _directory(given: str | None) -> Iterator[str]:
+    """The one given, or one of its own for a while."""
+    if given is not None:
+        yield given
+        return
+    with tempfile.TemporaryDirectory(prefix="unisono-chaos-") as own:
+        yield own
+
+
+def chosen_faults(text: str | None) -> list[str]:
+    """What ``--faults`` names; default: all.
+
+    Raises:
+        ConfigurationError: for one that is not known.
+
+    >>> chosen_faults("stop,random")
+    ['stop', 'random']
+    """
+    names = list(FAULTS) if text is None else text.split(",")
+    if unknown := [name for name in names if name not in FAULTS]:
+        raise ConfigurationError(f"--faults names {unknown[0]!r}; known are {', '.join(FAULTS)}")
+    return names

@@ -62,6 +62,7 @@ def write_report(run_dir: Path) -> Path:
         summary=(_last(events, "Summary") or {}).get("items", {}),
         phases=PHASES,
         workers=_workers(steps),
+        membership=_membership(events),
         wire=_wire(steps),
         config=config.read_text(encoding="utf-8") if config.exists() else "",
         versions=_versions(),
@@ -111,6 +112,35 @@ def _workers(steps: Sequence[Record]) -> list[Mapping[str, Any]]:
     return rows
 
 
+def _membership(events: Sequence[Record]) -> list[tuple[int, str]]:
+    """What happened to workers, in order, for a reader."""
+    told: list[tuple[int, str]] = []
+    known: set[int] = set()
+    for event in events:
+        match event["event"]:
+            case "WorkerLost":
+                again = [f"worker {rank}: {_listed(part)}" for rank, part in event["taken_over"].items()]
+                said = [] if event["number"] in known else [f"worker {event['rank']} {event['how']}"]
+                said += (
+                    [f"micro-batches of worker {event['rank']} computed by others ({'; '.join(again)})"]
+                    if again
+                    else []
+                )
+                known.add(event["number"])
+                told += [(event["step"], "; ".join(said))] if said else []
+            case "ChiefChanged":
+                told.append((event["step"], f"worker {event['rank']} keeps the records from here on"))
+            case "MembersChanged":
+                changes = [f"worker {rank} has joined" for rank in event["joined"]]
+                changes += [f"worker {rank} has left" for rank in event["left"]]
+                told.append((event["step"], "; ".join([*changes, f"{len(event['members'])} train"])))
+    return sorted(told, key=lambda item: item[0])
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
 def _wire(steps: Sequence[Record]) -> Record | None:
     """What the exchange between hosts took, the mean over steps but the first; None for one host."""
     used = [s["wire"] for s in steps[1:] or steps if s.get("wire")]
@@ -151,6 +181,8 @@ def _plot(steps: Sequence[Record], events: Sequence[Record], what: str) -> str:
         axes.set_ylim(bottom=0)
     else:
         _stack(axes, thinned, at)
+    for number, step in enumerate(sorted({e["step"] for e in events if e["event"] == "WorkerLost"})):
+        axes.axvline(step, color="tab:red", linewidth=0.6, alpha=0.6, label="a worker was lost" if not number else None)
     axes.set_xlabel("step")
     axes.set_ylabel({"loss": "loss", "throughput": "samples/s", "phases": "ms a step"}[what])
     out = io.StringIO()

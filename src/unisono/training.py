@@ -28,6 +28,7 @@ from unisono.events import (
     Summary,
     ValidationFinished,
 )
+from unisono.fault.slowness import Slowness
 from unisono.filling import Load, Restored
 from unisono.launch.membership import device_of
 from unisono.launch.world import World, in_notebook
@@ -99,6 +100,7 @@ class Training:
         self._steps = job.steps
         self._records = Records(config, job.callbacks)
         self._loss: float | None = None
+        self._slowness = Slowness()
         self._interrupted = False  # in the middle of an evaluation
         self._notices: list[Event] = []
         self._recorded: dict[str, Any] | None = None
@@ -275,6 +277,9 @@ class Training:
                 wire=group.wire_use,
             )
         )
+        if group.size > 1 and group.chief:
+            for sentence in self._slowness.look(dict(zip(group.members, reports, strict=False)), group.work()):
+                self._records(Notice(f"step {step}: {sentence}"))
         if outcome.weight == 0:
             self._records(Notice(f"step {step} had no weight, so nothing was updated"))
 

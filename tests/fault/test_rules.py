@@ -9,6 +9,7 @@ from unisono.comm.descriptor import create_descriptor
 from unisono.comm.header import OPERATIONS_KEPT, Agreement, Cause, Course, Header, header_bytes
 from unisono.fault.notice import Notices
 from unisono.fault.rules import Death, Rules, Verdict, decide, poisoned
+from unisono.fault.slowness import Slowness
 from unisono.fault.watch import Watch
 
 RULES = Rules("replace", 2.0, 4)
@@ -175,3 +176,13 @@ def test_notices(tmp_path: Path) -> None:
     file.touch()
     assert notices.arrived() == f"{file} has appeared"
     notices.close()
+
+
+def test_a_worker_that_stays_slow_is_named_with_its_phase_once() -> None:
+    slowness = Slowness()
+    even = {"data": 0.01, "compute": 1.0, "reduce": 0.01, "update": 0.1, "wait": 0.0}
+    said = []
+    for _ in range(200):
+        rows = {0: even, 1: {**even, "data": 0.9}, 2: {**even, "compute": 0.4}}
+        said += slowness.look(rows, {0: 4, 1: 4, 2: 4})
+    assert said == ["worker 1 stays slow at loading data: 90.0 times what the others take for the same work"]

@@ -12,6 +12,7 @@ from unisono.plan.assignment import (
     micro_batches,
     one_team,
     owners,
+    paced_micro_batches,
     runs,
 )
 from unisono.plan.blocks import ALIGNMENT_ELEMENTS, BLOCK_ELEMENTS, FlatLayout, ParameterSpec, TensorSpec, flat_layout
@@ -98,3 +99,25 @@ def test_mesh_ranks_and_coordinates_are_one_to_one(data: int, pipeline: int, ten
 def test_an_empty_axis_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="data is 0"):
         Mesh(data=0)
+
+
+@given(st.integers(1, 60), st.lists(st.floats(0.01, 10), min_size=1, max_size=6))
+def test_paced_shares_are_as_early_as_any(count: int, paces: list[float]) -> None:
+    """Giving one after another to whoever is done first is the best there is for equal micro-batches."""
+    shares = paced_micro_batches(count, paces)
+    assert [m for share in shares for m in share] == list(range(count))
+    least = min(1, count // len(paces))
+    sizes = [least] * len(paces)
+    for _ in range(count - sum(sizes)):
+        sizes[min(range(len(paces)), key=lambda w: (sizes[w] + 1) * paces[w])] += 1
+    best = max(n * pace for n, pace in zip(sizes, paces, strict=True))
+    found = max(len(share) * pace for share, pace in zip(shares, paces, strict=True))
+    assert found <= max(best * 1.1 + 1e-9, 0)
+    assert all(len(share) >= least for share in shares)
+
+
+def test_shares_stay_unless_others_are_worth_it() -> None:
+    even = micro_batches(16, 4)
+    assert paced_micro_batches(16, [1.0, 1.05, 0.98, 1.0], even) == even
+    assert paced_micro_batches(16, [1.0, 0.0, 1.0, 1.0], even) == even
+    assert [len(s) for s in paced_micro_batches(16, [1.0, 1.0, 5.0, 1.0], even)] == [5, 5, 1, 5]

@@ -27,12 +27,15 @@ from unisono.launch.local import LocalLauncher
 from unisono.launch.task import STANDARD_ERROR, Elastic, Ending
 from unisono.launch.worker_set import WorkerSet
 from unisono.observe.records import EVENTS
+from unisono.plan.assignment import paced_micro_batches
 from unisono.state.checkpoint import DIRECTORY, newest_intact, path_of, steps_in, verify
 
 FIRST, GAP = 10, 8
 """The step of the first fault, and steps from one to the next: until then, a lost worker's place is taken again."""
 TURN_S = 0.001
 STOP_DEADLINE_S = 1.0
+SLEEP_S, SLOW_FACTOR, SLOW_MICRO_BATCHES, SLOW_STEPS = 0.05, 5, 4, 40
+"""A worker that is slow: compute as a timed sleep, and micro-batches a worker."""
 AT_MOMENTS = {
     **{
         f"kill-{moment}": moment for moment in ("data", "forward", "backward", "mid-reduce", "mid-update", "mid-commit")
@@ -43,7 +46,7 @@ AT_MOMENTS = {
 }
 SPECIAL = (
     *("kill-two", "kill-rescue", "kill-entry", "spare", "scale", "sigterm", "everything", "server"),
-    *("disk-full", "disk-read-only", "disk-slow", "clock", "random"),
+    *("slow", "disk-full", "disk-read-only", "disk-slow", "clock", "random"),
 )
 FAULTS = (*AT_MOMENTS, *SPECIAL)
 
@@ -358,6 +361,28 @@ class Chaos:
             said = sum(r["event"] == "Notice" and "NO CHECKPOINT" in r["text"] for r in seen.records)
             row.note = f"{said} failures told; checkpoints of steps {', '.join(map(str, saved))} are intact"
             row.digest_equal = row.digest_equal and saved[-1] == steps and (saved[0] <= FIRST or how == "slow")
+
+    def _slow(self, row: Row) -> None:
+        """One worker computes five times slower, and the others take over what it would hold up."""
+        workers, config = self._workers, self._config
+        count = SLOW_MICRO_BATCHES * workers
+
+        def sleepers(slow: int | None) -> list[Strike]:
+            seconds = {rank: SLEEP_S * (SLOW_FACTOR if rank == slow else 1) for rank in range(workers)}
+            return [Strike(rank, 1, "data", "slow", seconds=each) for rank, each in seconds.items()]
+
+        settings: dict[str, Any] = {"global_batch_size": count * config.micro_batch_size}
+        even = self._train(SLOW_STEPS, sleepers(None), **settings)
+        sizes = [len(s) for s in paced_micro_batches(count, [SLOW_FACTOR, *[1.0] * (workers - 1)])]
+        best = max(sizes[0] * SLOW_FACTOR, *sizes[1:]) / SLOW_MICRO_BATCHES * even.step_s
+        found = []
+        for number in range(self._repeat):
+            slow = self._train(SLOW_STEPS, sleepers(number % workers), **settings)
+            found.append(best / slow.step_s)
+            assert slow.ending is not None and even.ending is not None, slow.error or even.error
+            row.digest_equal = row.digest_equal and slow.ending.result["digest"] == even.ending.result["digest"]
+            row.exactly_once = row.exactly_once and slow.losses == even.losses
+        row.note = f"throughput {statistics.median(found):.2f} of the best assignment's, {min(found):.2f} at least"
 
     def _clock(self, row: Row) -> None:
         """The wall clock is set back and forward by an hour: nothing happens."""

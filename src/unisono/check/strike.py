@@ -33,7 +33,7 @@ MOMENTS = (
     *PHASES,
     *("forward", "backward", "mid-reduce", "mid-update", "mid-commit", "rescue", "validation", "entry"),
 )
-WAYS = ("kill", "stop", "hang", "sleep", "exit", "clock")
+WAYS = ("kill", "stop", "hang", "sleep", "exit", "clock", "slow")
 HOUR_S = 3600.0
 SLOWER = 10
 
@@ -44,7 +44,8 @@ class Strike:
 
     Attributes:
         how: ``kill`` (SIGKILL), ``stop`` (SIGSTOP), ``hang`` (an endless loop), ``sleep`` (in a system call), ``exit``,
-            ``clock`` (the wall clock is set back by an hour, or forward).
+            ``clock`` (the wall clock is set back by an hour, or forward), ``slow`` (each micro-batch takes ``seconds``
+            more from here on).
         code: of an exit.
     """
 
@@ -53,6 +54,7 @@ class Strike:
     moment: str
     how: str = "kill"
     code: int = 1
+    seconds: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """As data."""
@@ -107,6 +109,7 @@ class Armed:
         mine = [s for s in strikes if s.rank == world.rank]
         self._left = list(mine)
         self.step = 0
+        self._more_s = 0.0
         self._computed: set[tuple[int, int | None]] = set()
 
     def at(self, moment: str, step: int) -> None:
@@ -114,7 +117,10 @@ class Armed:
         for fault in list(self._left):
             if fault.moment == moment and fault.step in (0, step):
                 self._left.remove(fault)
-                strike(fault)
+                if fault.how == "slow":
+                    self._more_s = fault.seconds
+                else:
+                    strike(fault)
 
     def __call__(self, event: Event) -> None:
         """Hear of phases."""
@@ -126,6 +132,7 @@ class Armed:
             again = (event.step, event.micro_batch) in self._computed
             self._computed.add((event.step, event.micro_batch))
             self.at("backward" if again else "forward", event.step)
+            time.sleep(0.0 if again else self._more_s)
 
     def install(self) -> None:
         """Reach the moments inside phases too. For a process whose only use this is: nothing is put back."""

@@ -150,6 +150,9 @@ class Group(Protocol):
     def reports(self, step: int) -> list[list[float]]:
         """What everyone left for a step that is settled, in order of rank."""
 
+    def work(self) -> Mapping[int, int]:
+        """How many micro-batches each of this host's workers had in the last step, by slot."""
+
     def gather_compression(self) -> dict[str, Tensor]:
         """On the first worker of every host, between two steps: the memory of compression of all hosts, by name.
 

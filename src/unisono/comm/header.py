@@ -33,7 +33,7 @@ _HEADER_WORDS = _LOST + LOSSES_KEPT
 # Words of a slot.
 _DONE, _SEQUENCE, _FLAGS, _ACTIVITY, _LAYOUT, _MICRO_BATCH, _OPERATIONS, _HELLO = 0, 1, 2, 3, 4, 5, 6, 7
 UNDO_VERSION, UNDO_RUN, UNDO_PLACE = 8, 9, 10
-_SEEN, _HALTED, _READY, _ASKED, _BEATS, _ADMIT, _PUBLISHED = 11, 12, 13, 14, 15, 16, 32
+_SEEN, _HALTED, _READY, _ASKED, _BEATS, _ADMIT, _PACE, _PUBLISHED = 11, 12, 13, 14, 15, 16, 20, 32
 ENTRIES = 256  # published subtrees: two a level of the largest tree, and one a round (see `comm.rounds`)
 SLOT_WORDS = _PUBLISHED + ENTRIES
 
@@ -290,19 +290,25 @@ class Header:
         """The last step that a slot's worker has begun: flags, losses seen and admissions are those of this step."""
         return self._word(slot, _HELLO)
 
-    def say_hello(self, slot: int, step: int, seen: int, admitted: Sequence[int]) -> None:
+    def say_hello(self, slot: int, step: int, seen: int, admitted: Sequence[int], pace_s: float) -> None:
         """A worker begins a step.
 
         Arguments:
             seen: the losses that it knows of.
             admitted: slots whose workers are ready to join, and may do so after this step.
+            pace_s: seconds that a micro-batch takes it; 0 where it does not know.
         """
+        self._set_word(slot, _PACE, round(pace_s * 1e9))
         bits = mask(admitted)
         self._set_word(slot, _SEEN, seen)
         for i in range(_MASK_WORDS):
             self._set_word(slot, _ADMIT + i, bits >> 64 * i & (1 << 64) - 1)
         store_fence()
         self._set_word(slot, _HELLO, step)
+
+    def pace_s(self, slot: int) -> float:
+        """Seconds that a micro-batch took a slot's worker, as it said when it began its step."""
+        return self._word(slot, _PACE) / 1e9
 
     def seen(self, slot: int) -> int:
         """The losses that a slot's worker knew of when it began its step."""

@@ -483,6 +483,10 @@ class HierarchicalGroup:
         own = dict(enumerate(self.local.reports(step), first))
         return [own.get(rank) or self._remote.get(rank, [0.0] * len(PHASES)) for rank in range(self.size)]
 
+    def work(self) -> Mapping[int, int]:
+        """Shares do not follow speed between hosts."""
+        return {}
+
     def broadcast(self, tensor: Tensor, operation: str) -> None:
         """On the first worker of every host: the first host's values, for all."""
         self.leaders.broadcast(tensor, operation)

@@ -21,6 +21,8 @@ from unisono.events import PHASES, Event
 from unisono.plan.roster import Loss, Lot, consecutive
 from unisono.run.summation import Node, covering, missing
 
+RECENT = 0.3
+"""What the last step counts for in a worker's pace."""
 _MESSAGE_BITS = 24
 """Messages are numbered within a step: a worker that joins with it begins to count where the others do."""
 
@@ -81,6 +83,7 @@ class HostGroup:
         self._views: dict[tuple[int, int], Partial] = {}
         self._message = self.header.sequence(slot)
         self.waits_for_all = False
+        self._steps = 0
         self._told = 0  # losses of the step that the policy has heard of
         self._versions = [arena.words(layout.versions(replica)) for replica in range(layout.replicas)]
         self._reports = arena.bytes(layout.regions.named["reports"]).cast("d")
@@ -465,14 +468,30 @@ class HostGroup:
 
     def report(self, step: int, seconds: Sequence[float]) -> None:
         """Two rows in turn, so that a reader of the settled step is not overtaken."""
+        self._note_pace(seconds)
         start = (self.slot * 2 + step % 2) * len(PHASES)
         for i, value in enumerate(seconds):
             self._reports[start + i] = value
+
+    def _note_pace(self, seconds: Sequence[float]) -> None:
+        """How long a micro-batch takes this worker: its recent steps count most, its first one does not."""
+        roster = self.roll.roster
+        computed = sum(len(lot.micro_batches) for lot in roster.lots_of(self.slot)) if roster is not None else 0
+        self._steps += 1
+        if computed and self._steps > 1:
+            pace = sum(seconds[PHASES.index(phase)] for phase in ("data", "compute")) / computed
+            self.roll.pace_s += (pace - self.roll.pace_s) * (RECENT if self.roll.pace_s else 1.0)
 
     def reports(self, step: int) -> list[list[float]]:
         """Seconds in each phase, a list for each rank."""
         starts = [(slot * 2 + step % 2) * len(PHASES) for slot in self.members]
         return [list(self._reports[start : start + len(PHASES)]) for start in starts]
+
+    def work(self) -> Mapping[int, int]:
+        """How many micro-batches each worker had in the last step, by slot."""
+        roster = self.roll.roster
+        slots = self.members if roster is not None else ()
+        return {slot: sum(len(lot.micro_batches) for lot in roster.lots_of(slot)) for slot in slots} if roster else {}
 
     def gather_compression(self) -> dict[str, Tensor]:
         """Nothing is compressed."""

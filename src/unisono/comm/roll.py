@@ -29,6 +29,7 @@ class Roll:
         chief: the slot of the worker that keeps the run's records.
         step: the one under way, or the last.
         flags: everyone's requests of the step, joined, once it is closed.
+        pace_s: seconds that a micro-batch takes this worker, to be said as it begins a step; 0 where it is not known.
         regained: called with the number of a replica that is whole again, before anyone begins the step with it.
     """
 
@@ -45,6 +46,8 @@ class Roll:
         self._agreed = Agreement(0, 0, self.chief, self.members)
         self.roster: StepRoster | None = None
         self._news: list[Event] = []
+        self._paces: dict[int, float] = {}  # agreed on; none where others than before begin: those who join know none
+        self.pace_s = 0.0
 
     def begin(self, step: int, count: int) -> None:
         """A step begins, with those who were agreed on."""
@@ -52,13 +55,14 @@ class Roll:
             self._note_change(self._agreed)
             self.members, self.chief, self._seen = self._agreed.members, self._agreed.chief, self._agreed.seen
         self.step, self._handled = step, self._seen
-        self.roster = StepRoster(self._replicas, self.members, count)
+        before = self.roster.first if self.roster is not None and self._paces else ()
+        self.roster = StepRoster(self._replicas, self.members, count, self._paces, before)
         header = self._header
         seen = header.losses
         dead = {header.lost(number) for number in range(self._handled, seen)}
         present = set(self.members) - dead
         ready = self._ready(present)
-        header.say_hello(self._slot, step, seen, ready)
+        header.say_hello(self._slot, step, seen, ready, self.pace_s)
         header.course = max(header.course, Course.TRAINING)
 
     def _ready(self, present: set[int]) -> list[int]:
@@ -152,6 +156,7 @@ class Roll:
         stay = [slot for slot in members if slot in self.members and slot not in lost]
         chief = self.chief if self.chief in stay else (stay or list(members))[0]
         self._agreed = Agreement(self.step + 1, seen, chief, members)
+        self._paces = {slot: header.pace_s(slot) for slot in said} if members == self.members and not lost else {}
         if members != self.members or lost:
             header.agree(self._agreed)
         for replica in set(whole_replicas(self._replicas, members)) - set(whole_replicas(self._replicas, stay)):

@@ -1,5 +1,6 @@
 """Who does what: micro-batches -> workers, blocks -> owners. Pure functions, so that everyone computes the same."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -33,6 +34,59 @@ def micro_batches(count: int, workers: int) -> tuple[range, ...]:
     (range(0, 2), range(2, 4), range(4, 7))
     """
     return tuple(range(w * count // workers, (w + 1) * count // workers) for w in range(workers))
+
+
+WORTH = 1.1
+"""How many times quicker another assignment has to be for workers to change to it."""
+
+
+def paced_micro_batches(
+    count: int, paces: Sequence[float], current: Sequence[range] | None = None
+) -> tuple[range, ...]:
+    """Contiguous shares of ``count`` micro-batches for workers that differ in speed: all are done as early as can be.
+
+    Everyone has at least one where there are enough, so that nobody's speed is forgotten.
+
+    Arguments:
+        paces: seconds that each takes for one micro-batch; 0 where that is not known.
+        current: shares that are kept unless others are `WORTH` it.
+
+    >>> paced_micro_batches(16, [1.0, 5.0, 1.0, 1.0])
+    (range(0, 5), range(5, 6), range(6, 11), range(11, 16))
+    >>> paced_micro_batches(4, [1.0, 1.2], [range(0, 2), range(2, 4)])
+    (range(0, 2), range(2, 4))
+    """
+    workers = len(paces)
+    even = micro_batches(count, workers)
+    kept = tuple(current) if current is not None else even
+    if not all(paces):
+        return kept
+    sizes = _paced_sizes(count, paces, min(1, count // workers))
+
+    def seconds(numbers: Sequence[int]) -> float:
+        return max(n * pace for n, pace in zip(numbers, paces, strict=True))
+
+    if seconds([len(share) for share in kept]) < WORTH * seconds(sizes):
+        return kept
+    stops = list(itertools.accumulate(sizes))
+    return tuple(range(stop - size, stop) for stop, size in zip(stops, sizes, strict=True))
+
+
+def _paced_sizes(count: int, paces: Sequence[float], least: int) -> list[int]:
+    """How many of ``count`` each worker has, at least ``least``, so that the last is done as early as can be."""
+
+    def done_by(seconds: float) -> list[int]:
+        return [max(least, int(seconds / pace + 1e-9)) for pace in paces]
+
+    early, late = 0.0, count * max(paces)
+    for _ in range(64):  # halvings, to the last bit
+        middle = (early + late) / 2
+        early, late = (early, middle) if sum(done_by(middle)) >= count else (middle, late)
+    sizes = done_by(late)
+    for _ in range(sum(sizes) - count):
+        latest = max((w for w in range(len(paces)) if sizes[w] > least), key=lambda w: sizes[w] * paces[w])
+        sizes[latest] -= 1
+    return sizes
 
 
 def contiguous_shares(costs: Sequence[int], workers: int) -> tuple[range, ...]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from unisono.plan.assignment import micro_batches
+from unisono.plan.assignment import micro_batches, paced_micro_batches
 
 T = TypeVar("T")
 
@@ -64,7 +64,13 @@ def whole_replicas(replicas: Sequence[Sequence[int]], members: Sequence[int]) ->
     return [number for number, slots in enumerate(replicas) if set(slots) <= set(members)]
 
 
-def first_lots(replicas: Sequence[Sequence[int]], members: Sequence[int], count: int) -> list[Lot]:
+def first_lots(
+    replicas: Sequence[Sequence[int]],
+    members: Sequence[int],
+    count: int,
+    paces: Mapping[int, float] | None = None,
+    before: Sequence[Lot] = (),
+) -> list[Lot]:
     """How ``count`` micro-batches are divided as a step begins.
 
     Whole replicas share them. Where there is none, every member computes its share of them alone: the whole model, of
@@ -72,6 +78,8 @@ def first_lots(replicas: Sequence[Sequence[int]], members: Sequence[int], count:
 
     Arguments:
         replicas: the slots of each.
+        paces: seconds a micro-batch, by slot, as far as they are known.
+        before: how they were divided in the step before.
 
     >>> first_lots([(0, 1), (2, 3)], [0, 1, 2], 2)
     [Lot(holders=(0, 1), micro_batches=(0, 1))]
@@ -80,7 +88,10 @@ def first_lots(replicas: Sequence[Sequence[int]], members: Sequence[int], count:
     """
     whole = whole_replicas(replicas, members)
     holders = [tuple(replicas[number]) for number in whole] or [(member,) for member in members]
-    shares = micro_batches(count, len(holders))
+    known = [max((paces or {}).get(slot, 0.0) for slot in slots) for slots in holders]
+    same = [lot.holders for lot in before] == holders
+    current = [range(lot.micro_batches[0], lot.micro_batches[-1] + 1) for lot in before if lot.micro_batches]
+    shares = paced_micro_batches(count, known, current if same and len(current) == len(before) else None)
     return [Lot(slots, tuple(share)) for slots, share in zip(holders, shares, strict=True)]
 
 
@@ -91,12 +102,24 @@ class StepRoster:
         replicas: the slots of each.
         members: who begins the step, in order.
         count: micro-batches of the step.
+        paces, before: as of `first_lots`.
+
+    Attributes:
+        first: the lots as the step began.
     """
 
-    def __init__(self, replicas: Sequence[Sequence[int]], members: Sequence[int], count: int) -> None:
+    def __init__(
+        self,
+        replicas: Sequence[Sequence[int]],
+        members: Sequence[int],
+        count: int,
+        paces: Mapping[int, float] | None = None,
+        before: Sequence[Lot] = (),
+    ) -> None:
         self.members = tuple(members)
         self.living = list(members)
-        self.lots = first_lots(replicas, members, count)
+        self.first = first_lots(replicas, members, count, paces, before)
+        self.lots = list(self.first)
         self.losses: list[Loss] = []
 
     def lots_of(self, slot: int) -> list[Lot]:

@@ -298,3 +298,49 @@ def test_the_tasks_of_the_configurations_are_exact(pool: object) -> None:
     for name in ("lm", "images"):
         done = unisono("verify", f"configs/{name}.yaml", "--workers", "1,2", "--steps", "2", "--json")
         assert done.returncode == 0 and json.loads(done.stdout)["equal"], done.stderr
+
+
+def test_a_run_that_is_asked_to_end_is_resumed_with_the_same_bits(tmp_path: Path) -> None:
+    """SIGTERM, as schedulers send it: exit code 0, and nothing is computed twice."""
+    words = [sys.executable, "-m", "unisono", "train", str(ROOT / "configs" / "images.yaml"), "-n", "2", "steps=60"]
+    whole = subprocess.run(
+        [*words, f"run_dir={tmp_path / 'whole'}", "--json"], capture_output=True, text=True, timeout=60
+    )
+    words += [f"run_dir={tmp_path / 'run'}"]
+    process = subprocess.Popen(
+        [*words, "validation.every=1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    events = tmp_path / "run" / "events.jsonl"
+    until = time.monotonic() + 30
+    while not (events.exists() and '"step": 3' in events.read_text()) and time.monotonic() < until:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    out, errors = process.communicate(timeout=20)
+    assert process.returncode == 0 and "stopping after this step" in errors and "to go on: unisono train" in out
+    again = subprocess.run([*words, "--resume", "--json"], capture_output=True, text=True, timeout=60)
+    assert json.loads(again.stdout)["digest"] == json.loads(whole.stdout)["digest"]
+    records = [json.loads(line) for line in events.read_text().splitlines()]
+    assert [r["step"] for r in records if r["event"] == "StepFinished"] == list(range(1, 61))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["scale", "nowhere", "3"], "no run of this host is at work in nowhere; give the directory of one that is"),
+        (["train", "configs/lm.yaml", "-n", "4:2"], "--workers is '4:2'; give a number from 1, or a range such as 2:8"),
+        (["train", "configs/lm.yaml", "-n", "2:9"], "9 workers but only 4 micro-batches in a step"),
+        (["train", "configs/lm.yaml", "-n", "1:2", "layout.data=2"], "layout.data is 2, and --workers is 1:2"),
+        (["train", "configs/lm.yaml", "-n", "2", "layout.pipeline=2", "--spares", "1"], "leave --spares out"),
+        (["train", "configs/lm.yaml", "-n", "2:4", "layout.tensor=2"], "use device cpu and layout.tensor=1"),
+        (["train", "configs/lm.yaml", "fault.on_los=stop"], "unknown key fault.on_los; did you mean on_loss?"),
+        (["train", "configs/lm.yaml", "fault.on_loss=never"], "fault.on_loss = 'never'"),
+        (["chaos", "configs/lm.yaml", "--faults", "kil"], "--faults names 'kil'; known are kill-data"),
+        (["chaos", "configs/lm.yaml", "-n", "1"], "chaos needs a run that survives in the same processes"),
+        (["chaos", "configs/lm.yaml", "-n", "2", "--faults", "kill-two", "--repeat", "1"], "at least 3 workers"),
+    ],
+)
+def test_wrong_words_about_faults_are_refused(words: list[str], expected: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "unisono", *words], capture_output=True, text=True, timeout=60, cwd=ROOT
+    )
+    assert done.returncode == 2 and expected in done.stderr, done.stderr

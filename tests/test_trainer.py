@@ -15,6 +15,8 @@ from tests import jobs, toys
 from tests.jobs import small_trainer as trainer
 from unisono.errors import ConfigurationError, DataError, ImpureRunError, TrainingError
 from unisono.events import Event, Notice, RunFinished, RunStarted, StepFinished, ValidationFinished
+from unisono.launch.world import World
+from unisono.plan.hosts import Hosts
 from unisono.state.checkpoint import DIRECTORY, steps_in
 
 
@@ -261,3 +263,9 @@ def test_a_run_that_cannot_fit_into_memory_is_refused(monkeypatch: pytest.Monkey
         ConfigurationError, match=r"1 worker of this host would take 160\.. MiB, among it process .*100\.0 MiB"
     ):
         trainer().fit(1)
+
+
+def test_torchrun_is_said_to_survive_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unisono.trainer.this_process", lambda: World(0, Hosts((2,)), None, "torchrun"))
+    with pytest.raises(ConfigurationError, match=r"torchrun ends all workers .* unisono run -n 2, or set"):
+        jobs.trainer(fault={"on_loss": "replace"}).fit(1)

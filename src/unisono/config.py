@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Self, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -242,7 +242,14 @@ class ValidationConfig(Section):
 class CheckpointConfig(Section):
     """Checkpoints of the training state."""
 
-    every: int | None = Field(None, ge=1, description="Steps between checkpoints; default: one, at the end.")
+    every: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+        None,
+        description="Steps between checkpoints; default: one, at the end. auto: as many as lose the least, from what "
+        "one takes and mtbf_h.",
+    )
+    mtbf_h: float = Field(
+        24.0, gt=0, description="every: auto: hours between failures that end the run (a lost worker does not)."
+    )
     keep: int = Field(3, ge=1, description="How many of the newest are kept.")
     keep_best: bool = Field(True, description="Keep the one with the best validation metric too.")
     at_end: bool = Field(True, description="Write one when training ends or is stopped.")
@@ -333,6 +340,15 @@ class TrainingConfig(Section):
         replicas = self.layout.data
         if replicas is not None and replicas > self.micro_batches:
             raise ValueError(more_replicas_than_micro_batches(replicas, self.micro_batches, self.layout.model_workers))
+        return self
+
+    @model_validator(mode="after")
+    def _interval_fits(self) -> Self:
+        if self.checkpoint.every == "auto" and (self.wire.compression != "none" or self.layout.zero):
+            raise ValueError(
+                "checkpoint.every is auto, which the chief decides alone, and with wire.compression or layout.zero all "
+                "hosts take part in a checkpoint; give a number of steps"
+            )
         return self
 
     @property
@@ -447,7 +463,9 @@ def _kind(annotation: object) -> str:
     """A type as a reader of the reference knows it."""
     if get_origin(annotation) is Literal:
         return " or ".join(str(value) for value in get_args(annotation))
-    if isinstance(annotation, UnionType):
+    if get_origin(annotation) is Annotated:
+        return _kind(get_args(annotation)[0])
+    if get_origin(annotation) in (UnionType, Union):
         return " or ".join(_kind(part) for part in get_args(annotation) if part is not type(None))
     return str(annotation) if get_args(annotation) else str(getattr(annotation, "__name__", annotation))
 

@@ -16,12 +16,15 @@ from unisono.events import Notice
 from unisono.preparation import describe
 from unisono.records import Records
 from unisono.state.checkpoint import Description, steps_in
+from unisono.state.interval import best_interval_s
 from unisono.state.shared import streamed
 from unisono.state.training_state import TrainingState
 from unisono.state.writer import CheckpointWriter
 
 FIRST_RETRY_S, LONGEST_RETRY_S = 5.0, 300.0
 LAST_TRIES = 3
+FIRST_AUTO_S = 30.0
+"""Until the first checkpoint where their interval is chosen: what one takes is not known before."""
 
 
 class Saving:
@@ -58,6 +61,7 @@ class Saving:
         self._clock = clock
         self._wanted: int | None = None  # the step whose state is to be saved
         self._begun: int | None = None  # the last that was begun
+        self._saved_at, self._saved_step = clock(), 0
         self._failures = 0  # one after another
         self._failure: CheckpointError | None = None
         self._retry_at, self._retry_s = 0.0, FIRST_RETRY_S
@@ -96,7 +100,9 @@ class Saving:
     def may_be_saved(self, step: int) -> bool:
         """Whether a checkpoint of this step can be wanted; the same on all hosts."""
         every = (self._config.checkpoint.every, self._config.validation.every)
-        return self.possible and every[0] is not None and any(n and step % n == 0 for n in every)
+        if not self.possible or every[0] in (None, "auto"):  # auto is for what the chief saves alone
+            return False
+        return any(isinstance(n, int) and step % n == 0 for n in every)
 
     def take_over(self, step: int) -> None:
         """This worker is the chief from now on: what the last one did not finish is wanted again."""
@@ -104,7 +110,8 @@ class Saving:
             return
         saved, every = steps_in(self._writer.directory), self._config.checkpoint.every
         self._writer.best_step = next((s for s in reversed(self.best_steps) if s in saved), None)
-        due = step - step % every if every else 0
+        self._saved_at, self._saved_step = self._clock(), step
+        due = step - step % every if isinstance(every, int) else 0
         if due and (not saved or saved[0] < due):
             self._wanted = due
 
@@ -133,9 +140,17 @@ class Saving:
         """The step is committed."""
         if self._writer is not None and flags & SNAPSHOT:
             self._save(self._writer, step - 1, self._worker.snapshot)
+        if self._records.kept_here and self._is_due(step):
+            self._wanted, self._saved_at, self._saved_step = step, self._clock(), step
+
+    def _is_due(self, step: int) -> bool:
+        """Whether the state after a step is to be saved for its own sake."""
         every = self._config.checkpoint.every
-        if every is not None and step % every == 0 and self._records.kept_here:
-            self._wanted = step
+        if every != "auto" or self._writer is None:
+            return isinstance(every, int) and step % every == 0
+        cost_s = self._writer.last_s
+        interval_s = best_interval_s(cost_s, 3600 * self._config.checkpoint.mtbf_h) if cost_s else FIRST_AUTO_S
+        return step > self._saved_step and self._clock() - self._saved_at >= interval_s
 
     def evaluated_at(self, step: int, metrics: dict[str, float]) -> bool:
         """Take note of an evaluation; whether it is the best so far."""

@@ -39,7 +39,7 @@ class Trainer:
         callbacks: called with every event (see `unisono.events`) on rank 0.
         schedule: a name ("constant", "linear", "cosine"), a `ScheduleConfig`, or step (from 0) -> factor.
         layout: "auto", or a `Layout`.
-        checkpoint_every: steps between checkpoints; needs ``run_dir``.
+        checkpoint_every: steps between checkpoints, or "auto"; needs ``run_dir``.
         resume: go on from the newest intact checkpoint in ``run_dir``, unless `fit` is told otherwise.
         settings: all further keys of `TrainingConfig`: global_batch_size, micro_batch_size, seed, precision, clip,
             run_dir and so on; its section ``validation`` is given as ``validate={"every": 100}``.
@@ -75,7 +75,7 @@ class Trainer:
         callbacks: Sequence[Listener] = (),
         schedule: str | ScheduleConfig | Schedule = "constant",
         layout: str | Layout = "auto",
-        checkpoint_every: int | None = None,
+        checkpoint_every: int | str | None = None,
         resume: bool = False,
         **settings: Any,
     ) -> None:
@@ -161,6 +161,15 @@ class Trainer:
         if steps < 1:
             raise ConfigurationError(f"steps is {steps}; give a whole number from 1")
         refuse_impossible(config, world.beginning)
+        if (
+            world.launcher == "torchrun"
+            and "on_loss" in config.fault.model_fields_set
+            and config.fault.on_loss != "stop"
+        ):
+            raise ConfigurationError(
+                f"fault.on_loss is {config.fault.on_loss}, and torchrun ends all workers when one is lost; start the "
+                f"script with unisono run -n {world.size}, or set fault.on_loss=stop"
+            )
         if config.device.startswith("cuda") and not torch.cuda.is_available():
             raise ConfigurationError(f"device {config.device} is not there; use device cpu")
         if config.device.startswith("cuda") and config.wire.compression != "none":

@@ -28,6 +28,10 @@ class CheckpointWriter:
     Arguments:
         directory: where checkpoints lie.
         saved: told of each complete checkpoint, from the thread that trains.
+
+    Attributes:
+        best_step: the step of the best checkpoint, which is kept.
+        last_s: seconds that the last one took to write.
     """
 
     def __init__(self, directory: Path, retention: Retention, saved: Callable[[CheckpointSaved], None]) -> None:
@@ -37,6 +41,7 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._outcome: CheckpointSaved | BaseException | None = None
         self.best_step: int | None = None
+        self.last_s = 0.0
 
     @property
     def busy(self) -> bool:
@@ -103,4 +108,5 @@ class CheckpointWriter:
         always = [self.best_step] if self._retention.best and self.best_step is not None else []
         prune(self.directory, self._retention.newest, always)
         size_bytes = sum(file.size_bytes for file in manifest.files.values())
-        return CheckpointSaved(step, str(path), size_bytes, time.perf_counter() - started, manifest.digest)
+        self.last_s = time.perf_counter() - started
+        return CheckpointSaved(step, str(path), size_bytes, self.last_s, manifest.digest)

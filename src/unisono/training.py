@@ -43,6 +43,9 @@ from unisono.state.checkpoint import DIRECTORY, newest_intact, set_aside, stream
 from unisono.state.shared import streamed
 from unisono.sync.policy import Outcome
 
+LOOK_EVERY = 8
+"""Steps from one look for slow workers to the next."""
+
 
 @dataclass(frozen=True, slots=True)
 class Result:
@@ -279,7 +282,7 @@ class Training:
                 wire=group.wire_use,
             )
         )
-        if group.size > 1 and group.chief:
+        if group.size > 1 and group.chief and step % LOOK_EVERY == 0:
             for sentence in self._slowness.look(dict(zip(group.members, reports, strict=False)), group.work()):
                 self._records(Notice(f"step {step}: {sentence}"))
         if outcome.weight == 0:

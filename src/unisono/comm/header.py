@@ -37,10 +37,12 @@ _SEEN, _HALTED, _READY, _ASKED, _BEATS, _ADMIT, _PACE, _PUBLISHED = 11, 12, 13, 
 ENTRIES = 256  # published subtrees: two a level of the largest tree, and one a round (see `comm.rounds`)
 SLOT_WORDS = _PUBLISHED + ENTRIES
 
-_OPERATION_BYTES = 64
-_TEXT_BYTES = _OPERATION_BYTES - WORD_BYTES
+_OPERATION_WORDS = 10  # when, the length of its text or 0, and the text, or an activity as it is in a slot's words
+_OPERATION_BYTES = WORD_BYTES * _OPERATION_WORDS
+_TEXT_BYTES = _OPERATION_BYTES - 2 * WORD_BYTES
 
 ACTIVITIES = ("start", *PHASES, "validation", "checkpoint", "finish")
+_NUMBERS = {activity: number for number, activity in enumerate(ACTIVITIES)}
 
 
 _CAUSES = 1 << 16
@@ -141,7 +143,7 @@ class Header:
         words = _HEADER_WORDS + slots * SLOT_WORDS
         self._words = memory[: WORD_BYTES * words].cast("Q")
         self._operations = memory[WORD_BYTES * words : header_bytes(slots)]
-        self._times = self._operations.cast("d")
+        self._entries, self._times = self._operations.cast("Q"), self._operations.cast("d")
         self._clock = clock
         self.slots = slots
         if self._words[_MAGIC] not in (0, MAGIC):
@@ -150,7 +152,7 @@ class Header:
 
     def release(self) -> None:
         """Let go of the memory; nothing is read or written after."""
-        for view in (self._times, self._operations, self._words):
+        for view in (self._times, self._entries, self._operations, self._words):
             view.release()
 
     def slot(self, slot: int) -> memoryview:
@@ -354,10 +356,14 @@ class Header:
 
     def set_activity(self, slot: int, activity: str, step: int, micro_batch: int | None = None) -> None:
         """What the slot's worker does now, for the error of whoever waits for it, and for its flight recorder."""
-        self._set_word(slot, _ACTIVITY, (step << 8) | ACTIVITIES.index(activity))
-        self._set_word(slot, _MICRO_BATCH, 0 if micro_batch is None else micro_batch + 1)
-        which = "" if micro_batch is None else f", micro-batch {micro_batch}"
-        self.note(slot, f"{activity} of step {step}{which}")
+        what, which = (step << 8) | _NUMBERS[activity], 0 if micro_batch is None else micro_batch + 1
+        row = _HEADER_WORDS + slot * SLOT_WORDS
+        self._words[row + _ACTIVITY], self._words[row + _MICRO_BATCH] = what, which
+        number = self._words[row + _OPERATIONS]
+        at = (slot * OPERATIONS_KEPT + number % OPERATIONS_KEPT) * _OPERATION_WORDS
+        self._times[at] = self._clock()
+        self._entries[at + 1], self._entries[at + 2], self._entries[at + 3] = 0, what, which
+        self._words[row + _OPERATIONS] = number + 1
 
     def activity(self, slot: int) -> str:
         """What the slot's worker did last."""
@@ -366,8 +372,7 @@ class Header:
 
     def doing(self, slot: int) -> tuple[str, int, int | None]:
         """(activity, step, micro-batch) of the slot's worker."""
-        word, micro_batch = self._word(slot, _ACTIVITY), self._word(slot, _MICRO_BATCH)
-        return ACTIVITIES[word & 0xFF], word >> 8, micro_batch - 1 if micro_batch else None
+        return _decoded(self._word(slot, _ACTIVITY), self._word(slot, _MICRO_BATCH))
 
     def beat(self, slot: int) -> None:
         """The slot's worker is alive, and waits for others."""
@@ -378,23 +383,28 @@ class Header:
         return self._word(slot, _OPERATIONS) + self._word(slot, _BEATS)
 
     def note(self, slot: int, text: str) -> None:
-        """One more operation, in the slot's flight recorder."""
+        """One more operation, in the slot's flight recorder, that is no activity."""
         number = self._word(slot, _OPERATIONS)
-        at = (slot * OPERATIONS_KEPT + number % OPERATIONS_KEPT) * _OPERATION_BYTES
-        data = text.encode()[: _TEXT_BYTES - 1]
-        self._times[at // WORD_BYTES] = self._clock()
-        self._operations[at + WORD_BYTES] = len(data)
-        self._operations[at + WORD_BYTES + 1 : at + WORD_BYTES + 1 + len(data)] = data
+        at = (slot * OPERATIONS_KEPT + number % OPERATIONS_KEPT) * _OPERATION_WORDS
+        data = text.encode()[:_TEXT_BYTES]
+        self._times[at] = self._clock()
+        self._entries[at + 1] = len(data)
+        first = (at + 2) * WORD_BYTES
+        self._operations[first : first + len(data)] = data
         self._set_word(slot, _OPERATIONS, number + 1)
 
     def flight(self, slot: int) -> list[Operation]:
         """The slot's last operations, the oldest first."""
         count, found = self._word(slot, _OPERATIONS), []
         for number in range(max(0, count - OPERATIONS_KEPT), count):
-            at = (slot * OPERATIONS_KEPT + number % OPERATIONS_KEPT) * _OPERATION_BYTES
-            length = self._operations[at + WORD_BYTES]
-            text = bytes(self._operations[at + WORD_BYTES + 1 : at + WORD_BYTES + 1 + length])
-            found.append(Operation(self._times[at // WORD_BYTES], text.decode(errors="replace")))
+            at = (slot * OPERATIONS_KEPT + number % OPERATIONS_KEPT) * _OPERATION_WORDS
+            length, first = self._entries[at + 1], (at + 2) * WORD_BYTES
+            if length:
+                text = bytes(self._operations[first : first + min(length, _TEXT_BYTES)]).decode(errors="replace")
+            else:
+                activity, step, micro_batch = _decoded(self._entries[at + 2], self._entries[at + 3])
+                text = f"{activity} of step {step}" + ("" if micro_batch is None else f", micro-batch {micro_batch}")
+            found.append(Operation(self._times[at], text))
         return found
 
     def layout(self, slot: int) -> int:
@@ -423,3 +433,8 @@ class Header:
                 whole = bool(word >> NODE_BITS & 1)
                 found.append(Publication(Node.from_code(word & ((1 << NODE_BITS) - 1)), slot, entry, whole))
         return found
+
+
+def _decoded(what: int, which: int) -> tuple[str, int, int | None]:
+    """(activity, step, micro-batch) of two words."""
+    return ACTIVITIES[what & 0xFF], what >> 8, which - 1 if which else None

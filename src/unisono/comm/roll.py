@@ -14,6 +14,9 @@ from unisono.errors import RunOver
 from unisono.events import Event, MembersChanged, WorkerLost
 from unisono.plan.roster import Loss, Lot, StepRoster, next_members, whole_replicas
 
+REBALANCE_STEPS = 4
+"""How often shares may follow the workers' speed: it takes 60 us."""
+
 
 class Roll:
     """One worker's.
@@ -56,7 +59,8 @@ class Roll:
             self.members, self.chief, self._seen = self._agreed.members, self._agreed.chief, self._agreed.seen
         self.step, self._handled = step, self._seen
         before = self.roster.first if self.roster is not None and self._paces else ()
-        self.roster = StepRoster(self._replicas, self.members, count, self._paces, before)
+        paces = self._paces if step % REBALANCE_STEPS == 0 else None
+        self.roster = StepRoster(self._replicas, self.members, count, paces, before)
         header = self._header
         seen = header.losses
         dead = {header.lost(number) for number in range(self._handled, seen)}

@@ -102,7 +102,7 @@ class StepRoster:
         replicas: the slots of each.
         members: who begins the step, in order.
         count: micro-batches of the step.
-        paces, before: as of `first_lots`.
+        paces, before: as of `first_lots`; without paces, it is as before.
 
     Attributes:
         first: the lots as the step began.
@@ -118,7 +118,7 @@ class StepRoster:
     ) -> None:
         self.members = tuple(members)
         self.living = list(members)
-        self.first = first_lots(replicas, members, count, paces, before)
+        self.first = list(before) if before and not paces else first_lots(replicas, members, count, paces, before)
         self.lots = list(self.first)
         self.losses: list[Loss] = []
 

@@ -4,6 +4,7 @@ import gc
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -166,6 +167,24 @@ def struck(strikes: list[dict[str, Any]], steps: int = 12, **options: Any) -> di
         options["validation"] = toys.Samples()
     subject = armed(trainer(**options), strikes)
     return {**asdict(subject.fit(steps)), "process": os.getpid()}
+
+
+def struck_in_the_first_of_two(strikes: list[dict[str, Any]], **options: Any) -> list[str]:
+    """Train toys, be struck, and train others in the same processes; both digests."""
+    first = armed(trainer(**options), strikes).fit(60)
+    return [first.digest, trainer(model="norm").fit(5).digest]
+
+
+def leave_the_program(rank: int, **options: Any) -> dict[str, Any]:
+    """Train toys; the program of one worker ends in the middle, without an error."""
+
+    def leave(event: Event) -> None:
+        if isinstance(event, PhaseEntered) and (event.rank, event.step) == (rank, 4) and not this_process().joins:
+            sys.exit(0)
+
+    subject = trainer(**options)
+    subject.probe(leave)
+    return asdict(subject.fit(12))
 
 
 class DeadlySample(toys.Samples):

@@ -122,13 +122,12 @@ def assemble(
     rules = None if world.launcher != "unisono" or several else _rules(prepared, config)
     arena = _map(world.arena(host.size_bytes, alone=host.slots == 1, rules=rules), host.size_bytes)
     memory = DeviceMemory(device) if device.type != "cpu" else lambda region: arena.tensor(region, torch.uint8)
-    members = host.slots if several or world.members is None else world.members
     local = HostGroup(
         arena,
         host,
         prepared.partials,
         place.local_rank,
-        range(members),
+        range(host.slots) if several else world.present,
         1,
         config.deadline_s if rules is None else PATIENCE * config.deadline_s + PATIENCE_S,
         memory=memory,

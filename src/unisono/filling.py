@@ -82,7 +82,8 @@ def fill(
         group.restore_compression(compression)
     local.barrier("initial state")
     if local.rank > 0 and is_head(prepared, local):
-        state.memory.copy_(memory(prepared.host.state(0)))
+        first = prepared.mesh.coordinates(local.members[0])["data"]
+        state.memory.copy_(memory(prepared.host.state(first)))
     if is_head(prepared, local):
         for block in range(len(versions)):
             versions[block] = step
@@ -125,4 +126,4 @@ def _take_weights(prepared: Prepared, path: Path, state: TrainingState) -> None:
 
 def is_head(prepared: Prepared, local: HostGroup) -> bool:
     """Whether this worker does what is done once for each state."""
-    return local.slot % prepared.sharers == 0
+    return local.rank == 0 if prepared.host.replicas == 1 else local.slot % prepared.sharers == 0

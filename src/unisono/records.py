@@ -5,30 +5,34 @@ All workers come to the same events; those of the others are remembered for a fe
 
 import json
 import os
+import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from unisono.config import TrainingConfig, to_yaml
-from unisono.errors import ConfigurationError
+from unisono.errors import ConfigurationError, RecordError
 from unisono.events import (
     ChiefChanged,
     Emitter,
     Event,
     Listener,
     MembersChanged,
+    Notice,
     StepFinished,
     ValidationFinished,
     WorkerLost,
 )
 from unisono.launch.runs import lock, write_config
 from unisono.observe.choose import observers
+from unisono.observe.observer import Observer
 from unisono.observe.records import EVENTS
 from unisono.state.checkpoint import DIRECTORY, remove_leftovers, steps_in
 from unisono.state.writer import CheckpointWriter, Retention
 
 REMEMBERED = 64
+LOCK_S = 1.0
 OF_A_STEP = (StepFinished, ValidationFinished, WorkerLost, MembersChanged)
 TAIL_BYTES = 1 << 16
 
@@ -52,6 +56,8 @@ class Records:
         self.writer: CheckpointWriter | None = None
         self.observed = False
         self._emit: Emitter | None = None
+        self._observers: list[Observer] = []
+        self._failing: list[Observer] = []
         self._unsaid: deque[Event] = deque(maxlen=REMEMBERED)
         self._open = ExitStack()
 
@@ -63,6 +69,8 @@ class Records:
     def __call__(self, event: Event) -> None:
         """Tell listeners, or remember it."""
         if self._emit is not None:
+            for observer in self._observers:
+                self._tell(observer, event)
             self._emit(event)
         elif isinstance(event, OF_A_STEP):
             self._unsaid.append(event)
@@ -104,16 +112,49 @@ class Records:
 
     def _keep(self) -> None:
         if self.run_dir is not None:
-            self._open.callback(os.close, lock(self.run_dir))
+            self._open.callback(os.close, self._locked(self.run_dir))
             remove_leftovers(self.run_dir / DIRECTORY)
             retention = Retention(self._config.checkpoint.keep, self._config.checkpoint.keep_best)
             self.writer = CheckpointWriter(self.run_dir / DIRECTORY, retention, self)
             self._open.callback(self.writer.abandon)
-        chosen = observers(self._config.observe, self.run_dir)
-        for observer in reversed(chosen):
-            self._open.callback(observer.close)
-        self.observed = bool(chosen)
-        self._emit = Emitter([*chosen, *self._callbacks])
+        self._observers = observers(self._config.observe, self.run_dir)
+        for observer in reversed(self._observers):
+            self._open.callback(self._let_go, observer)
+        self.observed = bool(self._observers)
+        self._emit = Emitter(self._callbacks)
+
+    def _tell(self, observer: Observer, event: Event) -> None:
+        """A record that cannot be written, on a full disk for example, is no reason to stop training."""
+        try:
+            observer(event)
+        except (RecordError, OSError) as error:
+            self._complain(observer, error)
+
+    def _let_go(self, observer: Observer) -> None:
+        try:
+            observer.close()
+        except (RecordError, OSError) as error:
+            self._complain(observer, error)
+
+    def _complain(self, observer: Observer, error: Exception) -> None:
+        """Once for each observer; it is told of later events all the same."""
+        if observer not in self._failing:
+            self._failing.append(observer)
+            for other in self._observers:
+                if other is not observer:
+                    self._tell(other, Notice(f"NO RECORD was kept: {error}; training goes on"))
+
+    @staticmethod
+    def _locked(run_dir: Path) -> int:
+        """The directory's lock; a lost chief's children may hold it for a moment more."""
+        until = time.monotonic() + LOCK_S
+        while True:
+            try:
+                return lock(run_dir)
+            except ConfigurationError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.02)
 
     def _said(self) -> set[str]:
         """What is on record already, of the last events."""

@@ -216,7 +216,7 @@ class Saving:
         writer = self._writer
         if writer is None:
             return True
-        writer.wait(self._worker.group.owners.deadline_s / 4)
+        writer.wait(self._worker.group.deadline_s / 4)
         self._poll()
         if writer.busy:
             return False
@@ -244,10 +244,14 @@ class Saving:
 
     def _await_writer(self) -> None:
         """Let the checkpoint be finished that is being written."""
-        if self._writer is None:
+        writer = self._writer
+        if writer is None:
             return
+        while writer.busy:  # and say now and then that this worker is alive
+            self._worker.group.enter("checkpoint", self._begun or 0)
+            writer.wait(min(1.0, self._worker.group.deadline_s / 4))
         try:
-            if self._writer.finish():
+            if writer.finish():
                 self._failures, self._retry_s = 0, FIRST_RETRY_S
         except CheckpointError as error:
             self._has_failed(error)

@@ -111,8 +111,9 @@ class Training:
         self._device = device_of(config, world)
         self._fingerprint = asdict(fingerprint(config.threads, self._device))
         self._worker: Worker | None = None
+        self._over = False  # for all; this worker alone may end before
         self._open = ExitStack()  # what is to be let go of, the last first
-        self._open.callback(world.release_arena)
+        self._open.callback(self._release_arena)
         self._open.callback(self._records.close)
         try:
             self._begin()
@@ -122,8 +123,9 @@ class Training:
 
     def _begin(self) -> None:
         """Take the run's directory, attach observers, and put the worker together."""
-        job, device = self._job, self._device
-        if self._world.rank == 0 and not self._world.joins:
+        job, device, world = self._job, self._device, self._world
+        world.begin_training()
+        if world.host == 0 and world.local_rank == min(world.present) and not world.joins:
             self._records.begin(resume=job.resume)
         probes = Emitter(job.probes) if job.probes else None
         plan = job.schedule or schedule(self._config.schedule, job.steps)
@@ -192,6 +194,10 @@ class Training:
         if self._worker is not None:
             self._worker.release(sys.exception())
         self._open.close()
+
+    def _release_arena(self) -> None:
+        if self._over:
+            self._world.release_arena()
 
     def _restore(self, prepared: Prepared, load: Load) -> Restored:
         """On rank 0: load the newest intact checkpoint, where that is wanted."""
@@ -321,6 +327,7 @@ class Training:
         digest = self._digest(step)
         self._saving.at_end(step, lambda: self._agree_on_chief(step))
         worker.group.end()
+        self._over = True
         run_dir = str(tell.run_dir) if tell.run_dir else None
         worker.release()
         summary = self._job.objects.summary

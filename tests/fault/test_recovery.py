@@ -278,3 +278,27 @@ def test_workers_come_and_go(pool: LocalLauncher, turn: Callable[..., None], tmp
     records = records_of(tmp_path)
     sizes = [len(r["members"]) for r in records if r["event"] == "MembersChanged"]
     assert max(sizes) == 4 and sizes[-1] == 3 and 2 in sizes
+
+
+@pytest.mark.parametrize("on_loss", ["replace", "shrink"])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_program_that_trains_twice_goes_on_with_those_who_are_there(
+    pool: LocalLauncher, on_loss: str, rank: int
+) -> None:
+    """(rank 0 or 2, step 4 of the first training): the second one begins with its successor, or without."""
+    fault = {"rank": rank, "step": 4, "moment": "forward"}
+    arguments = {"strikes": [fault], "model": "mlp", "fault": {"on_loss": on_loss}, "deadline_s": 20.0}
+    results = pool.run({"call": "tests.jobs:struck_in_the_first_of_two", "arguments": arguments}, 3).results
+    expected = [
+        undisturbed(pool, json.dumps({"model": "mlp"}), 60),
+        undisturbed(pool, json.dumps({"model": "norm"}), 5),
+    ]
+    assert results.count(expected) == (3 if on_loss == "replace" else 2)
+
+
+def test_a_program_that_ends_in_the_middle_is_a_loss(pool: LocalLauncher, capfd: pytest.CaptureFixture[str]) -> None:
+    """The others would wait for it."""
+    arguments = {"rank": 1, "model": "mlp", "deadline_s": 20.0}
+    ending = pool.run({"call": "tests.jobs:leave_the_program", "arguments": arguments}, 3)
+    assert ending.result["digest"] == undisturbed(pool, json.dumps({"model": "mlp"}))
+    assert "worker 1" in (told := capfd.readouterr().err) and "ended with exit code 0" in told

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from tests import jobs
 from unisono import saving
-from unisono.errors import CheckpointError
-from unisono.events import CheckpointSaved, Event, Notice, RunFinished
+from unisono.errors import CheckpointError, RecordError
+from unisono.events import CheckpointSaved, Event, Notice, RunFinished, StepFinished
+from unisono.observe.records import EventLog
 from unisono.state import checkpoint
 from unisono.state.checkpoint import DIRECTORY, path_of, steps_in, verify
 from unisono.state.interval import best_interval_s
@@ -85,3 +86,19 @@ def test_no_other_interval_loses_less(cost_s: float, mtbf_s: float) -> None:
     if cost_s < mtbf_s / 20:
         for factor in (0.5, 0.8, 1.25, 2.0):
             assert lost(best) <= lost(factor * best) * 1.001
+
+
+def test_records_that_cannot_be_written_do_not_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others who listen hear of it, and of every step."""
+    told: list[Event] = []
+    write, full = EventLog.__call__, range(3, 6)
+
+    def spoiled(log: EventLog, event: Event) -> None:
+        if isinstance(event, StepFinished) and event.step in full:
+            raise RecordError("cannot write events.jsonl: No space left on device; make room")
+        write(log, event)
+
+    monkeypatch.setattr(EventLog, "__call__", spoiled)
+    observe = {"progress": True, "tensorboard": False, "report": False}
+    assert jobs.trainer(run_dir=str(tmp_path), callbacks=[told.append], observe=observe).fit(8).step == 8
+    assert [event.step for event in told if isinstance(event, StepFinished)] == list(range(1, 9))

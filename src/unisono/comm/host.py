@@ -11,7 +11,8 @@ from torch import Tensor
 from unisono.comm.arena import Arena, Region
 from unisono.comm.canonical import Cover
 from unisono.comm.header import Agreement, Course, Header, Publication
-from unisono.comm.host_layout import CAUSE_BYTES, KNOWN_BYTES, MAILBOX_BYTES, HostLayout
+from unisono.comm.host_layout import CAUSE_BYTES, KNOWN_BYTES, HostLayout
+from unisono.comm.mail import Mail
 from unisono.comm.partial import Partial, PartialLayout
 from unisono.comm.roll import Roll
 from unisono.comm.waiting import Waiter
@@ -23,8 +24,6 @@ from unisono.run.summation import Node, covering, missing
 
 RECENT = 0.3
 """What the last step counts for in a worker's pace."""
-_MESSAGE_BITS = 24
-"""Messages are numbered within a step: a worker that joins with it begins to count where the others do."""
 
 
 class HostGroup:
@@ -81,7 +80,7 @@ class HostGroup:
             beat=lambda: self.header.beat(slot),
         )
         self._views: dict[tuple[int, int], Partial] = {}
-        self._message = self.header.sequence(slot)
+        self._mail = Mail(self.header, lambda box, number: arena.bytes(layout.mailbox(box, number)), slot)
         self.waits_for_all = False
         self._steps = 0
         self._told = 0  # losses of the step that the policy has heard of
@@ -218,7 +217,7 @@ class HostGroup:
             patient(lambda: True if self.roll.is_full else None, f"others before step {step}", self.doing)
         self.roll.begin(step, count)
         self._told = 0
-        self._message = step << _MESSAGE_BITS
+        self._mail.begin(step)
 
     def lot(self) -> Lot:
         """What this worker computes in the step that begins, alone or with others; nothing where its replica is not
@@ -410,35 +409,14 @@ class HostGroup:
         return functools.reduce(operator.or_, map(self.header.flags, self.members))
 
     def all_gather(self, payload: bytes, operation: str, grace_s: float = 0.0) -> list[bytes]:
-        """Everyone's payload; larger ones than a mailbox go in several rounds.
+        """Everyone's payload; that of a worker that was lost is empty.
 
         Arguments:
             grace_s: added to the deadline, where a member may first have to wait for another host.
         """
-        room = MAILBOX_BYTES - 8
-        received = [bytearray() for _ in self.members]
-        totals = [0] * self.size
-        lost: set[int] = set()
-        sent, first = 0, True
-        while first or any(len(received[i]) < totals[i] for i in range(self.size) if i not in lost):
-            first = False
-            self._message += 1
-            number = self._message
-            box = self.arena.bytes(self.layout.mailbox(self.slot, number))
-            chunk = payload[sent : sent + room]
-            box[:8] = len(payload).to_bytes(8, "little")
-            box[8 : 8 + len(chunk)] = chunk
-            sent += len(chunk)
-            self.header.set_sequence(self.slot, number)
-            self._wait_for_messages(number, operation, grace_s)
-            for i, slot in enumerate(self.members):
-                if self.header.sequence(slot) < number:
-                    lost.add(i)
-                    continue
-                box = self.arena.bytes(self.layout.mailbox(slot, number))
-                totals[i] = int.from_bytes(box[:8], "little")
-                received[i] += box[8 : 8 + min(room, totals[i] - len(received[i]))]
-        return [b"" if i in lost else bytes(data) for i, data in enumerate(received)]
+        return self._mail.exchange(
+            payload, self.members, lambda number: self._wait_for_messages(number, operation, grace_s)
+        )
 
     def _wait_for_messages(self, number: int, operation: str, grace_s: float) -> None:
         def arrived(slot: int) -> bool:

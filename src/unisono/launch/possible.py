@@ -49,19 +49,22 @@ def refuse_inelastic(config: TrainingConfig, elastic: Elastic | None) -> None:
     if not survives(config, elastic.most):
         raise ConfigurationError(
             "workers can join and leave where they share one state in the CPU's memory and compute whole layers; use "
-            "device cpu and layout.tensor=1, and leave layout.zero=0 out where a replica has several workers"
+            "device cpu and layout.tensor=1, and leave out layout.offload, and layout.zero=0 with several workers a "
+            "replica"
         )
 
 
 def survives(config: TrainingConfig, workers: int) -> bool:
     """Whether the workers of a host can go on without one of them, in the same processes, so far.
 
-    Those who divide a layer compute nothing alone; a device's state dies with its worker; and where every replica has a
+    Those who divide a layer compute nothing alone; a device's state dies with its worker; that on a disk is made by all
+    at their start; and where every replica has a
     state of its own, the rest of one shares nothing with others that could take over.
     """
     layout = config.layout
     own_states = layout.zero == 0 and layout.model_workers > 1
-    return config.device == "cpu" and layout.tensor == 1 and not own_states and workers > 1
+    in_memory = config.device == "cpu" and layout.offload is None
+    return in_memory and layout.tensor == 1 and not own_states and workers > 1
 
 
 def _refuse_on_devices(config: TrainingConfig) -> None:

@@ -29,6 +29,7 @@ class WorkerProcess:
         status: as ``waitpid`` gives it; None while it lives.
         leaves: it was asked to.
         lost, fatal: it ended in no good order, and the others go on, or do not.
+        finished: it has done its task.
         result, error: what it has told.
     """
 
@@ -43,6 +44,7 @@ class WorkerProcess:
     leaves: bool = False
     lost: bool = False
     fatal: bool = False
+    finished: bool = False
     result: Any = None
     error: Message | None = None
 

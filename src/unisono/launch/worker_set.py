@@ -82,6 +82,7 @@ class WorkerSet:
         self._wanted = task.workers
         self._reported = False
         self._attached = ""
+        self._present: dict[int, list[int]] = {}
         self._door: socket.socket | None = None
         self._selector = selectors.DefaultSelector()
         self._selector.register(server, selectors.EVENT_READ)
@@ -219,10 +220,16 @@ class WorkerSet:
         """The processes of workers that have not ended."""
         return [w.subject for w in self._workers if w.status is None and w.handle >= 0]
 
-    @staticmethod
-    def _is_new_end(worker: WorkerProcess) -> bool:
-        """Whether a worker has ended, not in good order, and nothing was made of it yet."""
-        return bool(worker.status) and not worker.error and not worker.lost and not worker.fatal
+    def _is_new_end(self, worker: WorkerProcess) -> bool:
+        """Whether a worker has ended, not in good order, and nothing was made of it yet.
+
+        To end in the middle of training without an error is no good order either.
+        """
+        if worker.status is None or worker.error or worker.lost or worker.fatal:
+            return False
+        header = self.survival.header
+        training = header is not None and header.course is Course.TRAINING
+        return bool(worker.status) or (training and not worker.finished)
 
     def _let_go(self, worker: WorkerProcess) -> None:
         """A worker has ended, not in good order."""
@@ -362,6 +369,8 @@ class WorkerSet:
         if message["op"] == "arena":
             self._keeper.answer(worker.control, message)
             self._attach(message)
+        elif message["op"] == "present":
+            send(worker.control, {"present": self._present_at(message["training"])})
         elif message["op"] == "output":
             send(worker.control, {"op": "output"}, [self._task.output, STANDARD_ERROR])
         elif message["op"] in ("set", "get"):
@@ -375,10 +384,16 @@ class WorkerSet:
         elif message["op"] == "note":
             self.notes.append(message)
         elif message["op"] == "result":
-            worker.result = message["value"]
+            worker.finished, worker.result = True, message["value"]
         elif message["op"] == "error" and worker.error is None:
             worker.error = message
         return Heard.MESSAGE
+
+    def _present_at(self, training: int) -> list[int]:
+        """The local ranks of the workers that begin a training: those who are there as the first one asks."""
+        first = self._task.hosts.rank(self._task.hosts.place(self._task.first)[0], 0)
+        staying = [w.rank - first for w in self._workers if w.status is None and not w.leaves]
+        return self._present.setdefault(training, staying)
 
     def _attach(self, message: Message) -> None:
         """Watch an arena from the first time that it is asked for."""

@@ -29,6 +29,7 @@ class World:
         launcher: "unisono", "torchrun" or "python".
         address: of this host, as other hosts reach it; None for the one that its name resolves to.
         members: workers of this host that begin; there is room for more (`local_size`), who may join later.
+        present: local ranks of those who begin this training.
         joins: this worker joins those who train already.
     """
 
@@ -39,6 +40,7 @@ class World:
     address: str | None = None
     members: int | None = None
     joins: bool = False
+    present: tuple[int, ...] = ()
     _arenas: int = 0
     _store: "Store | None" = None
     _asking: threading.Lock = field(default_factory=threading.Lock)
@@ -68,6 +70,19 @@ class World:
         """Workers that this host has room for."""
         return self.hosts.sizes[self.host]
 
+    def begin_training(self) -> None:
+        """A training begins: find out who takes part, and whether this worker comes later than others.
+
+        In a later training of the same program all who are there begin together.
+        """
+        self._arenas += 1
+        self.joins = self.joins and self._arenas == 1
+        if self.launcher == "unisono" and not self.joins:
+            present = self._ask({"op": "present", "training": self._arenas})[0]["present"]
+            self.present = tuple(n for n in present if n < self.local_size)
+        else:
+            self.present = tuple(range(self.local_size))
+
     def arena(self, size_bytes: int, *, alone: bool = False, rules: Mapping[str, Any] | None = None) -> int | None:
         """The descriptor of the next arena, the same for all workers of a host; None where memory is not shared.
 
@@ -79,7 +94,6 @@ class World:
             LaunchError: where it cannot be had.
             RunOver: where that training is over.
         """
-        self._arenas += 1
         if alone or self.local_size == 1:
             return None
         request = {"op": "arena", "name": self._arena_name(), "size_bytes": size_bytes, "rules": rules}
@@ -133,7 +147,7 @@ class World:
 
     def release_arena(self) -> None:
         """Training is over: the keeper may let go of the last arena, so that its memory ends with the workers' maps."""
-        if self.control is not None and self.local_rank == 0 and self._arenas:
+        if self.control is not None and self._arenas:
             send(self.control, {"op": "release", "name": self._arena_name()})
 
 

@@ -17,7 +17,7 @@ from unisono.comm.partial import Partial, PartialLayout
 from unisono.comm.roll import Roll
 from unisono.comm.waiting import Waiter
 from unisono.comm.words import store_fence
-from unisono.errors import LaunchError, ReplicaBroken
+from unisono.errors import GroupError, LaunchError, ReplicaBroken
 from unisono.events import PHASES, Event
 from unisono.plan.roster import Loss, Lot, consecutive
 from unisono.run.summation import Node, covering, missing
@@ -155,6 +155,7 @@ class HostGroup:
         self.waiter(lambda: True if self._settled(agreement) else None, f"commit of step {before}", self.doing)
         self.roll.join(agreement)
         prepare()
+        self.roll.enter()
         return before
 
     def leave_known(self, data: bytes) -> None:
@@ -195,10 +196,8 @@ class HostGroup:
         return self.waiter.deadline_s
 
     def _settled(self, agreement: Agreement) -> bool:
-        """Whether the state that a worker joins with is whole."""
-        before = agreement.step - 1
-        done = (self.header.done(slot) >= before for slot in agreement.members if slot != self.slot)
-        return self.is_whole(before) and (len(self._versions) == 1 or any(done))
+        """Whether the state that a worker joins with is whole, and nobody needs what the place's last worker left."""
+        return self.is_whole(agreement.step - 1) and self.roll.has_ended(agreement)
 
     @property
     def owners(self) -> "HostGroup":
@@ -247,6 +246,11 @@ class HostGroup:
         """The buffer number ``entry`` of a slot."""
         view = self._views.get((slot, entry))
         if view is None:
+            if entry >= self.layout.entries:
+                raise GroupError(
+                    f"{self.names(slot)} would hold more than {self.layout.entries} sums at once: too many workers "
+                    "were lost in one step"
+                )
             memory = self._memory(self.layout.partial(slot, entry))
             view = self._views[slot, entry] = Partial(self.partials, memory)
         return view

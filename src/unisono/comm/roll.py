@@ -67,7 +67,8 @@ class Roll:
         present = set(self.members) - dead
         ready = self._ready(present)
         header.say_hello(self._slot, step, seen, ready, self.pace_s)
-        header.course = max(header.course, Course.TRAINING)
+        if header.course is Course.STARTING:
+            header.course = Course.TRAINING
 
     def _ready(self, present: set[int]) -> list[int]:
         """Those who may be let in: as many as are wanted."""
@@ -195,7 +196,21 @@ class Roll:
         return None if died else agreement
 
     def join(self, agreement: Agreement) -> None:
-        """This worker begins with the step that the agreement is for."""
+        """This worker is to begin with the step that the agreement is for."""
         self._agreed, self.step = agreement, agreement.step - 1
         self.members, self.chief, self._seen = agreement.members, agreement.chief, agreement.seen
+
+    def enter(self) -> None:
+        """This worker has all that the step before has left."""
+        self._header.set_done(self._slot, self.step)
         self._header.set_ready(self._slot, False)
+
+    def has_ended(self, agreement: Agreement) -> bool:
+        """Whether all who trained the step before an agreement's have ended it: they read nothing of it any more.
+
+        Others who join with this worker are ready, or have said that they are done.
+        """
+        header = self._header
+        lost = {header.lost(number) for number in range(agreement.seen, header.losses)}
+        others = set(agreement.members) - lost - {self._slot}
+        return all(header.done(slot) >= agreement.step - 1 or header.ready(slot) for slot in others)

@@ -111,7 +111,7 @@ class Survival:
         return self._watch.trains(rank) if self._watch is not None else rank in self._trained
 
     def ended(
-        self, rank: int, process: int, status: int, restarts: int, others: Sequence[int], *, joins: bool
+        self, worker: Subject, status: int, restarts: int, others: Sequence[int], *, joins: bool, dismissed: bool
     ) -> Verdict:
         """A worker's process has ended, not in good order; what follows. Those who live may go by it on return.
 
@@ -120,8 +120,9 @@ class Survival:
             restarts: how often all have been started again.
             others: ranks of workers that live.
             joins: it was to join those who train, or had done so.
+            dismissed: it was asked to leave.
         """
-        watch = self._watch
+        watch, rank, process = self._watch, worker.rank, worker.process
         if watch is None:
             return Verdict.FAIL if not joins or self.trains(rank) else Verdict.SHRINK
         death = watch.death(rank, process)
@@ -139,7 +140,8 @@ class Survival:
             watch.lose(rank, status, hung=process in self.hung)
             how = watch.header.how(watch.header.losses - 1)
             then = ", and another takes its place" if verdict is Verdict.REPLACE else ""
-            _say(f"worker {rank} (process {process}) {how} {death.where}; the others take over its work{then}")
+            if not dismissed:
+                _say(f"worker {rank} (process {process}) {how} {death.where}; the others take over its work{then}")
         return verdict
 
     def _say_why_not(self, death: Death) -> None:

@@ -236,7 +236,7 @@ class WorkerSet:
         assert worker.status is not None
         others = [subject.rank for subject in self.alive]
         verdict = self.survival.ended(
-            worker.rank, worker.pid, worker.status, self._restarts, others, joins=worker.joins
+            worker.subject, worker.status, self._restarts, others, joins=worker.joins, dismissed=worker.leaves
         )
         if verdict is Verdict.RESTART:
             how = worker.how_it_ended(self._task.hosts.size)
@@ -254,7 +254,7 @@ class WorkerSet:
         """
         staying = [w for w in self._workers if w.status is None and not w.leaves and not w.lost]
         missing = self._wanted + self._task.elastic.spares - len(staying)
-        taken = {w.rank for w in self._workers if w.status is None}
+        taken = {w.rank for w in self._workers if w.status is None or self._is_new_end(w)}
         free = [rank for rank in self._task.places if rank not in taken]
         for rank in sorted(free, key=lambda rank: (rank != first, rank))[: max(0, missing)]:
             self._seat(rank)
@@ -296,7 +296,7 @@ class WorkerSet:
             worker.leaves = number >= workers
             self.survival.dismiss(worker.rank, leave=worker.leaves)
         for worker in waiting[max(0, workers - len(training)) + elastic.spares :]:
-            worker.lost = True
+            worker.leaves = True  # it may have been let in at this moment: it ends like any other
             kill_group(worker.pid)
         self._fill_up()
         return f"{workers} workers are wanted; {len(training)} train now"

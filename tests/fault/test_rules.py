@@ -51,6 +51,8 @@ def test_a_place_whose_workers_end_before_they_join_stays_empty() -> None:
     assert decide(RULES, Course.TRAINING, early[2], [DEATH, *early[:2]], 0) is Verdict.SHRINK
     assert decide(replace(RULES, on_loss="wait"), Course.TRAINING, early[2], [DEATH, *early[:2]], 0) is Verdict.FAIL
     assert decide(RULES, Course.OVER, early[0], [], 0) is Verdict.SHRINK
+    waited = [replace(death, waited=True) for death in early]
+    assert decide(RULES, Course.TRAINING, waited[2], [DEATH, *waited[:2]], 0) is Verdict.REPLACE
 
 
 class Clock:

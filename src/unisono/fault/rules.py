@@ -51,7 +51,12 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Death:
-    """Where a worker was when it ended: its place, its process, and what it did; ``trained``: it had joined."""
+    """Where a worker was when it ended: its place, its process, and what it did.
+
+    Attributes:
+        trained: it took part.
+        waited: it was ready to.
+    """
 
     slot: int
     process: int
@@ -59,6 +64,7 @@ class Death:
     step: int
     micro_batch: int | None
     trained: bool
+    waited: bool = False
 
     @property
     def where(self) -> str:
@@ -93,7 +99,7 @@ def decide(rules: Rules | None, course: Course, death: Death, before: Sequence[D
     early = 0
     for other in (death, *reversed(before)):
         if other.slot == death.slot:
-            if other.trained:
+            if other.trained or other.waited:
                 break
             early += 1
     if rules.on_loss == "wait" and early >= MOST_EARLY_ENDS:

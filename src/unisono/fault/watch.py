@@ -61,7 +61,7 @@ class Watch:
     def death(self, slot: int, process: int) -> Death:
         """What a worker that has ended did last."""
         activity, step, micro_batch = self.header.doing(slot)
-        return Death(slot, process, activity, step, micro_batch, self.trains(slot))
+        return Death(slot, process, activity, step, micro_batch, self.trains(slot), self.header.ready(slot))
 
     def want(self, workers: int) -> None:
         """So many are to train; others that are ready wait as spares."""

@@ -139,9 +139,13 @@ class Survival:
         if verdict in (Verdict.REPLACE, Verdict.SHRINK) and watch.course is Course.TRAINING:
             watch.lose(rank, status, hung=process in self.hung)
             how = watch.header.how(watch.header.losses - 1)
-            then = ", and another takes its place" if verdict is Verdict.REPLACE else ""
+            then = ["the others take over its work"] if death.trained else []
+            then += ["another takes its place"] if verdict is Verdict.REPLACE else []
+            where = death.where if death.trained else "before it took part"
             if not dismissed:
-                _say(f"worker {rank} (process {process}) {how} {death.where}; the others take over its work{then}")
+                _say(
+                    f"worker {rank} (process {process}) {how} {where}; {', and '.join(then) or 'its place stays empty'}"
+                )
         return verdict
 
     def _say_why_not(self, death: Death) -> None:

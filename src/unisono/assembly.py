@@ -170,7 +170,13 @@ def _rules(prepared: Prepared, config: TrainingConfig) -> dict[str, Any] | None:
     slots = prepared.host.slots
     if not survives(config, slots):
         return None
-    return {**config.fault.model_dump(), "deadline_s": config.deadline_s, "slots": slots, "run_dir": config.run_dir}
+    return {
+        **config.fault.model_dump(),
+        "deadline_s": config.deadline_s,
+        "slots": slots,
+        "together": config.layout.model_workers,
+        "run_dir": config.run_dir,
+    }
 
 
 def _worker(

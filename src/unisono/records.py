@@ -32,7 +32,8 @@ from unisono.state.checkpoint import DIRECTORY, remove_leftovers, steps_in
 from unisono.state.writer import CheckpointWriter, Retention
 
 REMEMBERED = 64
-LOCK_S = 1.0
+LOCK_S = 30.0
+"""Until a chief that leaves, or the children of a lost one, have let go of the run's directory."""
 OF_A_STEP = (StepFinished, ValidationFinished, WorkerLost, MembersChanged)
 TAIL_BYTES = 1 << 16
 

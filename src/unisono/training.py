@@ -182,7 +182,7 @@ class Training:
             if outcome.flags & STOP or self._interrupted:
                 reason = "stopped"
                 break
-            if worker.group.leaves:
+            if worker.group.leaves and step < self._steps:  # at the last step all end together
                 return self._leave(step)
         if worker.evaluator is not None and saving.evaluated != step and reason == "finished":
             self._validate(step)
@@ -318,6 +318,7 @@ class Training:
 
     def _leave(self, step: int) -> Result:
         """The others go on without this worker."""
+        self._assembled.group.enter("start", 0)
         self._assembled.release()
         return Result(step, "left", "", self._loss, self._saving.metrics, None)
 

@@ -39,7 +39,8 @@ def test_all_are_started_again_twice() -> None:
 
 def test_two_deaths_at_one_micro_batch_end_the_run() -> None:
     again = replace(DEATH, slot=2, process=101)
-    assert poisoned(again, [DEATH]) is DEATH
+    assert poisoned(again, [DEATH], 1) is DEATH
+    assert poisoned(again, [DEATH], 2) is None and poisoned(again, [DEATH, DEATH], 2) is DEATH
     assert decide(RULES, Course.TRAINING, again, [DEATH], 0) is Verdict.FAIL
     for other in (replace(again, micro_batch=4), replace(again, step=8), replace(again, activity="wait")):
         assert decide(RULES, Course.TRAINING, other, [DEATH], 0) is Verdict.REPLACE

@@ -70,3 +70,4 @@ def test_a_worker_that_died_before_it_was_let_in_is_not() -> None:
     assert next_members([0, 1], [2], [2], []) == (0, 1)  # one that waited is lost too
     assert next_members([0, 1, 2], [2, 2], [2], []) == (0, 1)
     assert next_members([0, 1, 2], [], [], [1]) == (0, 2)
+    assert next_members([0, 1, 2], [0], [], [1, 2]) == (1, 2)  # somebody has to go on

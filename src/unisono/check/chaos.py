@@ -125,6 +125,8 @@ class Observed:
         strikes: what workers told as they were struck: fault, time and process.
         ended: processes that ended while others trained.
         records: the run's events.
+        limits_s: what workers that hung were given.
+        over_at: when it ended.
     """
 
     ending: Ending | None = None
@@ -133,6 +135,7 @@ class Observed:
     strikes: list[dict[str, Any]] = field(default_factory=list)
     ended: set[int] = field(default_factory=set)
     records: list[dict[str, Any]] = field(default_factory=list)
+    limits_s: list[float] = field(default_factory=list)
     over_at: float = 0.0
 
     @property
@@ -186,7 +189,9 @@ class Chaos:
         settings: dict[str, Any] = {"deadline_s": STOP_DEADLINE_S} if how in ("stop", "hang") else {}
         row = Row(fault, self._repeat)
         seen = self._train(steps, strikes, **settings)
-        self._judge(row, seen, steps, late_s=settings.get("deadline_s", 0.0))
+        self._judge(row, seen, steps, late_s=max(seen.limits_s, default=0.0))
+        if seen.limits_s:
+            row.note = f"up to {max(seen.limits_s):.1f} s without progress were allowed: 20 times the median operation"
         return row
 
     def _schedule(self, faults: Callable[[int, int], list[Strike]]) -> tuple[int, list[Strike]]:
@@ -462,7 +467,7 @@ class Chaos:
 
         def turn(workers: WorkerSet) -> None:
             header, now = workers.survival.header, time.monotonic()
-            seen.strikes = list(workers.notes)
+            seen.strikes, seen.limits_s = list(workers.notes), list(workers.survival.limits_s)
             if header is None or header.course is not Course.TRAINING:
                 return
             committed = header.committed

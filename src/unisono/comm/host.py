@@ -82,7 +82,7 @@ class HostGroup:
         self._views: dict[tuple[int, int], Partial] = {}
         self._mail = Mail(self.header, lambda box, number: arena.bytes(layout.mailbox(box, number)), slot)
         self.waits_for_all = False
-        self._steps = 0
+        self._steps, self._joined = 0, False
         self._told = 0  # losses of the step that the policy has heard of
         self._versions = [arena.words(layout.versions(replica)) for replica in range(layout.replicas)]
         self._reports = arena.bytes(layout.regions.named["reports"]).cast("d")
@@ -156,6 +156,7 @@ class HostGroup:
         self.roll.join(agreement)
         prepare()
         self.roll.enter()
+        self._joined = True
         return before
 
     def leave_known(self, data: bytes) -> None:
@@ -274,6 +275,9 @@ class HostGroup:
     def collect(self, step: int, count: int, rescue: Callable[[Sequence[int]], None]) -> list[Cover]:
         """Wait for all micro-batches of the step, computing this worker's part of what others left; close it."""
         covers: list[Cover] = []
+        waiter = self.waiter
+        if self._joined and self._steps == 0:  # others may still evaluate: the launcher ends who hangs
+            waiter = replace(waiter, deadline_s=float("inf"))
 
         def ready() -> list[int] | None:
             while len(covers) < len(self.teams):
@@ -290,7 +294,7 @@ class HostGroup:
             whose = self._name(len(covers))
             return f"micro-batches {_ranges(lost)} of step {step} are not published{whose}; {self.doing()}"
 
-        while left := self.waiter(ready, f"collect of step {step}", absent):
+        while left := waiter(ready, f"collect of step {step}", absent):
             rescue(left)
         if self.roll.step == step:
             self.roll.agree()
@@ -328,7 +332,8 @@ class HostGroup:
         alone = len(lot.holders) == 1
         for crews in self.teams:
             slots = lot.holders if alone else next(crew for crew in crews if set(crew) <= set(lot.holders))[:1]
-            nodes = [p.node for p in self._publications(step, slots)]
+            mine = self._publications(step, slots)  # alone, of the whole model; with others, of what they compute
+            nodes = [p.node for p in mine if len(self.teams) == 1 or p.whole == alone]
             wanted &= {m for m in lot.micro_batches if any(node.start <= m < node.stop for node in nodes)}
         return wanted
 

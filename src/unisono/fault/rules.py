@@ -31,6 +31,7 @@ class Rules:
         on_loss: "replace", "shrink", "wait" or "stop".
         deadline_s: seconds without progress after which a worker is ended.
         slots: workers that the arena has room for.
+        together: workers that compute a micro-batch together.
         run_dir: where reports go; None for nowhere.
         drain_s, notice_file, notice_command: as of `config.FaultConfig`.
     """
@@ -38,6 +39,7 @@ class Rules:
     on_loss: str
     deadline_s: float
     slots: int
+    together: int = 1
     run_dir: str | None = None
     drain_s: float | None = None
     notice_file: str | None = None
@@ -94,7 +96,7 @@ def decide(rules: Rules | None, course: Course, death: Death, before: Sequence[D
         return Verdict.FAIL
     if course is Course.STARTING:
         return Verdict.RESTART if restarts < MOST_RESTARTS else Verdict.FAIL
-    if poisoned(death, before) is not None:
+    if poisoned(death, before, rules.together) is not None:
         return Verdict.FAIL
     early = 0
     for other in (death, *reversed(before)):
@@ -109,6 +111,10 @@ def decide(rules: Rules | None, course: Course, death: Death, before: Sequence[D
     return Verdict.REPLACE
 
 
-def poisoned(death: Death, before: Sequence[Death]) -> Death | None:
-    """The earlier death on the same micro-batch, if there is one: it would be that of every worker that tries."""
-    return next((other for other in before if death.same_work(other)), None)
+def poisoned(death: Death, before: Sequence[Death], together: int) -> Death | None:
+    """The earlier death on the same micro-batch, if there is one: it would be that of every worker that tries.
+
+    Those who compute it together may die together; then it takes one more, who tried it in their place.
+    """
+    same = [other for other in before if death.same_work(other)]
+    return same[0] if len(same) >= together else None

@@ -38,12 +38,14 @@ class Survival:
         deaths: of workers so far.
         failure: why the run cannot go on, where that was found here.
         hung: processes that were ended because they made no progress.
+        limits_s: what each of them was given.
         drain_s: seconds that the run has once it is asked to stop; None for as long as it takes.
     """
 
     deaths: list[Death] = field(default_factory=list)
     failure: WorkerFailed | None = None
     hung: set[int] = field(default_factory=set)
+    limits_s: list[float] = field(default_factory=list)
     drain_s: float | None = None
     _notices: Notices | None = None
     _watch: Watch | None = None
@@ -86,7 +88,7 @@ class Survival:
         """What asks the run to stop, for a reader."""
         try:
             return self._notices.arrived() if self._notices is not None else None
-        except OSError as error:  # the command cannot be started
+        except (OSError, ValueError) as error:  # the command cannot be started, or is none
             self._notices = None
             _say(f"fault.notice_command cannot be run: {error}")
             return None
@@ -150,8 +152,9 @@ class Survival:
 
     def _say_why_not(self, death: Death) -> None:
         """A micro-batch of which two workers died would be the end of all."""
-        other = poisoned(death, self.deaths)
-        if other is not None and self._watch is not None and self._watch.rules.on_loss != "stop":
+        rules = self._watch.rules if self._watch is not None else None
+        other = poisoned(death, self.deaths, rules.together) if rules is not None else None
+        if other is not None and rules is not None and rules.on_loss != "stop":
             self.failure = WorkerFailed(
                 f"two workers died {death.where}: process {other.process}, then process {death.process}, which "
                 "computed it in its place; whatever it is, no other worker is given it. To see it alone, with the same "
@@ -172,6 +175,7 @@ class Survival:
         for subject in running:
             ask(subject.handle)
         stacks = {s.rank: answer(s.stacks, sizes[s.rank]) if s in running else "" for s in subjects}
+        self.limits_s += [silence.limit_s for silence in found]
         told = [(by_rank[s.slot], self._sentence(s, by_rank[s.slot], stacks[s.slot])) for s in found]
         self._report([sentence for _, sentence in told], subjects, stacks)
         return told

@@ -82,6 +82,7 @@ class WorkerSet:
         self._wanted = task.workers
         self._reported = False
         self._attached = ""
+        self._short = False  # workers are missing, spares for example
         self._present: dict[int, list[int]] = {}
         self._door: socket.socket | None = None
         self._selector = selectors.DefaultSelector()
@@ -166,19 +167,25 @@ class WorkerSet:
             timeout = None if patience is None else max(0.0, patience - time.monotonic())
             if self.survival.watching or self._each_turn is not None:
                 timeout = self._turn_s if timeout is None else min(timeout, self._turn_s)
+            knocked = False
             for key, _ in selector.select(timeout):
                 if key.data is None:
                     self._hear_server()
                 elif key.data is self._nodes:
                     self._nodes.poll()
                 elif key.data is self._door:
-                    self._answer_the_door()
+                    knocked = True
                 elif self._hear_worker(key.data) is Heard.END:
                     selector.unregister(key.fileobj)
             if self._each_turn is not None:
                 self._each_turn(self)
             self._look_for_notice()
             self._survive()
+            if self._short:
+                self._short = False
+                self._fill_up()
+            if knocked:
+                self._answer_the_door()
             cause, consequence = self._failures()
             elsewhere = self._nodes is not None and self._nodes.failure is not None
             if cause or elsewhere or self.interrupts > 1:
@@ -238,6 +245,8 @@ class WorkerSet:
         verdict = self.survival.ended(
             worker.subject, worker.status, self._restarts, others, joins=worker.joins, dismissed=worker.leaves
         )
+        if verdict is Verdict.RESTART and self.interrupts:
+            verdict = Verdict.FAIL
         if verdict is Verdict.RESTART:
             how = worker.how_it_ended(self._task.hosts.size)
             print(f"unisono: {how} before training began; all start again", file=sys.stderr, flush=True)
@@ -312,7 +321,7 @@ class WorkerSet:
                 if message.get("op") != "scale":
                     raise ConfigurationError(f"the run does not know {message.get('op')!r}")
                 send(connection, {"text": self.scale(int(message["workers"]))})
-            except (ConfigurationError, KeyError, ValueError) as error:
+            except (ConfigurationError, KeyError, TypeError, ValueError) as error:
                 send(connection, {"error": str(error)})
 
     def _all_ended(self) -> bool:
@@ -366,6 +375,11 @@ class WorkerSet:
             worker.control.setblocking(True)
         if message is None:
             return Heard.END
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has ended since it asked
+            self._handle(worker, message)
+        return Heard.MESSAGE
+
+    def _handle(self, worker: WorkerProcess, message: Message) -> None:
         if message["op"] == "arena":
             self._keeper.answer(worker.control, message)
             self._attach(message)
@@ -387,18 +401,19 @@ class WorkerSet:
             worker.finished, worker.result = True, message["value"]
         elif message["op"] == "error" and worker.error is None:
             worker.error = message
-        return Heard.MESSAGE
 
     def _present_at(self, training: int) -> list[int]:
         """The local ranks of the workers that begin a training: those who are there as the first one asks."""
         first = self._task.hosts.rank(self._task.hosts.place(self._task.first)[0], 0)
-        staying = [w.rank - first for w in self._workers if w.status is None and not w.leaves]
+        waiting = [w for w in self._workers if w.joins and not self.survival.trains(w.rank)]
+        staying = [w.rank - first for w in self._workers if w.status is None and not w.leaves and w not in waiting]
         return self._present.setdefault(training, staying)
 
     def _attach(self, message: Message) -> None:
         """Watch an arena from the first time that it is asked for."""
         descriptor = self._keeper.descriptor(message["name"])
         if message.get("rules") and descriptor is not None and message["name"] != self._attached:
+            self._detach()
             self._attached = message["name"]
             self.survival.attach(descriptor, message["rules"])
             self.survival.want(self._wanted)
@@ -406,7 +421,7 @@ class WorkerSet:
             self._door = opened(run_dir) if run_dir is not None else None
             if self._door is not None:
                 self._selector.register(self._door, selectors.EVENT_READ, self._door)
-            self._fill_up()
+            self._short = True
 
     def _detach(self) -> None:
         """A training is over."""
@@ -429,6 +444,7 @@ class WorkerSet:
     def _drain(self, *, orderly: bool, why: str) -> None:
         """Let all workers end after their step, within the time that they have."""
         self._orderly = orderly
+        self.survival.want(0)  # nobody waits for lost workers' places to be taken
         print(f"unisono: {why}", file=sys.stderr, flush=True)
         if self.survival.drain_s is not None:
             self._drained_by = time.monotonic() + self.survival.drain_s

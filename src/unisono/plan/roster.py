@@ -164,6 +164,7 @@ def next_members(
     (0,)
     """
     deaths = {slot: list(lost).count(slot) for slot in lost}
-    stay = {slot for slot in members if slot not in deaths} - set(leaving)
+    alive = {slot for slot in members if slot not in deaths}
+    stay = alive - set(leaving) or alive  # somebody has to go on
     come = {slot for slot in admitted if deaths.get(slot, 0) == (slot in members)}
     return tuple(sorted(stay | come))

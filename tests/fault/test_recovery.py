@@ -302,3 +302,41 @@ def test_a_program_that_ends_in_the_middle_is_a_loss(pool: LocalLauncher, capfd:
     ending = pool.run({"call": "tests.jobs:leave_the_program", "arguments": arguments}, 3)
     assert ending.result["digest"] == undisturbed(pool, json.dumps({"model": "mlp"}))
     assert "worker 1" in (told := capfd.readouterr().err) and "ended with exit code 0" in told
+
+
+def test_three_of_five_are_killed_at_once(pool: LocalLauncher, turn: Callable[..., None]) -> None:
+    """All three ends are heard of before anything is made of the first."""
+    struck: list[int] = []
+
+    def look(workers: WorkerSet) -> None:
+        header = workers.survival.header
+        if header is not None and header.course is Course.TRAINING and header.committed >= 10 and not struck:
+            struck.extend(w.process for w in workers.alive[:3])
+            for process in struck:
+                os.kill(process, signal.SIGKILL)
+            time.sleep(0.1)
+
+    turn(look)
+    arguments = {"steps": 40, "model": "norm", "clip": 0.5, "deadline_s": 3.0}
+    expected = undisturbed(pool, json.dumps({"model": "norm", "clip": 0.5}), 40)
+    ending = pool.run({"call": "tests.jobs:train", "arguments": arguments}, 5)
+    assert len(struck) == 3 and ending.result["digest"] == expected
+
+
+@pytest.mark.parametrize("before_the_end", [0, 1, 2])
+def test_workers_are_asked_to_leave_as_the_run_ends(
+    pool: LocalLauncher, turn: Callable[..., None], before_the_end: int
+) -> None:
+    asked: list[str] = []
+
+    def look(workers: WorkerSet) -> None:
+        header = workers.survival.header
+        training = header is not None and header.course is Course.TRAINING
+        if training and header is not None and header.committed >= 29 - before_the_end and not asked:
+            asked.append(workers.scale(1))
+
+    turn(look)
+    expected = undisturbed(pool, json.dumps({"model": "mlp"}), 30)
+    arguments = {"steps": 30, "model": "mlp", "deadline_s": 3.0}
+    ending = pool.run({"call": "tests.jobs:train", "arguments": arguments}, 3, elastic=Elastic(1, 3))
+    assert asked and ending.result["digest"] == expected

@@ -348,7 +348,9 @@ class WorkerSet:
     def _hear_server(self) -> None:
         message, descriptors = receive(self._server, 1)
         if message is None:
-            raise LaunchError("the fork server was lost; all workers have been ended")
+            raise LaunchError(
+                "the fork server was lost, and all workers with it; go on from the newest checkpoint (--resume)"
+            )
         if message["op"] == "refused":
             raise LaunchError(
                 f"the fork server has {message['tasks']} threads; a preloaded module started one: "

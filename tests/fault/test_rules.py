@@ -189,3 +189,15 @@ def test_a_worker_that_stays_slow_is_named_with_its_phase_once() -> None:
         rows = {0: even, 1: {**even, "data": 0.9}, 2: {**even, "compute": 0.4}}
         said += slowness.look(rows, {0: 4, 1: 4, 2: 4})
     assert said == ["worker 1 stays slow at loading data: 90.0 times what the others take for the same work"]
+
+
+def test_a_worker_that_still_builds_its_model_has_a_minute() -> None:
+    """Nobody waits for it; under load that took 2 s with a deadline of 1 s, and it was ended."""
+    clock = Clock()
+    watch, header = watched(clock)
+    header.set_activity(3, "start", 0)
+    watch.silent([3])
+    clock.now += 50
+    assert watch.silent([3]) == []
+    header.set_ready(3, True)
+    assert [silence.slot for silence in watch.silent([3])] == [3]

@@ -156,6 +156,7 @@ class HostGroup:
         self.roll.join(agreement)
         prepare()
         self.roll.enter()
+        self.enter("wait", before)
         self._joined = True
         return before
 

@@ -16,6 +16,9 @@ SLOWER = 20
 FIRST = 2
 """Times the deadline that anything may take in a worker's first step, and before: much of it happens only once."""
 
+START_S = 60.0
+"""Seconds that a worker may take, at least, until it is ready to join: nobody waits for it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Silence:
@@ -107,6 +110,8 @@ class Watch:
                 continue
             first = FIRST if step <= seen.first_step or activity == "start" else 1
             limit = max(first * self.rules.deadline_s, SLOWER * self._median(slot, activity))
+            if activity == "start" and not header.ready(slot):
+                limit = max(limit, START_S)  # it builds its model, and holds nobody up
             if silence > limit:
                 found.append(Silence(slot, activity, step, micro_batch, silence, limit))
         return sorted(found, key=lambda silence: -silence.seconds)

@@ -151,7 +151,7 @@ def test_wait_goes_on_with_all(pool: LocalLauncher, tmp_path: Path) -> None:
 
 
 def test_a_spare_takes_the_place(pool: LocalLauncher, tmp_path: Path) -> None:
-    struck(pool, 2, (1, 30, "forward"), model="mlp", steps=60, elastic=Elastic(2, 2, 1), run_dir=str(tmp_path))
+    struck(pool, 2, (1, 100, "forward"), model="mlp", steps=130, elastic=Elastic(2, 2, 1), run_dir=str(tmp_path))
     records = records_of(tmp_path)
     assert next(r["joined"] for r in records if r["event"] == "MembersChanged") == [2]
 

@@ -21,6 +21,7 @@ micro_batch_size: 4
 checkpoint: {every: 2, keep: 3}
 observe: {tensorboard: false, report: false}
 run_dir: run
+fault: {on_loss: stop}
 """
 RUNS = 20
 

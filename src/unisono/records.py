@@ -5,7 +5,6 @@ All workers come to the same events; those of the others are remembered for a fe
 
 import json
 import os
-import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -32,8 +31,8 @@ from unisono.state.checkpoint import DIRECTORY, remove_leftovers, steps_in
 from unisono.state.writer import CheckpointWriter, Retention
 
 REMEMBERED = 64
-LOCK_S = 30.0
-"""Until a chief that leaves, or the children of a lost one, have let go of the run's directory."""
+STARTING_S, SUCCEEDING_S = 1.0, 30.0
+"""Until the children of workers that were ended, or a chief that leaves, have let go of the run's directory."""
 OF_A_STEP = (StepFinished, ValidationFinished, WorkerLost, MembersChanged)
 TAIL_BYTES = 1 << 16
 
@@ -89,7 +88,7 @@ class Records:
                     f"{self.run_dir} holds the checkpoints of a run (the last at step {steps_in(checkpoints)[0]}); "
                     "resume it (--resume, or fit(resume=True)), or give another run_dir"
                 )
-        self._keep()
+        self._keep(STARTING_S)
         if self.run_dir is not None:
             for name in ("config.yaml.tmp", "report.html.tmp"):
                 (self.run_dir / name).unlink(missing_ok=True)
@@ -103,7 +102,7 @@ class Records:
             rank: this worker's.
         """
         said = self._said()
-        self._keep()
+        self._keep(SUCCEEDING_S)
         unsaid, self._unsaid = self._unsaid, deque(maxlen=REMEMBERED)
         self(ChiefChanged(step, steps, rank))
         for event in unsaid:
@@ -111,9 +110,9 @@ class Records:
             if not known:
                 self(event)
 
-    def _keep(self) -> None:
+    def _keep(self, patience_s: float) -> None:
         if self.run_dir is not None:
-            self._open.callback(os.close, self._locked(self.run_dir))
+            self._open.callback(os.close, lock(self.run_dir, patience_s))
             remove_leftovers(self.run_dir / DIRECTORY)
             retention = Retention(self._config.checkpoint.keep, self._config.checkpoint.keep_best)
             self.writer = CheckpointWriter(self.run_dir / DIRECTORY, retention, self)
@@ -144,18 +143,6 @@ class Records:
             for other in self._observers:
                 if other is not observer:
                     self._tell(other, Notice(f"NO RECORD was kept: {error}; training goes on"))
-
-    @staticmethod
-    def _locked(run_dir: Path) -> int:
-        """The directory's lock; a lost chief's children may hold it for a moment more."""
-        until = time.monotonic() + LOCK_S
-        while True:
-            try:
-                return lock(run_dir)
-            except ConfigurationError:
-                if time.monotonic() > until:
-                    raise
-                time.sleep(0.02)
 
     def _said(self) -> set[str]:
         """What is on record already, of the last events."""

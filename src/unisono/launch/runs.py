@@ -3,6 +3,7 @@
 import fcntl
 import os
 import re
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from unisono.errors import ConfigurationError
 from unisono.launch.launcher import shares_memory
 
 ROOT = Path("runs")
+POLL_S = 0.02
 _COMPILER = "torch._dynamo"
 """What fake tensors and activation checkpointing import when they are first used: 0.8 s in every worker."""
 
@@ -111,8 +113,12 @@ def _has_checkpoints(path: Path) -> bool:
     return any((path / "checkpoints").glob("step-*[0-9]"))
 
 
-def lock(run_dir: Path) -> int:
+def lock(run_dir: Path, patience_s: float) -> int:
     """Make a run's directory, and keep other runs out while this one lives: a death frees the descriptor's lock.
+
+    Arguments:
+        run_dir: the directory.
+        patience_s: for how long one who holds it may still be about to let go of it.
 
     Raises:
         ConfigurationError: where the directory cannot be made, or another run is at work there.
@@ -122,14 +128,18 @@ def lock(run_dir: Path) -> int:
         descriptor = os.open(run_dir, os.O_RDONLY)
     except OSError as error:
         raise ConfigurationError(f"cannot write into run_dir {run_dir}: {error.strerror}; choose another") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        raise ConfigurationError(
-            f"another run is at work in {run_dir}; wait for its end, or give another run_dir"
-        ) from error
-    return descriptor
+    until = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except OSError as error:
+            if time.monotonic() > until:
+                os.close(descriptor)
+                raise ConfigurationError(
+                    f"another run is at work in {run_dir}; wait for its end, or give another run_dir"
+                ) from error
+        time.sleep(POLL_S)
 
 
 def write_config(run_dir: Path, text: str) -> None:

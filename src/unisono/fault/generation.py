@@ -1,0 +1,202 @@
+"""Which hosts train, as a numbered record that a majority of the ones before must hold: single-decree Paxos, no I/O.
+
+Each generation is decided by the hosts of the one before. A candidate asks them to promise that they heed no older
+ballot, and to tell what they have accepted before; then to accept its record, or the one that it was told of. What a
+quorum has accepted is decided, whoever is lost afterwards: two quorums share a voter.
+
+Source: Lamport, Paxos Made Simple (2001).
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+WITNESS = -1
+"""The number of the voter that trains nothing."""
+
+Ballot = tuple[int, int]
+"""(attempt, candidate's number): of two, the larger one is heeded."""
+NO_BALLOT: Ballot = (0, WITNESS)
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """Who trains together.
+
+    Attributes:
+        number: from 1.
+        hosts: the numbers of their launchers, in order.
+        coordinator: the host whose launcher has brought it about.
+        step: what had been committed by then, as far as it knew.
+    """
+
+    number: int
+    hosts: tuple[int, ...]
+    coordinator: int
+    step: int = 0
+
+    @classmethod
+    def read(cls, message: Mapping[str, Any]) -> "Generation":
+        """From a message or a file.
+
+        Raises:
+            ValueError: for what is none.
+        """
+        try:
+            hosts = tuple(message["hosts"])
+            number, coordinator, step = (message[key] for key in ("number", "coordinator", "step"))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a generation: {message!r}") from error
+        whole = all(type(value) is int and value >= 0 for value in (*hosts, number, coordinator, step))
+        if not whole or not hosts or list(hosts) != sorted(set(hosts)):
+            raise ValueError(f"not a generation: {message!r}")
+        return cls(number, hosts, coordinator, step)
+
+    def written(self) -> dict[str, Any]:
+        """For a message or a file."""
+        return {**asdict(self), "hosts": list(self.hosts)}
+
+
+@dataclass(frozen=True, slots=True)
+class Electorate:
+    """Who decides what follows a generation.
+
+    Attributes:
+        hosts: of that generation.
+        fenced: those of them that are proven dead.
+        witness: whether there is one.
+
+    >>> pair = Electorate((0, 1), witness=True)
+    >>> pair.is_quorum({0}), pair.is_quorum({0, WITNESS})
+    (False, True)
+    >>> Electorate((0, 1), fenced=frozenset({1})).is_quorum({0})
+    True
+    """
+
+    hosts: tuple[int, ...]
+    fenced: frozenset[int] = frozenset()
+    witness: bool = False
+
+    def is_quorum(self, votes: Collection[int]) -> bool:
+        """Whether these votes decide: more than half of the hosts, half and the witness, or all that can be alive."""
+        count = len(set(votes) & set(self.hosts))
+        half_and_witness = self.witness and WITNESS in votes and 2 * count == len(self.hosts)
+        return 2 * count > len(self.hosts) or half_and_witness or set(self.hosts) - self.fenced <= set(votes)
+
+    def missing(self, votes: Collection[int]) -> list[int]:
+        """Hosts that may be alive and have not voted."""
+        return sorted(set(self.hosts) - self.fenced - set(votes))
+
+
+@dataclass(slots=True)
+class Acceptor:
+    """One voter.
+
+    Arguments:
+        current: the generation that it knows to be decided.
+        keep: called with all of it before anything is answered; puts it on a disk.
+
+    Attributes:
+        promised: the ballot below which nothing is heeded, for the generation after the current one.
+        accepted: what was accepted for it.
+    """
+
+    current: Generation
+    keep: Callable[[dict[str, Any]], None]
+    promised: Ballot = NO_BALLOT
+    accepted: tuple[Ballot, Generation] | None = None
+
+    @classmethod
+    def read(cls, message: Mapping[str, Any], keep: Callable[[dict[str, Any]], None]) -> "Acceptor":
+        """As it was kept.
+
+        Raises:
+            ValueError: for what was not.
+        """
+        try:
+            accepted = message["accepted"]
+            told = None if accepted is None else (ballot(accepted["ballot"]), Generation.read(accepted["generation"]))
+            return cls(Generation.read(message["current"]), keep, ballot(message["promised"]), told)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a voter's record: {error!r}") from error
+
+    def written(self) -> dict[str, Any]:
+        """All of it."""
+        told = self.accepted
+        accepted = None if told is None else {"ballot": list(told[0]), "generation": told[1].written()}
+        return {"current": self.current.written(), "promised": list(self.promised), "accepted": accepted}
+
+    def promise(self, number: int, asked: Ballot) -> bool:
+        """Whether it will heed nothing below a ballot for generation ``number``."""
+        if number != self.current.number + 1 or asked <= self.promised:
+            return False
+        self.promised = asked
+        self.keep(self.written())
+        return True
+
+    def accept(self, asked: Ballot, generation: Generation) -> bool:
+        """Whether it takes a generation for the next one."""
+        if generation.number != self.current.number + 1 or asked < self.promised:
+            return False
+        self.promised, self.accepted = asked, (asked, generation)
+        self.keep(self.written())
+        return True
+
+    def learn(self, generation: Generation) -> bool:
+        """A generation is decided; whether that is news."""
+        if generation.number <= self.current.number:
+            return False
+        self.current, self.promised, self.accepted = generation, NO_BALLOT, None
+        self.keep(self.written())
+        return True
+
+
+@dataclass(slots=True)
+class Proposal:
+    """A candidate's attempt to bring about the next generation.
+
+    Arguments:
+        wanted: what it is to be, where nothing else has been accepted before.
+        ballot: its own.
+        electorate: who decides.
+
+    Attributes:
+        sent: what voters are asked to accept, once enough have promised.
+        decided: enough have accepted it.
+    """
+
+    wanted: Generation
+    ballot: Ballot
+    electorate: Electorate
+    sent: Generation | None = None
+    decided: bool = False
+    _promises: dict[int, tuple[Ballot, Generation] | None] = field(default_factory=dict)
+    _votes: set[int] = field(default_factory=set)
+
+    def promised(self, voter: int, accepted: tuple[Ballot, Generation] | None) -> bool:
+        """A voter has promised; whether it is the one that makes them enough."""
+        self._promises[voter] = accepted
+        if self.sent is not None or not self.electorate.is_quorum(self._promises):
+            return False
+        before = [told for told in self._promises.values() if told is not None]
+        self.sent = max(before, key=lambda told: told[0])[1] if before else self.wanted
+        return True
+
+    def accepted(self, voter: int) -> bool:
+        """A voter has accepted; whether it is the one that decides."""
+        self._votes.add(voter)
+        if self.sent is None or self.decided or not self.electorate.is_quorum(self._votes):
+            return False
+        self.decided = True
+        return True
+
+
+def ballot(value: Any) -> Ballot:
+    """From a message or a file.
+
+    Raises:
+        ValueError: for what is none.
+    """
+    if not isinstance(value, list) or len(value) != 2 or not all(type(part) is int for part in value):
+        raise ValueError(f"not a ballot: {value!r}")
+    return value[0], value[1]

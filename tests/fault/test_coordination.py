@@ -1,0 +1,303 @@
+"""Which hosts train: simulated launchers, lines that are cut and healed, and a clock of their own."""
+
+from collections.abc import Iterable, Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unisono.fault.coordination import Coordination, Report
+from unisono.fault.generation import WITNESS, Acceptor, Electorate, Generation, Proposal
+
+LIMIT_S = 1.5
+TURN_S = 0.05
+
+
+class Net:
+    """Launchers, and the lines between them: messages take one turn; a cut line says so or stays silent."""
+
+    def __init__(self, hosts: int, witness: bool = False) -> None:
+        self.now = 0.0
+        first = Generation(1, tuple(range(hosts)), 0)
+        self.disks: dict[int, object] = {}
+        self.decided: dict[int, set[Generation]] = {1: {first}}
+        numbers = [*range(hosts), *([WITNESS] if witness else [])]
+        self.nodes = {n: self._node(n, first, witness) for n in numbers}
+        self.lines = {frozenset((0, n)) for n in range(1, hosts)}
+        self.cut: set[tuple[int, int]] = set()
+        self.dead: set[int] = set()
+        self.stopped: set[int] = set()
+        self.flying: list[tuple[int, int, dict[str, object]]] = []
+        for n in range(hosts):
+            self.nodes[n].begin([m for m in range(hosts) if frozenset((n, m)) in self.lines], 0.0)
+
+    def _node(self, number: int, first: Generation, witness: bool) -> Coordination:
+        def keep(record: dict[str, object], number: int = number) -> None:
+            self.disks[number] = record
+
+        node = Coordination(number, Acceptor(first, keep), LIMIT_S, witness=witness)
+        if number == WITNESS:
+            node.follows = None
+        return node
+
+    def passes(self, a: int, b: int) -> bool:
+        return (a, b) not in self.cut and not {a, b} & self.dead
+
+    def separate(self, a: Iterable[int], b: Iterable[int], *, one_way: bool = False) -> None:
+        for x in a:
+            for y in b:
+                self.cut.add((x, y))
+                if not one_way:
+                    self.cut.add((y, x))
+
+    def heal(self) -> None:
+        self.cut.clear()
+
+    def kill(self, number: int) -> None:
+        self.dead.add(number)
+        for line in [line for line in self.lines if number in line]:
+            self.lines.remove(line)
+            (other,) = line - {number}
+            self.nodes[other].line_is_down(number, self.now)
+
+    def turn(self) -> None:
+        self.now += TURN_S
+        arrived, self.flying = self.flying, []
+        for sender, receiver, message in arrived:
+            if self.passes(sender, receiver) and frozenset((sender, receiver)) in self.lines:
+                if receiver in self.stopped:
+                    self.flying.append((sender, receiver, message))
+                else:
+                    self.nodes[receiver].heard(sender, message, self.now)
+        for number, node in self.nodes.items():
+            if number in self.dead | self.stopped:
+                continue
+            if number != WITNESS:
+                node.tick(self.now)
+                self._connect(number, node)
+            for receiver, message in node.outbox:
+                self.flying.append((number, receiver, message))
+            node.outbox.clear()
+            for generation in node.decided:
+                self.decided.setdefault(generation.number, set()).add(generation)
+            node.decided.clear()
+        for line in list(self.lines):  # what TCP finds out by itself
+            a, b = line
+            for x, y in ((a, b), (b, a)):
+                if x not in self.stopped | self.dead and self.now - self.nodes[x]._peer(y).heard > LIMIT_S * 2:
+                    if y != WITNESS and x != WITNESS and line in self.lines and self.nodes[x].follows in (x, y):
+                        self.lines.remove(line)
+                        for end, other in ((a, b), (b, a)):
+                            self.nodes[end].line_is_down(other, self.now)
+
+    def _connect(self, number: int, node: Coordination) -> None:
+        for other in node.wanted_lines():
+            both = self.passes(number, other) and self.passes(other, number)
+            if other in self.nodes and both and other not in self.stopped:
+                self.lines.add(frozenset((number, other)))
+                node.line_is_up(other, self.now)
+                self.nodes[other].line_is_up(number, self.now)
+            elif other in self.dead:
+                node.line_is_down(other, self.now)
+
+    def run(self, seconds: float) -> None:
+        until = self.now + seconds
+        while self.now < until:
+            self.turn()
+
+    def current(self, number: int) -> Generation:
+        return self.nodes[number].current
+
+    def safe(self) -> bool:
+        """One generation for each number."""
+        return all(len(found) == 1 for found in self.decided.values())
+
+
+def stall(net: Net, numbers: Sequence[int]) -> None:
+    """What workers say whose wires are broken."""
+    for n in numbers:
+        net.nodes[n].report = Report(stalled=net.current(n).number)
+
+
+def test_nothing_is_decided_while_all_are_well() -> None:
+    net = Net(4)
+    net.run(20)
+    assert {net.current(n).number for n in range(4)} == {1}
+
+
+@pytest.mark.parametrize("victim", range(3))
+def test_of_three_hosts_one_is_killed(victim: int) -> None:
+    net = Net(3)
+    net.run(1)
+    net.kill(victim)
+    net.run(2)
+    left = tuple(sorted({0, 1, 2} - {victim}))
+    assert {net.current(n) for n in left} == {Generation(2, left, left[0])}
+    assert all(net.disks[n] for n in left) and net.safe()
+
+
+def test_of_two_one_is_killed_and_the_other_waits_until_it_is_fenced() -> None:
+    net = Net(2)
+    net.run(1)
+    net.kill(0)
+    net.run(10)
+    assert net.current(1).number == 1 and net.nodes[1].waits_for(net.now) == [0]
+    net.nodes[1].fence(0)
+    net.run(1)
+    assert net.current(1) == Generation(2, (1,), 1) and net.nodes[1].waits_for(net.now) == []
+
+
+@pytest.mark.parametrize("victim", range(2))
+def test_of_two_with_a_witness_the_other_goes_on(victim: int) -> None:
+    net = Net(2, witness=True)
+    net.run(1)
+    net.kill(victim)
+    net.run(2)
+    assert net.current(1 - victim) == Generation(2, (1 - victim,), 1 - victim) and net.safe()
+
+
+@pytest.mark.parametrize("alone", range(4))
+def test_three_of_four_go_on_and_the_fourth_comes_back(alone: int) -> None:
+    net = Net(4)
+    net.run(1)
+    others = [n for n in range(4) if n != alone]
+    net.separate([alone], others)
+    net.run(3)
+    assert {net.current(n).hosts for n in others} == {tuple(others)}
+    assert net.current(alone).number == 1
+    net.run(2)
+    assert net.nodes[alone].waits_for(net.now) == others and net.current(alone).number == 1
+    net.heal()
+    net.run(6)
+    assert {net.current(n).hosts for n in range(4)} == {(0, 1, 2, 3)} and net.safe()
+
+
+@pytest.mark.parametrize("halves", [((0, 1), (2, 3)), ((0, 3), (1, 2)), ((0, 2), (1, 3))])
+def test_half_and_half_wait_for_each_other_and_go_on_when_the_link_returns(
+    halves: tuple[tuple[int, int], tuple[int, int]],
+) -> None:
+    net = Net(4)
+    net.run(1)
+    net.separate(*halves)
+    net.run(10)
+    stall(net, range(4))
+    net.run(5)
+    assert {net.current(n).number for n in range(4)} == {1}
+    waiting = {number: net.nodes[number].waits_for(net.now) for number in (halves[0][0], halves[1][0])}
+    assert waiting[halves[0][0]] == list(halves[1])
+    net.heal()
+    net.run(8)
+    stall(net, [])
+    assert {net.current(n).hosts for n in range(4)} == {(0, 1, 2, 3)} and net.safe()
+    assert {net.current(n).number for n in range(4)} != {1}  # all had stopped: their wires need a new one
+
+
+def test_half_with_the_witness_goes_on_whichever_it_is() -> None:
+    net = Net(4, witness=True)
+    net.run(1)
+    net.separate([0, 1], [2, 3])
+    net.separate([0, 1], [WITNESS])
+    net.run(4)
+    assert {net.current(n).hosts for n in (2, 3)} == {(2, 3)} and {net.current(n).number for n in (0, 1)} == {1}
+    net.heal()
+    net.run(6)
+    assert {net.current(n).hosts for n in range(4)} == {(0, 1, 2, 3)} and net.safe()
+
+
+def test_both_halves_reach_the_witness_and_one_goes_on() -> None:
+    net = Net(4, witness=True)
+    net.run(1)
+    net.separate([0, 1], [2, 3])
+    net.run(6)
+    sides = {net.current(0).hosts, net.current(2).hosts}
+    assert net.safe() and ((0, 1) in sides) != ((2, 3) in sides)
+
+
+def test_a_link_that_carries_one_way_is_cut() -> None:
+    net = Net(3)
+    net.run(1)
+    net.separate([0], [2], one_way=True)
+    net.run(5)
+    assert net.current(0).hosts == net.current(1).hosts == (0, 1) and net.safe()
+
+
+def test_a_stopped_coordinator_finds_itself_deposed() -> None:
+    net = Net(3)
+    net.run(1)
+    net.stopped.add(0)
+    net.run(2.6)
+    assert net.current(1) == Generation(2, (1, 2), 1) == net.current(2)
+    net.stopped.clear()
+    net.run(6)
+    assert {net.current(n).hosts for n in range(3)} == {(0, 1, 2)} and net.safe()
+    assert net.current(0).coordinator == 1
+
+
+def test_hosts_that_have_ended_are_no_loss() -> None:
+    net = Net(3)
+    net.run(1)
+    for n in (0, 1, 2):
+        net.nodes[n].report = Report(done=True)
+    net.run(2)
+    assert all(net.nodes[n].over for n in range(3)) and net.current(0).number == 1
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(2, 5),
+    st.booleans(),
+    st.lists(
+        st.tuples(
+            st.sampled_from(["cut", "heal", "stop", "go", "one way"]),
+            st.sets(st.integers(0, 4), min_size=1),
+            st.floats(0.05, 4.0),
+        ),
+        max_size=8,
+    ),
+)
+def test_never_two_generations_of_one_number_and_all_together_again(
+    hosts: int, witness: bool, faults: list[tuple[str, set[int], float]]
+) -> None:
+    net = Net(hosts, witness)
+    for kind, some, seconds in faults:
+        chosen = {n for n in some if n < hosts} or {0}
+        others = set(net.nodes) - chosen
+        if kind == "cut":
+            net.separate(chosen, others)
+        elif kind == "one way":
+            net.separate(chosen, others, one_way=True)
+        elif kind == "stop":
+            net.stopped |= chosen
+        elif kind == "go":
+            net.stopped.clear()
+        else:
+            net.heal()
+        net.run(seconds)
+        assert net.safe()
+    net.heal()
+    net.stopped.clear()
+    net.run(25)
+    assert net.safe()
+    assert {net.current(n).hosts for n in range(hosts)} == {tuple(range(hosts))}
+
+
+def test_what_may_have_been_decided_is_brought_to_its_end() -> None:
+    electorate = Electorate((0, 1, 2))
+    mine, theirs = Generation(2, (1, 2), 1), Generation(2, (0, 1), 0)
+    proposal = Proposal(mine, (2, 1), electorate)
+    assert not proposal.promised(1, ((1, 0), theirs)) and proposal.promised(2, None)
+    assert proposal.sent == theirs
+    assert not proposal.accepted(1) and proposal.accepted(2)
+
+
+def test_a_vote_is_kept_before_it_is_given_and_read_again() -> None:
+    kept: list[dict[str, object]] = []
+    acceptor = Acceptor(Generation(1, (0, 1, 2), 0), kept.append)
+    assert acceptor.promise(2, (1, 1)) and not acceptor.promise(2, (1, 0)) and not acceptor.promise(3, (5, 0))
+    assert acceptor.accept((1, 1), Generation(2, (1, 2), 1)) and not acceptor.accept((0, 2), Generation(2, (2,), 2))
+    again = Acceptor.read(kept[-1], kept.append)
+    assert again.written() == acceptor.written() and len(kept) == 2
+    with pytest.raises(ValueError, match="not a voter's record"):
+        Acceptor.read({"current": {}}, kept.append)
+    with pytest.raises(ValueError, match="not a generation"):
+        Generation.read({"number": 1, "hosts": [1, 0], "coordinator": 0, "step": 0})

@@ -81,14 +81,10 @@ class Net:
             for generation in node.decided:
                 self.decided.setdefault(generation.number, set()).add(generation)
             node.decided.clear()
-        for line in list(self.lines):  # what TCP finds out by itself
-            a, b = line
-            for x, y in ((a, b), (b, a)):
-                if x not in self.stopped | self.dead and self.now - self.nodes[x]._peer(y).heard > LIMIT_S * 2:
-                    if y != WITNESS and x != WITNESS and line in self.lines and self.nodes[x].follows in (x, y):
-                        self.lines.remove(line)
-                        for end, other in ((a, b), (b, a)):
-                            self.nodes[end].line_is_down(other, self.now)
+            for other in node.silent_lines(self.now):
+                self.lines.discard(frozenset((number, other)))
+                node.line_is_down(other, self.now)
+                self.nodes[other].line_is_down(number, self.now)
 
     def _connect(self, number: int, node: Coordination) -> None:
         for other in node.wanted_lines():

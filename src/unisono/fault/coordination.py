@@ -79,6 +79,7 @@ class Coordination:
         outbox: messages to be sent, each with whom it is for; taken away by whoever sends them.
         decided: generations to be acted on, in order; taken away too.
         over: all hosts have ended in good order.
+        decides: whether anybody can be lost: before training, and in what is not survived, nobody can.
     """
 
     def __init__(self, number: int, acceptor: Acceptor, limit_s: float, *, witness: bool = False) -> None:
@@ -91,6 +92,7 @@ class Coordination:
         self.outbox: list[tuple[int, Message]] = []
         self.decided: list[Generation] = []
         self.over = False
+        self.decides = True
         self._witness = witness
         self._peers: dict[int, _Peer] = {}
         self._seeking: tuple[int, float] | None = None  # whom, since when
@@ -121,6 +123,13 @@ class Coordination:
             if number != self.number:
                 self._peer(number).heard = now
 
+    def begin_deciding(self, now: float) -> None:
+        """From now on hosts may be lost."""
+        self.decides = True
+        for number in self.current.hosts:
+            if number != self.number:
+                self._peer(number).heard = now
+
     def wanted_lines(self) -> list[int]:
         """Those to whom there should be a line, and is none."""
         wanted = [self._seeking[0]] if self._seeking is not None else list(self._probed)
@@ -138,14 +147,23 @@ class Coordination:
         peer = self._peer(number)
         peer.up, peer.shunned = False, now + RETRY_S
 
+    def silent_lines(self, now: float) -> list[int]:
+        """Those whose lines carry nothing, though they are up."""
+        limit = 2 * self.limit_s
+        return [n for n, peer in self._peers.items() if peer.up and n != WITNESS and now - peer.heard > limit]
+
+    def hurry(self) -> None:
+        """Tell the others at once what has changed here."""
+        self._beaten = float("-inf")
+
     def fence(self, number: int) -> None:
         """Somebody vouches for a host being dead."""
         self.fenced.add(number)
 
     def tick(self, now: float) -> None:
         """Time has passed."""
-        if self.follows not in (None, self.number) and not self._lives(self.follows, now):
-            self._peer(self.follows).shunned = now + RETRY_S  # type: ignore[arg-type]
+        if self.decides and self.follows not in (None, self.number) and not self._lives(self.follows, now):
+            self._peer(self.follows).shunned = now + RETRY_S
             self.follows = None
         if self.follows is None:
             self._seek(now)
@@ -197,7 +215,7 @@ class Coordination:
 
     def waits_for(self, now: float) -> list[int]:
         """Hosts without which nothing can be decided; none while it can, or where another decides."""
-        if self.follows != self.number or now - self._led_since < REACH_S:
+        if not self.decides or self.follows != self.number or now - self._led_since < REACH_S:
             return []
         votes = self._voters(now)
         electorate = self._electorate()
@@ -264,11 +282,13 @@ class Coordination:
         """Bring about the next generation, where one is wanted and can be had."""
         voters = self._voters(now)
         self._probed = []
+        self._end_if_all_done(voters, now)
+        if not self.decides:
+            return
         if not self._electorate().is_quorum(voters):
             self._proposed = None
             self._probe(now)
             return
-        self._end_if_all_done(voters)
         if self._proposed is not None and now - self._proposed[1] > PROPOSAL_S:
             self._proposed = None
         wanted = self._wanted(voters, now)
@@ -304,10 +324,10 @@ class Coordination:
         reachable = [number for number in absent if self._peer(number).shunned <= now]
         if reachable and now - self._led_since < REACH_S:
             return None  # they may come yet
-        lost = set(current.hosts) - set(reports)
+        lost = set(current.hosts) - {number for number, r in reports.items() if r.ready or r.done}
         joining = {number for number, r in reports.items() if number not in current.hosts and r.ready and not r.done}
         staying = {number for number, r in reports.items() if number in current.hosts and r.ready and not r.done}
-        working = [r for number, r in reports.items() if number in current.hosts and not r.done]
+        working = [reports[number] for number in staying]
         stalled = bool(working) and all(r.stalled >= current.number for r in working)
         self._stalled_since = (self._stalled_since or now) if stalled else None
         renewed = self._stalled_since is not None and now - self._stalled_since > self.limit_s
@@ -317,9 +337,14 @@ class Coordination:
         step = max((r.step for r in reports.values()), default=current.step)
         return Generation(current.number + 1, hosts, self.number, step) if hosts else None
 
-    def _end_if_all_done(self, voters: set[int]) -> None:
-        hosts = set(self.current.hosts) & voters
-        if not self.over and hosts and all(self._report(number).done for number in hosts):
+    def _end_if_all_done(self, voters: set[int], now: float) -> None:
+        """Everyone has ended in good order; those who are lost by then are not waited for."""
+        here = set(self.current.hosts) & voters
+        absent = [number for number in self.current.hosts if number not in voters]
+        late = not self.decides or now - self._led_since < REACH_S or not self._electorate().is_quorum(voters)
+        if self.over or not here or (absent and late):
+            return
+        if all(self._report(number).done for number in here):
             self.over = True
             self._tell({"op": "end"})
 
@@ -338,7 +363,7 @@ class Coordination:
         self._learn(current)
         elsewhere = self.follows not in (None, number) and self._lives(self.follows, now)
         before = self.acceptor.accepted
-        if not elsewhere and self.acceptor.promise(current.number + 1, asked):
+        if self.decides and not elsewhere and self.acceptor.promise(current.number + 1, asked):
             accepted = None
             if before is not None:
                 accepted = {"ballot": list(before[0]), "generation": before[1].written()}

@@ -8,7 +8,7 @@ Source: Lamport, Paxos Made Simple (2001).
 """
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 WITNESS = -1
@@ -94,7 +94,7 @@ class Acceptor:
 
     Arguments:
         current: the generation that it knows to be decided.
-        keep: called with all of it before anything is answered; puts it on a disk.
+        keep: called with all of it before anything is answered; puts it on a disk, or raises OSError.
 
     Attributes:
         promised: the ballot below which nothing is heeded, for the generation after the current one.
@@ -130,24 +130,30 @@ class Acceptor:
         """Whether it will heed nothing below a ballot for generation ``number``."""
         if number != self.current.number + 1 or asked <= self.promised:
             return False
-        self.promised = asked
-        self.keep(self.written())
-        return True
+        return self._becomes(self.current, asked, self.accepted)
 
     def accept(self, asked: Ballot, generation: Generation) -> bool:
         """Whether it takes a generation for the next one."""
         if generation.number != self.current.number + 1 or asked < self.promised:
             return False
-        self.promised, self.accepted = asked, (asked, generation)
-        self.keep(self.written())
-        return True
+        return self._becomes(self.current, asked, (asked, generation))
 
     def learn(self, generation: Generation) -> bool:
         """A generation is decided; whether that is news."""
         if generation.number <= self.current.number:
             return False
-        self.current, self.promised, self.accepted = generation, NO_BALLOT, None
-        self.keep(self.written())
+        self._becomes(generation, NO_BALLOT, None)
+        self.current, self.promised, self.accepted = generation, NO_BALLOT, None  # a fact, whatever a disk can hold
+        return True
+
+    def _becomes(self, current: Generation, promised: Ballot, accepted: tuple[Ballot, Generation] | None) -> bool:
+        """Whether it could be kept; else it stays as it was, and has said nothing."""
+        after = replace(self, current=current, promised=promised, accepted=accepted)
+        try:
+            self.keep(after.written())
+        except OSError:
+            return False
+        self.promised, self.accepted = promised, accepted
         return True
 
 

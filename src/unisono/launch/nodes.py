@@ -1,8 +1,11 @@
 """The launchers of a run's hosts: they find each other, pass on what workers leave for each other, and end together.
 
-Launcher 0 listens, hears all, and tells all; the others each hold one line to it. Training itself does not pass here.
+Launcher 0 listens, and all meet there. From then on one of them, the coordinator, hears all and tells all; where a run
+survives the loss of hosts, another takes its place (`fault.coordination`). Training itself does not pass here.
 """
 
+import contextlib
+import secrets
 import selectors
 import socket
 import sys
@@ -10,19 +13,20 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from unisono.errors import ConfigurationError, LaunchError
-from unisono.launch.channel import Channel, Refused, Role
+from unisono.fault.coordination import Coordination, Report
+from unisono.fault.generation import WITNESS, Acceptor, Generation
+from unisono.launch.channel import Refused, Role
 from unisono.launch.control import Message
+from unisono.launch.ledger import Ledger
+from unisono.launch.lines import HANDSHAKE_DEADLINE_S, MOST_STRANGERS, SEND_DEADLINE_S, Dial, Line, Lines
 from unisono.plan.hosts import Hosts
 
-SEND_DEADLINE_S = 10.0
-HANDSHAKE_DEADLINE_S = 10.0
-MOST_STRANGERS = 64
 SAY_AFTER_S = 5.0
-READ_BYTES = 1 << 16
-KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 20_000}
-"""A host that does not answer for 20 s is lost: seconds idle, seconds between tries, tries, and milliseconds in all."""
+DIAL_S = 0.5
+"""For a connection to another launcher, while a host is missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,7 @@ class Rendezvous:
         nodes, number: how many launchers there are, and which this one is.
         secret: the job's.
         deadline_s: seconds until all must be there.
+        witness: where one listens that votes and trains nothing.
     """
 
     address: str
@@ -42,9 +47,10 @@ class Rendezvous:
     number: int
     secret: bytes
     deadline_s: float = 300.0
+    witness: tuple[str, int] | None = None
 
 
-def parse_rendezvous(text: str) -> tuple[str, int]:
+def parse_rendezvous(text: str, option: str = "--rendezvous") -> tuple[str, int]:
     """Address and port.
 
     Raises:
@@ -55,9 +61,7 @@ def parse_rendezvous(text: str) -> tuple[str, int]:
     """
     address, separator, port = text.rpartition(":")
     if not separator or not address or not port.isdigit() or not 0 < int(port) < 1 << 16:
-        raise ConfigurationError(
-            f"--rendezvous is {text!r}; give HOST:PORT of the first host, 10.0.0.1:29400 for example"
-        )
+        raise ConfigurationError(f"{option} is {text!r}; give HOST:PORT of the first host, 10.0.0.1:29400 for example")
     return address.strip("[]"), int(port)
 
 
@@ -66,47 +70,6 @@ def free_port(address: str) -> int:
     with socket.create_server((address, 0)) as probe:
         port: int = probe.getsockname()[1]
     return port
-
-
-@dataclass(slots=True)
-class _Line:
-    """A connection to another launcher."""
-
-    socket: socket.socket
-    channel: Channel
-    peer: str
-    since: float
-    number: int | None = None
-    workers: int = 0
-    done: bool = False
-
-    def flush(self) -> None:
-        data = self.channel.take()
-        if data:
-            try:
-                self.socket.settimeout(SEND_DEADLINE_S)
-                self.socket.sendall(data)
-            except OSError:  # half a frame may be on its way: nothing can follow, and reading finds the end
-                self.socket.shutdown(socket.SHUT_RDWR)
-                raise
-            finally:
-                self.socket.setblocking(False)
-
-    def send(self, message: Message) -> None:
-        self.channel.send(message)
-        self.flush()
-
-    def read(self) -> list[Message] | None:
-        """Messages that came in; None where the other end has closed."""
-        try:
-            data = self.socket.recv(READ_BYTES)
-        except BlockingIOError:
-            return []
-        if not data:
-            return None
-        messages = self.channel.feed(data)
-        self.flush()
-        return messages
 
 
 @dataclass(slots=True)
@@ -130,8 +93,8 @@ class Nodes:
         address: of this host, as the others reach it.
         master_port: free on host 0, for programs that start torch.distributed by themselves.
         failure: why another host has failed.
-        over: all hosts have ended in good order.
         on_set: called with what a worker of another host has left for all.
+        coordination: who trains, once all have met.
     """
 
     rendezvous: Rendezvous
@@ -142,23 +105,39 @@ class Nodes:
     address: str = ""
     master_port: int = 0
     failure: Failure | None = None
-    over: bool = False
-    _listener: socket.socket | None = None
-    _lines: list[_Line] = field(default_factory=list)
-    _selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
+    coordination: Coordination | None = None
+    _lines: Lines = field(init=False)
+    _addresses: dict[int, tuple[str, int]] = field(default_factory=dict)
+    _dials: dict[int, Dial] = field(default_factory=dict)
+    _ledger: Ledger = field(default_factory=Ledger)
+    _unsent: list[Message] = field(default_factory=list)
+    _run: str = ""
     _workers: int = 0
-    _done: bool = False
     _refused: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._lines = Lines(self.rendezvous.secret, self.clock)
+        if self.rendezvous.witness is not None:
+            self._addresses[WITNESS] = self.rendezvous.witness
 
     @property
     def number(self) -> int:
         """Which host this is."""
         return self.rendezvous.number
 
+    @property
+    def over(self) -> bool:
+        """All hosts have ended in good order."""
+        return self.coordination is not None and self.coordination.over
+
+    @property
+    def survives(self) -> bool:
+        """Whether the others go on where a host is lost."""
+        return self.coordination is not None and self.coordination.decides
+
     def fileno(self) -> int:
         """Readable when `poll` has something to do."""
-        descriptor: int = self._selector.fileno()  # type: ignore[attr-defined]
-        return descriptor
+        return self._lines.fileno()
 
     def join(self, workers: int) -> Hosts:
         """Meet the others; how many workers each of them has.
@@ -181,27 +160,56 @@ class Nodes:
             if waited > SAY_AFTER_S and not said:
                 said = True
                 _say(f"{self._absent()} yet; waiting for {self.rendezvous.deadline_s:g} s in all")
-            for _ in self._selector.select(0.5):
-                pass
-            self.poll()
+            self._hear_all(0.5)
             if self.failure is not None:
                 raise LaunchError(self.failure.text)
         return self.hosts
 
     def poll(self) -> None:
-        """Handle what has come in."""
-        for key, _ in self._selector.select(0):
-            if key.fileobj is self._listener:
-                self._accept()
-            else:
-                self._hear(key.data)
-        for line in [line for line in self._lines if not line.channel.established]:
-            if self.clock() - line.since > HANDSHAKE_DEADLINE_S:
-                self._drop(line)
+        """Handle what has come in, and what time brings."""
+        self._hear_all(0)
+        if self.coordination is not None:
+            self._coordinate(self.coordination)
+
+    def survive(self, directory: Path | None, limit_s: float) -> None:
+        """From now on hosts may be lost.
+
+        Arguments:
+            directory: where this host keeps its votes; None for memory alone.
+            limit_s: after which one that is not heard is lost.
+        """
+        assert self.coordination is not None
+        self._ledger.keep_in(directory / f"host-{self.number}.json" if directory is not None else None)
+        self.coordination.limit_s = limit_s
+        self.coordination.begin_deciding(self.clock())
+
+    def report(self, report: Report) -> None:
+        """What this host's workers do."""
+        coordination = self.coordination
+        if coordination is not None and report != coordination.report:
+            urgent = (report.stalled, report.ready, report.done) != (
+                coordination.report.stalled,
+                coordination.report.ready,
+                coordination.report.done,
+            )
+            coordination.report = report
+            if urgent:
+                coordination.hurry()
+
+    def take_decided(self) -> list[Generation]:
+        """Generations that were decided since this was asked last."""
+        if self.coordination is None:
+            return []
+        decided, self.coordination.decided = self.coordination.decided, []
+        return decided
+
+    def waits_for(self) -> list[int]:
+        """Hosts without which it cannot be decided who goes on."""
+        return self.coordination.waits_for(self.clock()) if self.coordination is not None else []
 
     def set(self, key: str, value: str) -> None:
         """Pass on to all hosts what a worker of this one leaves for all."""
-        self._tell({"op": "set", "key": key, "value": value})
+        self._to_all({"op": "set", "key": key, "value": value})
 
     def fail(self, text: str, exit_code: int) -> None:
         """This host has failed: all end."""
@@ -211,36 +219,28 @@ class Nodes:
 
     def done(self) -> None:
         """The workers of this host have ended in good order."""
-        self._done = True
-        if self.number:
-            self._tell({"op": "done"})
-        else:
-            self._end_if_all_done()
+        assert self.coordination is not None
+        self.report(Report(step=self.coordination.report.step, done=True))
+        self.poll()
 
     def close(self) -> None:
         """Let go of all lines."""
-        for line in list(self._lines):
-            self._drop(line)
-        if self._listener is not None:
-            self._selector.unregister(self._listener)
-            self._listener.close()
-            self._listener = None
-        self._selector.close()
+        for dial in self._dials.values():
+            dial.socket.close()
+        self._dials.clear()
+        self._lines.close()
 
     def _listen(self) -> None:
         where = (self.rendezvous.address, self.rendezvous.port)
         try:
-            family = socket.getaddrinfo(*where, type=socket.SOCK_STREAM)[0][0]
-            backlog = self.rendezvous.nodes + MOST_STRANGERS
-            self._listener = socket.create_server(where, family=family, backlog=backlog)
+            self._lines.listen(*where, backlog=self.rendezvous.nodes + MOST_STRANGERS)
         except OSError as error:
             raise ConfigurationError(
                 f"host 0 cannot listen on {where[0]}:{where[1]}: {error.strerror or error}; --rendezvous names an "
                 "address of the first host, and a port that is free there"
             ) from error
-        self._listener.setblocking(False)
-        self._selector.register(self._listener, selectors.EVENT_READ)
-        self.address = self._listener.getsockname()[0]
+        assert self._lines.listener is not None
+        self.address = self._lines.listener.getsockname()[0]
         self._start_if_all_joined()
 
     def _connect(self) -> None:
@@ -263,105 +263,108 @@ class Nodes:
                 time.sleep(0.1)
         try:
             while not line.channel.established:
-                if not self._selector.select(HANDSHAKE_DEADLINE_S) or line.read() is None:
+                if not _readable(line.socket) or line.read() is None:
                     raise Refused("the connection was closed")
         except (Refused, OSError) as error:
             raise ConfigurationError(
                 f"host 0 at {where[0]}:{where[1]} did not accept this host: {error}; do both have the same secret?"
             ) from error
         self.address = line.socket.getsockname()[0]
+        self._lines.listen(self.address, 0, backlog=self.rendezvous.nodes + MOST_STRANGERS)
+        assert self._lines.listener is not None
+        port = self._lines.listener.getsockname()[1]
         line.number = 0
-        line.send({"op": "join", "number": self.number, "workers": self._workers, "version": self.version})
+        mine = {"number": self.number, "workers": self._workers, "version": self.version}
+        line.send({"op": "join", **mine, "where": [self.address, port]})
 
-    def _greeted(self, where: tuple[str, int]) -> _Line:
+    def _greeted(self, where: tuple[str, int]) -> Line:
         """A line on which the other end has shown that it is there; a forwarder may accept in its place.
 
         Raises:
             OSError: where it is not, or not yet.
         """
-        line = self._add(socket.create_connection(where, timeout=SEND_DEADLINE_S), Role.CLIENT)
+        line = self._lines.call(*where, SEND_DEADLINE_S)
         try:
             while not line.channel.greeted:
-                if not self._selector.select(HANDSHAKE_DEADLINE_S) or line.read() is None:
+                if not _readable(line.socket) or line.read() is None:
                     raise ConnectionError("the connection was closed")
         except BaseException:
-            self._drop(line)
+            self._lines.drop(line)
             raise
         return line
 
-    def _add(self, connection: socket.socket, role: Role) -> _Line:
-        connection.setblocking(False)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a host that vanishes sends nothing
-        for option, value in KEEPALIVE.items():
-            if hasattr(socket, option):
-                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-        peer = str(connection.getpeername()[0])
-        line = _Line(connection, Channel(self.rendezvous.secret, role), peer, self.clock())
-        self._lines.append(line)
-        self._selector.register(connection, selectors.EVENT_READ, line)
-        line.flush()
-        return line
+    def _hear_all(self, timeout: float) -> None:
+        for line in self._lines.select(timeout):
+            if line in self._lines.all:  # what another has said may have ended it
+                self._hear(line)
 
-    def _accept(self) -> None:
-        assert self._listener is not None
-        try:
-            connection, _ = self._listener.accept()
-        except OSError:
-            return
-        if sum(not line.channel.established for line in self._lines) >= MOST_STRANGERS:
-            connection.close()
-            return
-        try:
-            self._add(connection, Role.SERVER)
-        except OSError:
-            connection.close()
-
-    def _drop(self, line: _Line) -> None:
-        self._lines.remove(line)
-        self._selector.unregister(line.socket)
-        line.socket.close()
-
-    def _hear(self, line: _Line) -> None:
+    def _hear(self, line: Line) -> None:
         try:
             messages = line.read()
         except (Refused, OSError):
             messages = None
         if messages is None:
-            self._drop(line)
-            stranger = line.channel.greeted and not line.channel.established
-            if stranger and line.peer not in self._refused and len(self._refused) < MOST_STRANGERS:
-                self._refused.add(line.peer)
-                _say(f"{line.peer} was refused: it does not know the job's secret; if it is a host, give it the same")
-            if line.number is not None and not self.over and self.failure is None:
-                self.failure = Failure(f"the connection to host {line.number} ({line.peer}) was lost", 1)
-                self._tell({"op": "failed", "number": line.number, "text": self.failure.text, "exit_code": 1})
+            self._lines.drop(line)
+            self._lost(line)
             return
+        if line.called is not None and line.channel.established:
+            line.number, line.called = line.called, None
+            with suppress(OSError):
+                line.send({"op": "hail", "number": self.number, "run": self._run})
+            self._is_up(line)
         for message in messages:
-            self._handle(line, message)
+            try:
+                self._handle(line, message)
+            except (ValueError, KeyError, TypeError):  # it knows the secret, and says what no launcher would
+                if line in self._lines.all:
+                    self._lines.drop(line)
+                    self._lost(line)
+                return
 
-    def _handle(self, line: _Line, message: Message) -> None:
+    def _lost(self, line: Line) -> None:
+        """A line has ended."""
+        if line.called is not None and self.coordination is not None:
+            self.coordination.line_is_down(line.called, self.clock())
+        stranger = line.channel.greeted and not line.channel.established and line.called is None
+        if stranger and line.peer not in self._refused and len(self._refused) < MOST_STRANGERS:
+            self._refused.add(line.peer)
+            _say(f"{line.peer} was refused: it does not know the job's secret; if it is a host, give it the same")
+        if line.number is None or self.over or self.failure is not None:
+            return
+        if self.survives and self.coordination is not None:
+            if self._line_to(line.number) is None:
+                self.coordination.line_is_down(line.number, self.clock())
+            return
+        self.failure = Failure(f"the connection to host {line.number} ({line.peer}) was lost", 1)
+        self._tell({"op": "failed", "number": line.number, "text": self.failure.text, "exit_code": 1})
+
+    def _handle(self, line: Line, message: Message) -> None:
         match message["op"]:
             case "join":
                 self._welcome(line, message)
             case "start":
-                self.hosts = Hosts(tuple(message["sizes"]))
-                self.master_port = message["master_port"]
+                self._start(tuple(message["sizes"]), message["master_port"], message["run"])
+                found = {int(number): (where[0], where[1]) for number, where in message["where"].items()}
+                self._addresses |= {number: where for number, where in found.items() if number != self.number}
+                self._addresses[0] = (self.rendezvous.address, self.rendezvous.port)
+            case "hail":
+                if message["run"] != self._run or message["number"] not in range(self.rendezvous.nodes):
+                    raise ValueError("it belongs to another run")
+                line.number = message["number"]
+                self._is_up(line)
             case "set":
                 self.on_set(message["key"], message["value"])
-                self._tell(message, but=line)
+                if self._hub == self.number:
+                    self._tell(message, but=line)
             case "failed":
                 if self.failure is None:
                     self.failure = Failure(f"host {message['number']}: {message['text']}", message["exit_code"])
                     self._tell(message, but=line)
-            case "done":
-                line.done = True
-                self._end_if_all_done()
-            case "end":
-                self.over = True
+            case _ if line.number is not None and self.coordination is not None:
+                self.coordination.heard(line.number, message, self.clock())
 
-    def _welcome(self, line: _Line, message: Message) -> None:
-        number, taken = message["number"], {other.number for other in self._lines} | {0}
+    def _welcome(self, line: Line, message: Message) -> None:
+        number, taken = message["number"], {other.number for other in self._lines.all} | {0}
         problem = ""
         if message["version"] != self.version:
             problem = f"it has unisono {message['version']}, host 0 has {self.version}"
@@ -373,34 +376,122 @@ class Nodes:
                 line.send({"op": "failed", "number": 0, "text": text, "exit_code": 2})
             return
         line.number, line.workers = number, message["workers"]
+        line.where = (line.peer, int(message["where"][1]))
         self._start_if_all_joined()
 
     def _start_if_all_joined(self) -> None:
-        joined = sorted((line for line in self._lines if line.number is not None), key=lambda line: line.number or 0)
+        known = [line for line in self._lines.all if line.number is not None]
+        joined = sorted(known, key=lambda line: line.number or 0)
         if len(joined) == self.rendezvous.nodes - 1:
-            self.hosts = Hosts((self._workers, *(line.workers for line in joined)))
-            self.master_port = free_port(self.rendezvous.address)
-            self._tell({"op": "start", "sizes": list(self.hosts.sizes), "master_port": self.master_port})
+            sizes = (self._workers, *(line.workers for line in joined))
+            self._addresses |= {line.number or 0: line.where for line in joined if line.where is not None}
+            others = {str(number): list(where) for number, where in self._addresses.items() if number >= 0}
+            run, port = secrets.token_hex(8), free_port(self.rendezvous.address)
+            self._tell({"op": "start", "sizes": list(sizes), "master_port": port, "run": run, "where": others})
+            self._start(sizes, port, run)
 
-    def _end_if_all_done(self) -> None:
-        if self._done and all(line.done for line in self._lines if line.number is not None):
-            self.over = True
-            self._tell({"op": "end"})
+    def _start(self, sizes: tuple[int, ...], master_port: int, run: str) -> None:
+        """All are there."""
+        self.hosts, self.master_port, self._run = Hosts(sizes), master_port, run
+        first = Generation(1, tuple(range(len(sizes))), 0)
+        acceptor = Acceptor(first, self._ledger)
+        witness = self.rendezvous.witness is not None
+        self.coordination = Coordination(self.number, acceptor, float("inf"), witness=witness)
+        self.coordination.decides = False
+        self.coordination.begin([line.number for line in self._lines.all if line.number is not None], self.clock())
 
-    def _tell(self, message: Message, but: _Line | None = None) -> None:
-        for line in list(self._lines):
-            if line.number is not None and line is not but:
+    def _coordinate(self, coordination: Coordination) -> None:
+        """Let time pass for who trains."""
+        now = self.clock()
+        coordination.tick(now)
+        for number in coordination.silent_lines(now) if coordination.decides else ():
+            for line in [line for line in self._lines.all if line.number == number]:
+                self._lines.drop(line)
+            coordination.line_is_down(number, now)
+        self._dial(coordination, now)
+        outbox, coordination.outbox = coordination.outbox, []
+        for number, message in outbox:
+            target = self._line_to(number)
+            if target is not None:
+                with suppress(OSError):  # its end is noticed when it is read next
+                    target.send(message)
+        if self._unsent and (self._hub == self.number or self._line_to(self._hub) is not None):
+            unsent, self._unsent = self._unsent, []
+            for message in unsent:
+                self._to_all(message)
+
+    def _dial(self, coordination: Coordination, now: float) -> None:
+        """Make connections that are wanted."""
+        for number in coordination.wanted_lines():
+            calling = number in self._dials or any(line.called == number for line in self._lines.all)
+            if not calling and number in self._addresses:
+                try:
+                    self._dials[number] = Dial.begin(number, self._addresses[number], now + DIAL_S)
+                except OSError:
+                    coordination.line_is_down(number, now)
+        for dial in list(self._dials.values()):
+            state = dial.state()
+            if state is None and now < dial.until:
+                continue
+            del self._dials[dial.number]
+            try:
+                if not state:
+                    raise ConnectionError("not reached")
+                line = self._lines.add(dial.socket, Role.CLIENT, self._addresses[dial.number][0])
+                line.called = dial.number
+            except OSError:
+                with contextlib.suppress(OSError):
+                    dial.socket.close()
+                coordination.line_is_down(dial.number, now)
+
+    def _is_up(self, line: Line) -> None:
+        if self.coordination is not None and line.number is not None:
+            self.coordination.line_is_up(line.number, self.clock())
+
+    def _line_to(self, number: int | None) -> Line | None:
+        """The newest line to another."""
+        return next((line for line in reversed(self._lines.all) if line.number == number and number is not None), None)
+
+    @property
+    def _hub(self) -> int | None:
+        """Whose launcher passes messages on to all."""
+        return 0 if self.coordination is None else self.coordination.follows
+
+    def _to_all(self, message: Message) -> None:
+        """To all other hosts, by way of the one that passes it on."""
+        if self._hub == self.number:
+            self._tell(message)
+            return
+        line = self._line_to(self._hub)
+        try:
+            if line is None:
+                raise ConnectionError("nobody passes it on now")
+            line.send(message)
+        except OSError:
+            self._unsent.append(message)
+
+    def _tell(self, message: Message, but: Line | None = None) -> None:
+        """On all lines to other hosts."""
+        for line in list(self._lines.all):
+            if line.number not in (None, WITNESS) and line is not but:
                 try:
                     line.send(message)
-                except OSError:  # its end is noticed when it is read next
+                except (OSError, ValueError):  # its end is noticed when it is read next
                     continue
 
     def _absent(self) -> str:
         if self.number:
             return "host 0 has not begun"
-        here = {line.number for line in self._lines}
+        here = {line.number for line in self._lines.all}
         late = [str(n) for n in range(1, self.rendezvous.nodes) if n not in here]
         return f"host{'s' * (len(late) > 1)} {', '.join(late)} of {self.rendezvous.nodes} did not come"
+
+
+def _readable(connection: socket.socket) -> bool:
+    """Whether something comes in before the deadline."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(connection, selectors.EVENT_READ)
+        return bool(selector.select(HANDSHAKE_DEADLINE_S))
 
 
 def _say(text: str) -> None:

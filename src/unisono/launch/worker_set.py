@@ -165,18 +165,18 @@ class WorkerSet:
         patience: float | None = None
         while not self._all_ended():
             timeout = None if patience is None else max(0.0, patience - time.monotonic())
-            if self.survival.watching or self._each_turn is not None:
+            if self.survival.watching or self._each_turn is not None or self._nodes is not None:
                 timeout = self._turn_s if timeout is None else min(timeout, self._turn_s)
             knocked = False
             for key, _ in selector.select(timeout):
                 if key.data is None:
                     self._hear_server()
-                elif key.data is self._nodes:
-                    self._nodes.poll()
                 elif key.data is self._door:
                     knocked = True
-                elif self._hear_worker(key.data) is Heard.END:
+                elif key.data is not self._nodes and self._hear_worker(key.data) is Heard.END:
                     selector.unregister(key.fileobj)
+            if self._nodes is not None:
+                self._nodes.poll()
             if self._each_turn is not None:
                 self._each_turn(self)
             self._look_for_notice()

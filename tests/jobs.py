@@ -21,6 +21,7 @@ from unisono import Trainer
 from unisono.check.strike import armed
 from unisono.comm.algorithms import drive, ring
 from unisono.comm.arena import Arena
+from unisono.comm.crossing import Crossing, Terms
 from unisono.comm.hierarchical import HierarchicalGroup
 from unisono.comm.host import HostGroup
 from unisono.comm.host_layout import host_layout
@@ -229,15 +230,15 @@ def survive(**options: Any) -> dict[str, Any]:
 
 def survive_silence(rank: int, step: int, **options: Any) -> dict[str, Any]:
     """Train toys; the worker of a rank stops when the other hosts have a bucket's sum from it, and its mates do not."""
-    mark = HierarchicalGroup._is_summed
+    mark = Crossing._is_summed
 
-    def mark_or_stop(group: HierarchicalGroup, bucket: Bucket) -> None:
-        last = max(other.index for other in group._buckets if other.lane == bucket.lane)
-        if (group.rank, group._step, bucket.index) == (rank, step, last):
+    def mark_or_stop(crossing: Crossing, bucket: Bucket) -> None:
+        last = max(other.index for other in crossing.buckets if other.lane == bucket.lane)
+        if (crossing.place.rank, crossing._step, bucket.index) == (rank, step, last):
             stop()
-        mark(group, bucket)
+        mark(crossing, bucket)
 
-    HierarchicalGroup._is_summed = mark_or_stop  # type: ignore[method-assign, assignment]
+    Crossing._is_summed = mark_or_stop  # type: ignore[method-assign, assignment]
     return survive(rank=-1, how="", **options)
 
 
@@ -313,7 +314,7 @@ def reform_without(lost: int) -> dict[str, Any]:
     local = HostGroup(arena, layout, partials, world.local_rank, range(size), 1, 2.0)
     link = Link("gloo", world.store(10.0), world.address, 2.0, torch.device("cpu"))
     count = 2 * world.size
-    group = HierarchicalGroup(local, Place(world.hosts, world.rank), link, flat, Way(100), count, teams)
+    group = HierarchicalGroup(local, Place(world.hosts, world.rank), Terms(link, flat, Way(100), count, teams))
 
     def step(group: HierarchicalGroup, number: int) -> float:
         group.begin(number, count)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from unisono.comm.arena import Arena, DeviceMemory, Region
 from unisono.comm.group import Group
-from unisono.comm.hierarchical import HierarchicalGroup
+from unisono.comm.hierarchical import Continuity, HierarchicalGroup
 from unisono.comm.host import HostGroup
 from unisono.comm.offload import Offload
 from unisono.comm.partial import Partial, item_size
@@ -29,7 +29,7 @@ from unisono.events import Emitter
 from unisono.filling import Load, Restored, fill
 from unisono.footprint import chosen_recomputation, machine_bytes, refuse_what_cannot_fit
 from unisono.launch.membership import join_hosts, place_of
-from unisono.launch.possible import survives
+from unisono.launch.possible import survives, survives_hosts
 from unisono.launch.world import World
 from unisono.optim.blockwise import BlockOptimizer
 from unisono.optim.schedules import Schedule, scale
@@ -119,8 +119,9 @@ def assemble(
     prepared = prepare(objects, config, place, feed)
     refuse_what_cannot_fit(prepared, config, machine_bytes())
     host, mesh = prepared.host, prepared.mesh
-    rules = None if world.launcher != "unisono" or several else _rules(prepared, config)
-    arena = _map(world.arena(host.size_bytes, alone=host.slots == 1, rules=rules), host.size_bytes)
+    rules = _rules(prepared, config, world) if world.launcher == "unisono" else None
+    alone = host.slots == 1 and rules is None
+    arena = _map(world.arena(host.size_bytes, alone=alone, rules=rules), host.size_bytes)
     memory = DeviceMemory(device) if device.type != "cpu" else lambda region: arena.tensor(region, torch.uint8)
     local = HostGroup(
         arena,
@@ -129,19 +130,28 @@ def assemble(
         place.local_rank,
         range(host.slots) if several else world.present,
         1,
-        config.deadline_s if rules is None else PATIENCE * config.deadline_s + PATIENCE_S,
+        config.deadline_s if rules is None or several else PATIENCE * config.deadline_s + PATIENCE_S,
         memory=memory,
         names=place.local_name,
         teams=crews_of(mesh),
     )
     local.waits_for_all = rules is not None and config.fault.on_loss == "wait"
     made = _fingerprint(prepared, config, feed.size)
-    if not world.joins:
+    if several or not world.joins:
         local.assemble(made)
     group: HostGroup | HierarchicalGroup = local
     if several:
         group = join_hosts(
-            prepared.layout, config, local, place, world, device, feed.size, prepared.teams, prepared.shards
+            prepared.layout,
+            config,
+            local,
+            place,
+            world,
+            device,
+            feed.size,
+            prepared.teams,
+            prepared.shards,
+            survives=rules is not None,
         )
     try:
         worker, step = _worker(
@@ -157,7 +167,9 @@ def assemble(
             None if world.joins else restore,
             stopping,
         )
-        if world.joins:
+        if world.joins and isinstance(group, HierarchicalGroup):
+            step = group.enter_run()
+        elif world.joins:
             step = local.join(made, lambda: _take_state(prepared, local, worker.state, memory))
         return worker, step
     except BaseException as error:
@@ -165,13 +177,16 @@ def assemble(
         raise
 
 
-def _rules(prepared: Prepared, config: TrainingConfig) -> dict[str, Any] | None:
-    """What the launcher is to do about lost workers; None where nothing can be survived."""
-    slots = prepared.host.slots
-    if not survives(config, slots):
+def _rules(prepared: Prepared, config: TrainingConfig, world: World) -> dict[str, Any] | None:
+    """What the launcher is to do about lost workers and hosts; None where nothing can be survived."""
+    slots, several = prepared.host.slots, len(prepared.place.hosts.sizes) > 1
+    if several and not (world.spans and survives_hosts(config)):
+        return None
+    if not several and not survives(config, slots):
         return None
     return {
         **config.fault.model_dump(),
+        "several_hosts": several,
         "deadline_s": config.deadline_s,
         "slots": slots,
         "together": config.layout.model_workers,
@@ -234,6 +249,8 @@ def _worker(
         group.partial if tensor is None else _partials(prepared, local, tensor),
         passages,
     )
+    if isinstance(group, HierarchicalGroup):
+        group.continuity = Continuity(state.parts, versions)
     evaluator = None
     if objects.validation is not None:
         held_out = Feed(objects.validation, config.seed, "validation", objects.collate, device)
@@ -292,14 +309,15 @@ def _share(
         table = timetable(layout.schedule, layout.pipeline, own, layout.virtual_stages)
         return work_share(own, count, table.workers[at["pipeline"]])
 
-    if group is not local:
+    @functools.lru_cache(maxsize=1)  # the hosts rarely change
+    def share_at(rank: int, size: int) -> WorkShare:
         if prepared.shards is not None and prepared.shards.rounds:
-            turns = range(group.rank // layout.model_workers, count, group.size)
-            share = rounds_share(turns, timetable("1f1b", 1, turns).workers[0])
-        else:
-            replicas = group.size // layout.model_workers
-            share = together(micro_batches(count, replicas)[group.rank // layout.model_workers])
-        return lambda: share, passages
+            turns = range(rank // layout.model_workers, count, size)
+            return rounds_share(turns, timetable("1f1b", 1, turns).workers[0])
+        return together(micro_batches(count, size // layout.model_workers)[rank // layout.model_workers])
+
+    if group is not local:
+        return lambda: share_at(group.rank, group.size), passages
 
     @functools.lru_cache(maxsize=1)  # of one membership, which rarely changes
     def share_of(lot: Lot) -> WorkShare:

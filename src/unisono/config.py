@@ -264,6 +264,14 @@ class FaultConfig(Section):
         "one takes its place. shrink: they go on without it. wait: they finish the step, and wait for the new one. "
         "stop: the run ends.",
     )
+    host_deadline_s: float = Field(
+        1.5, ge=0.5, description="Seconds after which a host that is not heard is lost, where there are several."
+    )
+    on_tie: Literal["wait", "stop"] = Field(
+        "wait",
+        description="Too few hosts are left to decide who goes on. wait: for the others, a witness, or unisono fence. "
+        "stop: the run ends.",
+    )
     drain_s: float | None = Field(
         None,
         gt=0,

@@ -15,7 +15,7 @@ from unisono.comm.partial import Partial
 from unisono.comm.passage import Arrived, Passages
 from unisono.comm.passage_layout import Way
 from unisono.data.feed import TrainingFeed
-from unisono.errors import ImpureRunError, ReplicaBroken
+from unisono.errors import ImpureRunError, Regrouped, ReplicaBroken
 from unisono.parallel.replicated import Forwarded, Replica
 from unisono.plan.roster import consecutive
 from unisono.plan.schedule import WHOLE, Action, Kind
@@ -148,7 +148,19 @@ class Engine:
         Arguments:
             check_purity: compute micro-batch 0 twice, and raise where the results differ; names the parameter.
             last: no step follows, so nothing is loaded ahead.
+
+        Raises:
+            Regrouped: where other hosts have done the step, and the state is there already.
         """
+        while True:
+            try:
+                return self._attempt(step, check_purity=check_purity, last=last)
+            except Regrouped as change:
+                self._forget()
+                if change.step >= step:  # others have done it
+                    raise
+
+    def _attempt(self, step: int, *, check_purity: bool, last: bool) -> Outcome:
         phases = self._phases
         phases.begin(step)
         self._group.begin(step, self._count)
@@ -158,9 +170,7 @@ class Engine:
         try:
             self._work(step, share, first if check_purity else None)
         except ReplicaBroken:  # what it has not published, others compute
-            self._arrived.clear()
-            self._under_way.clear()
-            self._first = None
+            self._forget()
         outcome = self._policy.conclude(step, phases, lambda left: self._rescue(step, left))
         self._group.report(step, phases.lap())
         self._group.finish(step)
@@ -173,6 +183,12 @@ class Engine:
             phases.enter("wait")
         return outcome
 
+    def _forget(self) -> None:
+        """What was under way is of no use any more."""
+        self._arrived.clear()
+        self._under_way.clear()
+        self._first = None
+
     def _work(self, step: int, share: WorkShare, checked: int | None = None) -> None:
         """Compute and publish a share of the step.
 
@@ -183,6 +199,7 @@ class Engine:
         self._left = dict.fromkeys(share.leaves, len(share.stages))
         self._last_micro_batch = max((action.micro_batch for action in share.actions), default=-1)
         for action in share.actions:
+            self._group.check()
             if self._passages is not None and action.stage != WHOLE:
                 self._passages.check()
             self._execute(step, action, action.micro_batch == checked)

@@ -4,6 +4,9 @@ An error says what was asked, what was found, what is allowed and what to do nex
 ends with: 2 where the user's input was wrong, 1 where the user's own code or a worker failed.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class UnisonoError(Exception):
     """The root: catch it to catch everything that Unisono raises on purpose."""
@@ -57,12 +60,32 @@ class PeerLost(GroupError):
     """A worker of another host ended, or the link to it was cut, in the middle of an exchange."""
 
 
+class Regrouped(GroupError):
+    """Other hosts than before train on: what was under way between hosts is to be done again.
+
+    Attributes:
+        step: the last that is committed everywhere.
+        known: what the host that is farthest says of it.
+    """
+
+    def __init__(self, step: int, known: Mapping[str, Any]) -> None:
+        super().__init__(f"other hosts than before go on from step {step}")
+        self.step = step
+        self.known = known
+
+
 class RunOver(GroupError):
     """Training ended while this worker, which was to replace another, waited to be let in."""
 
 
 class ReplicaBroken(GroupError):
     """A worker that computes together with this one is lost: what they have not published is computed by others."""
+
+
+class HostLeaves(UnisonoError):
+    """The workers of this host cannot go on; those of the others do."""
+
+    exit_code = 1
 
 
 class WorkerFailed(UnisonoError):

@@ -115,6 +115,17 @@ class MembersChanged(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class HostsChanged(Event):
+    """Other hosts than before begin step ``step``, in the group's ``generation``; ``hosts`` are all who do."""
+
+    step: int
+    generation: int
+    hosts: Sequence[int]
+    joined: Sequence[int]
+    lost: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
 class ValidationFinished(Event):
     """The state after ``step`` was evaluated on the whole validation set."""
 

@@ -159,6 +159,11 @@ class Records:
                     continue
         return found
 
+    def let_go(self) -> None:
+        """Another worker may become the chief; this one remembers from now on, like all others."""
+        self._open.close()
+        self._emit, self.writer, self.observed, self._observers = None, None, False, []
+
     def close(self) -> None:
         """Let go of everything, in whatever state."""
         self._open.close()

@@ -11,7 +11,7 @@ from torch import Tensor
 from unisono.assembly import Worker
 from unisono.comm.group import SNAPSHOT
 from unisono.config import TrainingConfig
-from unisono.errors import CheckpointError
+from unisono.errors import CheckpointError, Regrouped
 from unisono.events import Notice
 from unisono.preparation import describe
 from unisono.records import Records
@@ -203,7 +203,11 @@ class Saving:
         self._failures = 0
         while True:
             word = (b"over" if self._write_last(step) else b"busy") if self._records.kept_here else b""
-            said = group.all_gather(word, f"last checkpoint, of step {step}")
+            try:
+                said = group.all_gather(word, f"last checkpoint, of step {step}")
+            except Regrouped:
+                take_over()
+                continue
             if b"over" in said:
                 break
             if b"busy" not in said:

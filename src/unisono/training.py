@@ -4,17 +4,18 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from unisono.assembly import Worker, assemble
-from unisono.comm.group import LEAVE, STOP
+from unisono.comm.group import LEAVE, SNAPSHOT, STOP
+from unisono.comm.hierarchical import HierarchicalGroup
 from unisono.comm.wire_state import PREFIX
 from unisono.config import TrainingConfig
 from unisono.definition import definition, differences
-from unisono.errors import CheckpointError, RunOver
+from unisono.errors import CheckpointError, Regrouped, RunOver
 from unisono.events import (
     PHASES,
     Emitter,
@@ -103,6 +104,7 @@ class Training:
         self._steps = job.steps
         self._records = Records(config, job.callbacks)
         self._loss: float | None = None
+        self._outcome: Outcome | None = None
         self._slowness = Slowness()
         self._interrupted = False  # in the middle of an evaluation
         self._notices: list[Event] = []
@@ -138,6 +140,9 @@ class Training:
         self._saving = Saving(
             self._config, self._records, self._worker, lambda: self._definition(prepared), self._fingerprint
         )
+        group = self._worker.group
+        if isinstance(group, HierarchicalGroup) and group.continuity is not None:
+            group.continuity = replace(group.continuity, say=self._say, idle=self._records.let_go)
 
     @property
     def model(self) -> nn.Module:
@@ -158,36 +163,47 @@ class Training:
             self._announce()
             if worker.evaluator is not None and (worker.group.chief or worker.replica.divides_values):
                 worker.evaluator.rehearse(self._config.validation.metric)
-        reason = "finished"
-        step = self._start
-        for step in range(self._start + 1, self._steps + 1):
-            began = time.perf_counter()
-            worker.group.set_flags(self._flags(step))
-            first = step == self._start + 1
-            outcome = worker.engine.step(step, check_purity=first and not joins, last=step == self._steps)
-            if first and joins:
-                saving.take(worker.group.known())
-            if worker.offload is not None:
-                worker.offload.page_out()
-            if saving.may_be_saved(step):
-                saving.keep_compression(step)
-            self._after_step(step, outcome, time.perf_counter() - began)
-            every = self._config.validation.every
-            no_better = every is not None and step % every == 0 and self._validate(step)
-            if worker.prepared.shards is not None and saving.may_be_saved(step):
-                saving.save_together(step)
-            if no_better:
-                reason = "early stop"
-                break
-            if outcome.flags & STOP or self._interrupted:
-                reason = "stopped"
-                break
-            if worker.group.leaves and step < self._steps:  # at the last step all end together
+        reason, step = "", self._start
+        while not reason and step < self._steps:
+            step, reason = self._advance(step + 1)
+            if reason == "left":
                 return self._leave(step)
+        reason = reason or "finished"
         if worker.evaluator is not None and saving.evaluated != step and reason == "finished":
             self._validate(step)
             reason = "stopped" if self._interrupted else reason
         return self._finish(step, reason, time.perf_counter() - started)
+
+    def _advance(self, step: int) -> tuple[int, str]:
+        """Train a step, and what comes with it; the step that was done, and why training ends there, if it does."""
+        worker, saving = self._assembled, self._saving
+        began = time.perf_counter()
+        worker.group.set_flags(self._flags(step))
+        first, joins = step == self._start + 1, self._world.joins
+        try:
+            outcome = worker.engine.step(step, check_purity=first and not joins, last=step == self._steps)
+        except Regrouped as change:
+            step, outcome = change.step, Outcome(**change.known["outcome"])
+            outcome = replace(outcome, flags=outcome.flags & ~SNAPSHOT)  # which was not made here
+            saving.take(worker.group.known())
+        self._outcome = outcome
+        if first and joins:
+            saving.take(worker.group.known())
+        if worker.offload is not None:
+            worker.offload.page_out()
+        if saving.may_be_saved(step):
+            saving.keep_compression(step)
+        self._after_step(step, outcome, time.perf_counter() - began)
+        every = self._config.validation.every
+        no_better = every is not None and step % every == 0 and self._validate(step)
+        if worker.prepared.shards is not None and saving.may_be_saved(step):
+            saving.save_together(step)
+        if no_better:
+            return step, "early stop"
+        if outcome.flags & STOP or self._interrupted:
+            return step, "stopped"
+        leaves = worker.group.leaves and step < self._steps  # at the last step all end together
+        return step, "left" if leaves else ""
 
     def close(self) -> None:
         """Let go of everything, in whatever state; an exception that passes is told to the others."""
@@ -253,6 +269,11 @@ class Training:
         if in_notebook():
             tell(Notice("a notebook runs one worker; for more, move the code to a script: unisono run -n 2 script.py"))
 
+    def _say(self) -> dict[str, Any]:
+        """What this host tells others when hosts are lost or come."""
+        outcome = asdict(self._outcome) if self._outcome is not None else None
+        return {"evaluated": self._saving.evaluated, "chief": self._records.kept_here, "outcome": outcome}
+
     def _leave_known(self) -> None:
         """What a worker that joins must know."""
         self._assembled.group.leave_known(self._saving.as_bytes())
@@ -269,8 +290,7 @@ class Training:
         group = self._assembled.group
         for event in group.news():
             self._records(event)
-        if group.chief and not self._records.kept_here:
-            self._become_chief(step)
+        self._agree_on_records(step)
         self._saving.after_step(step, outcome.flags)
         tokens = self._job.objects.tokens_per_sample
         reports = [dict(zip(PHASES, row, strict=True)) for row in group.reports(step)]
@@ -294,6 +314,14 @@ class Training:
         if outcome.weight == 0:
             self._records(Notice(f"step {step} had no weight, so nothing was updated"))
 
+    def _agree_on_records(self, step: int) -> None:
+        """The chief keeps the records, and nobody else."""
+        group = self._assembled.group
+        if group.chief and not self._records.kept_here:
+            self._become_chief(step)
+        elif self._records.kept_here and not group.chief:
+            self._records.let_go()
+
     def _become_chief(self, step: int) -> None:
         """The chief is lost, and this worker is the next."""
         self._world.take_output()
@@ -306,11 +334,18 @@ class Training:
         if evaluator is None:
             return False
         began = time.perf_counter()
-        metrics = evaluator.evaluate(step)
-        if metrics is None:
-            self._interrupted = True
-            return False
-        better = self._saving.evaluated_at(step, metrics)
+        while self._saving.evaluated < step:
+            try:
+                metrics = evaluator.evaluate(step)
+            except Regrouped:
+                self._saving.take(self._assembled.group.known())  # others may have done it
+                self._agree_on_records(step)
+                continue
+            if metrics is None:
+                self._interrupted = True
+                return False
+            self._saving.evaluated_at(step, metrics)
+        metrics, better = self._saving.metrics or {}, self._saving.worse == 0
         self._leave_known()
         self._records(ValidationFinished(step, metrics, evaluator.samples, time.perf_counter() - began, better))
         patience = self._config.validation.patience
@@ -342,17 +377,18 @@ class Training:
         return Result(step, reason, digest, self._loss, self._saving.metrics, run_dir)
 
     def _agree_on_chief(self, step: int) -> None:
-        group = self._assembled.group
-        group.conclude()
-        if group.chief and not self._records.kept_here:
-            self._become_chief(step)
+        self._assembled.group.conclude()
+        self._agree_on_records(step)
 
     def _digest(self, step: int) -> str:
         """The digest of the state, from the chief; replicas must agree."""
         worker = self._assembled
         while True:
             mine = self._own_digest(step)
-            digests = [payload.decode() for payload in worker.group.all_gather(mine.encode(), "digest") if payload]
+            try:
+                digests = [payload.decode() for payload in worker.group.all_gather(mine.encode(), "digest") if payload]
+            except Regrouped:
+                digests = []
             if digests:
                 break
             self._agree_on_chief(step)

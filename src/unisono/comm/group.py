@@ -71,6 +71,13 @@ class Group(Protocol):
     def begin(self, step: int, count: int) -> None:
         """What is published from here on belongs to ``step``, which has ``count`` micro-batches."""
 
+    def check(self) -> None:
+        """Called between micro-batches.
+
+        Raises:
+            ReplicaBroken: where what this worker computes has become useless.
+        """
+
     def enter(self, activity: str, step: int, micro_batch: int | None = None) -> None:
         """Say what this worker does now: one of `ACTIVITIES`; shown to whoever waits for it."""
 

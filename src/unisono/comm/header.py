@@ -15,11 +15,12 @@ from unisono.comm.words import WORD_BYTES, store_fence
 from unisono.events import PHASES
 from unisono.run.summation import Node
 
-MAGIC = 0x554E49534F4E4F02  # "UNISONO", format 2
+MAGIC = 0x554E49534F4E4F03  # "UNISONO", format 3
 
 GENERATION_BITS, STEP_BITS, NODE_BITS = 13, 30, 20
 MOST_MICRO_BATCHES = 1 << (NODE_BITS - 1)
 MOST_SLOTS = 256
+MOST_HOSTS = 4096
 LOSSES_KEPT = 1024
 OPERATIONS_KEPT = 1000
 """Of each worker, in its flight recorder."""
@@ -28,12 +29,15 @@ _MASK_WORDS = MOST_SLOTS // 64
 _RECORD_WORDS = 4 + _MASK_WORDS
 # Words of the header.
 _MAGIC, _GENERATION, _REVOKED, _CLOSED, _COMMITTED, _COURSE, _LOSSES, _WANTED, _RECORDS = 0, 1, 2, 3, 4, 5, 6, 7, 8
-_LOST = _RECORDS + 2 * _RECORD_WORDS
+_UNDECIDED = _RECORDS + 2 * _RECORD_WORDS
+_HOSTS = _UNDECIDED + 1
+_HOST_WORDS = MOST_HOSTS // 64
+_LOST = _HOSTS + 1 + 2 * _HOST_WORDS
 _HEADER_WORDS = _LOST + LOSSES_KEPT
 # Words of a slot.
 _DONE, _SEQUENCE, _FLAGS, _ACTIVITY, _LAYOUT, _MICRO_BATCH, _OPERATIONS, _HELLO = 0, 1, 2, 3, 4, 5, 6, 7
 UNDO_VERSION, UNDO_RUN, UNDO_PLACE = 8, 9, 10
-_SEEN, _HALTED, _READY, _ASKED, _BEATS, _ADMIT, _PACE, _PUBLISHED = 11, 12, 13, 14, 15, 16, 20, 32
+_SEEN, _HALTED, _READY, _ASKED, _BEATS, _ADMIT, _PACE, _LEFT, _PUBLISHED = 11, 12, 13, 14, 15, 16, 20, 21, 32
 ENTRIES = 256  # published subtrees: two a level of the largest tree, and one a round (see `comm.rounds`)
 SLOT_WORDS = _PUBLISHED + ENTRIES
 
@@ -212,6 +216,11 @@ class Header:
         store_fence()
         self._words[_COURSE] = value
 
+    def train(self) -> None:
+        """Training has begun, if it had not."""
+        if self._words[_COURSE] == Course.STARTING:
+            self.course = Course.TRAINING
+
     @property
     def wanted(self) -> int:
         """How many workers are to train; others wait as spares. 0 for all."""
@@ -220,6 +229,46 @@ class Header:
     @wanted.setter
     def wanted(self, value: int) -> None:
         self._words[_WANTED] = value
+
+    @property
+    def undecided(self) -> bool:
+        """Whether hosts are missing without which it cannot be decided who goes on. The launcher's word alone."""
+        return bool(self._words[_UNDECIDED])
+
+    @undecided.setter
+    def undecided(self, value: bool) -> None:
+        self._words[_UNDECIDED] = value
+
+    @property
+    def hosts_generation(self) -> int:
+        """The number of the last decision on which hosts train; 0 where there was none."""
+        return self._words[_HOSTS]
+
+    def hosts(self) -> tuple[int, tuple[int, ...]]:
+        """That number, and the hosts."""
+        while True:
+            number = self._words[_HOSTS]
+            at = _HOSTS + 1 + number % 2 * _HOST_WORDS
+            found = unmask(sum(self._words[at + i] << 64 * i for i in range(_HOST_WORDS)))
+            if self._words[_HOSTS] == number:
+                return number, found
+
+    def set_hosts(self, number: int, hosts: Sequence[int]) -> None:
+        """It is decided which hosts train. The launcher's word alone."""
+        at, bits = _HOSTS + 1 + number % 2 * _HOST_WORDS, mask(hosts)
+        for i in range(_HOST_WORDS):
+            self._words[at + i] = bits >> 64 * i & (1 << 64) - 1
+        store_fence()
+        self._words[_HOSTS] = number
+
+    def left(self, slot: int) -> int:
+        """The last generation of hosts in which a slot's worker has given up: it sums nothing in it any more."""
+        return self._word(slot, _LEFT)
+
+    def leave(self, slot: int, generation: int) -> None:
+        """This worker gives up in a generation of hosts, and waits for the next."""
+        store_fence()
+        self._set_word(slot, _LEFT, generation)
 
     @property
     def losses(self) -> int:

@@ -2,62 +2,72 @@
 
 Every host holds the whole training state, or hosts share one (`plan.shards`); its workers own and update what it keeps.
 What crosses the network is the step's gradient: each local rank, in its lane, sums its buckets with its like on the
-other hosts, while the backward still runs. With one worker on every host this is a plain network group: one code path
-for both.
+other hosts, while the backward still runs (`comm.crossing`). With one worker on every host this is a plain network
+group: one code path for both.
+
+Where every host has the whole state, others go on when one is lost. Their launchers decide who does; whoever waits for
+another host learns of it, lets go of its wires, makes new ones, and compares with the others how far each is: one that
+lacks a step which others have committed gets the state from them. Then the step that was under way is done again.
 """
 
+import hashlib
+import json
 import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from unisono.comm.blame import Bulletin
+from unisono.comm.algorithms import as_tensor
 from unisono.comm.canonical import Cover
-from unisono.comm.exchange import (
-    TAGS_A_BUCKET,
-    Canonical,
-    ExchangePlan,
-    HostSums,
-    Lane,
-    Parts,
-    Reduction,
-    Words,
-    equal_parts,
-)
+from unisono.comm.crossing import Crossing, Terms
+from unisono.comm.exchange import TAGS_A_BUCKET
 from unisono.comm.group import PACKED
-from unisono.comm.heads import Heads, join, split
+from unisono.comm.heads import join, split
 from unisono.comm.host import HostGroup
 from unisono.comm.leaders import Leaders
-from unisono.comm.network import Link, NetworkWire
-from unisono.comm.packing import Packed, Trial
+from unisono.comm.packing import Trial
 from unisono.comm.partial import Partial, item_size
-from unisono.comm.patience import GRACE_S, Patience
-from unisono.comm.readiness import Readiness
-from unisono.comm.reductions import Algorithm, Compressed, Ends
-from unisono.comm.rounds import RoundSums
+from unisono.comm.patience import GRACE_S
+from unisono.comm.reductions import Compressed
 from unisono.comm.values import Values
-from unisono.comm.way import Way
 from unisono.comm.wire_state import WireState, gathered, restore, wire_regions, wire_state
-from unisono.comm.words import store_fence
-from unisono.errors import GroupError
-from unisono.events import PHASES, Event, WireUse
-from unisono.plan.assignment import Teams
-from unisono.plan.blocks import FlatLayout
-from unisono.plan.exchange import Bucket, host_shares, round_shares
+from unisono.errors import GroupError, LaunchError, Regrouped, ReplicaBroken
+from unisono.events import PHASES, Event, HostsChanged, WireUse
 from unisono.plan.hosts import Hosts, Place
 from unisono.plan.roster import Loss
-from unisono.plan.shards import Piece, StateShards
-from unisono.run.summation import Node, accumulation, root
+from unisono.plan.shards import Piece
+from unisono.run.summation import Node, root
 
 T = TypeVar("T")
 View = Callable[[int, int, int], Tensor]
 """(segment, start, stop) -> the parameters that lie there."""
+
+IDLE_S = 1.0
+"""A chief that waits longer for the others lets go of the run's records: others may go on without it."""
+POLL_S = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Continuity:
+    """What a worker has to say and to give when other hosts than before go on.
+
+    Attributes:
+        parts: the host's state, for a copy elsewhere.
+        versions: of its blocks.
+        say: what the first worker of a host knows of the run besides: "evaluated", the last step that was; "chief",
+            whether it keeps the records; and whatever one that is behind must know.
+        idle: called while it cannot go on.
+    """
+
+    parts: Callable[[], list[Tensor]]
+    versions: memoryview
+    say: Callable[[], dict[str, Any]] = lambda: {"evaluated": -1, "chief": False}
+    idle: Callable[[], None] = lambda: None
 
 
 class HierarchicalGroup:
@@ -65,136 +75,54 @@ class HierarchicalGroup:
 
     Arguments:
         local: the workers of this host.
-        place: this worker among all.
-        link: how hosts reach each other.
-        flat: where gradients lie.
-        way: how they travel.
-        count: micro-batches in a step.
-        teams: who computes which part of the model; each host's workers are whole replicas.
-        name: of the run's set of workers; generations add their number.
-        shards: which host keeps what, where they share one state; None where every host has all of it.
+        place: this worker among all that there can be.
+        terms: what is exchanged.
+        joins: those who train already; see `enter_run`.
+
+    Attributes:
+        place: this worker among those of this generation.
+        run: a digest of what is trained, to be alike on all hosts.
+        continuity: what goes on with other hosts; None until it is known.
     """
 
-    def __init__(
-        self,
-        local: HostGroup,
-        place: Place,
-        link: Link,
-        flat: FlatLayout,
-        way: Way,
-        count: int,
-        teams: Teams,
-        name: str = "group",
-        shards: StateShards | None = None,
-    ) -> None:
+    def __init__(self, local: HostGroup, place: Place, terms: Terms, *, joins: bool = False) -> None:
         self.unlike = ""
+        self.run = ""
         self.local = local
         self.local.names = place.local_name
         self.place = place
-        self._link = link
-        self._flat = flat
-        self._way = way
-        team_of = {slot: t for t, crews in enumerate(local.teams) for crew in crews for slot in crew}
-        self._team = team_of[local.slot]
-        self._buckets = way.buckets(flat, teams, [team_of[slot] for slot in local.members[: place.hosts.lanes]])
-        self._count = count
-        self._teams = teams
-        self._name = name
+        self.continuity: Continuity | None = None
+        self._all = place  # among all that there can be
+        self._terms = terms
+        flat, way, shards = terms.flat, terms.way, terms.shards
         self._rounds = shards.rounds if shards is not None else 0
         self._replica = local.size // len(local.teams[0])  # workers of one
-        replicas = [size // self._replica for size in place.hosts.sizes]
-        shares = round_shares(len(replicas), count) if self._rounds else host_shares(replicas, count)
-        self._plan = ExchangePlan(self._buckets, shares, count)
-        self._words = Words(local)
-        self._shards = shards
         self._total = local.total()
-        if shards is not None and local.size == 1:  # what is summed here takes the place of what was sent
-            first = self._rounds + 1 if self._rounds else self._plan.shares[place.host].parts[0].entry
-            self._total = self._total.over(local.view(local.slot, first))
-        self._heads = Heads(local, place, self._plan, teams, self._total)
-        self._thread: ThreadPoolExecutor | None = None
-        self._running: Future[None] | None = None
         self._use = WireUse(0, 0.0, 0.0)
-        self._remote: dict[int, list[float]] = {}
-        self._step, self._began, self._flags = 0, 0.0, 0
-        self._exchanged = 0  # the turn that this worker's lane exchanges
-        self._packed: Packed | None = None
+        self._began, self._flags = 0.0, 0
+        self._chief = 0  # the host whose first worker keeps the records
+        self._news: list[Event] = []
+        self._known = b"{}"
         self._trial = Trial() if way.lossless == "auto" and place.rank == 0 else None
-        generation = f"{name}/generation {local.generation}"
-        self._bulletin = Bulletin(link.store, place.hosts, place.rank, generation)
-        self._patience = Patience(local, place, self._bulletin, self._late, self.revoke)
-        self._readiness = Readiness(
-            self._words,
-            local.slot,
-            [bucket for bucket in self._buckets if bucket.team == self._team],
-            self._rounds,
-            lambda ready, operation: self._patience.wait(ready, self._running, operation),
-        )
         self._wire_state: WireState | None = None
         if way.compression is not None:
             regions = wire_regions(flat, way.compression)
             self._wire_state = wire_state(flat, way.compression, regions, local.memory("wire"))
-        self._wires: list[NetworkWire] = []
-        self._leaders: Leaders | None = None
-        self._data: NetworkWire | None = None
-        if place.local_rank < place.hosts.lanes:
-            self._connect()
+        if shards is not None and local.size == 1:  # what is summed here takes the place of what was sent
+            shares = Crossing.shares(terms, local, place)
+            first = self._rounds + 1 if self._rounds else shares[place.host].parts[0].entry
+            self._total = self._total.over(local.view(local.slot, first))
+        self._crossing: Crossing | None = None if joins else self._cross()
 
-    def _connect(self) -> None:
-        """Join this worker's lane."""
-        lane = self.place.local_rank
-        on_cpu = replace(self._link, backend="gloo", device=torch.device("cpu"))
-        self._data = self._new_wire(self._link, "data")
-        control = self._data if self._link == on_cpu else self._new_wire(on_cpu, "control")
-        if self._way.may_pack and not self._data.ordered:
-            self._packed = Packed(self._data)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="unisono-exchange", initializer=_one_thread)
-        self._leaders = Leaders(control, self._call, self._tag(1))
-        self._reduce = self._reduction(self._data, control)
-        self._lane = Lane(
-            buckets=[bucket for bucket in self._buckets if bucket.lane == lane],
-            ready=self._is_ready,
-            await_ready=self._await_ready,
-            reduce=self._reduce,
-            done=self._is_summed,
-            ordered=self._data.ordered,
-            last=(lambda step: self._sum_heads(step, control)) if lane == 0 else None,
-            finished=self._heads_are_summed,
-        )
+    def _cross(self) -> Crossing:
+        """Make this generation's wires."""
+        return Crossing(self._terms, self.local, self.place, self._total, self._wire_state)
 
-    def _new_wire(self, link: Link, kind: str) -> NetworkWire:
-        """One more wire of this worker's lane."""
-        lane, hosts = self.place.local_rank, self.place.hosts
-
-        def explain(peer: int, operation: str, deadline: str) -> GroupError:
-            return self._bulletin.explain(hosts.rank(peer, lane), operation, deadline)
-
-        name = f"{self._name}/generation {self.local.generation}/lane {lane}/{kind}"
-        wire = NetworkWire(link, name, self.place.host, len(hosts.sizes), explain)
-        self._wires.append(wire)
-        return wire
-
-    def _reduction(self, data: NetworkWire, control: NetworkWire) -> Canonical | RoundSums | Algorithm | Compressed:
-        """How this lane sums a bucket."""
-        way, flat = self._way, self._flat
-        share = self._plan.shares[self.place.host]
-        sums = HostSums(self.local, flat, share, self._total, self._count)
-        carrier = self._packed or data
-        ends = Ends(carrier, carrier if control is data else control, flat, sums, self._total)
-        if way.compression is not None:
-            assert self._wire_state is not None
-            return Compressed(ends, way.compression, self._wire_state)
-        if self._shards is not None and self._rounds:
-            leaves, most = accumulation(0, self._count, self._count)
-            pending = [self.local.view(self.local.slot, self._rounds + 1 + number) for number in range(most)]
-            return RoundSums(
-                carrier, control, self._shards, leaves, self._leaf, pending, self._total, self._release_gradient
-            )
-        if way.algorithm == "canonical":  # which it is wherever hosts share one state
-            shards = self._shards
-            parts: Parts = shards.gradients if shards is not None else equal_parts(data.size)
-            return Canonical(carrier, control, self._plan, flat, sums, self._total, parts, back=shards is None)
-        return Algorithm(ends, lambda size_bytes: way.choose(data, size_bytes))
+    @property
+    def crossing(self) -> Crossing:
+        """This generation's."""
+        assert self._crossing is not None
+        return self._crossing
 
     @property
     def rank(self) -> int:
@@ -224,13 +152,12 @@ class HierarchicalGroup:
     @property
     def on_gradient(self) -> Callable[[int], None]:
         """Counts down the uses of each bucket; the last one sends it on its way."""
-        return self._readiness.gradient_is_final
+        return self.crossing.readiness.gradient_is_final
 
     @property
     def leaders(self) -> Leaders:
         """On the first worker of every host: what says something to the others between steps."""
-        assert self._leaders is not None
-        return self._leaders
+        return self.crossing.leaders
 
     @property
     def wire_use(self) -> WireUse:
@@ -240,48 +167,56 @@ class HierarchicalGroup:
     @property
     def chief(self) -> bool:
         """Whether this worker keeps the run's records."""
-        return self.rank == 0
+        return self.place.host == self._chief and self.local.rank == 0
 
     def enter(self, activity: str, step: int, micro_batch: int | None = None) -> None:
         """Say what this worker does now."""
         self.local.enter(activity, step, micro_batch)
 
     def begin(self, step: int, count: int) -> None:
-        """Let the exchange of a step begin as its buckets come."""
-        self._step, self._began = step, time.perf_counter()
-        if self._packed is not None:
-            self._packed.on = self._way.lossless == "always" or bool(self._flags & PACKED)
-        self._readiness.begin(step)
-        if self._thread is not None:
-            self._running = self._thread.submit(self._exchange, step)
+        """Let the exchange of a step begin as its buckets come.
+
+        Raises:
+            Regrouped: where other hosts have done this step already.
+        """
+        if self._terms.survives and (self.local.interrupted() or self.crossing.closed):
+            change = self._regroup(GroupError("other hosts than before go on"))
+            if change.step >= step:
+                raise change
+        self.local.header.train()
+        self._began = time.perf_counter()
+        crossing = self.crossing
+        if crossing.packed is not None:
+            crossing.packed.on = self._terms.way.lossless == "always" or bool(self._flags & PACKED)
+        crossing.begin(step)
+
+    def check(self) -> None:
+        """Go on only while the hosts are those of this generation.
+
+        Raises:
+            ReplicaBroken: where they are not.
+        """
+        if self._terms.survives and self.local.interrupted():
+            raise ReplicaBroken("other hosts than before go on")
 
     def partial(self, entry: int) -> Partial:
         """This worker's buffer number ``entry``; in rounds all share the memory of one gradient, one after another."""
         if self._rounds == 0:
             return self.local.partial(entry)
+        readiness = self.crossing.readiness
         if entry > 0:
-            self._readiness.await_summed(len(self._buckets), entry - 1)
-        return self._leaf(entry)
-
-    def _leaf(self, number: int) -> Partial:
-        """This worker's micro-batch of a round."""
-        return self.local.partial(number).over(self.local.view(self.local.slot, self._rounds))
-
-    def _release_gradient(self, segment: int, start: int, stop: int) -> None:
-        """Elements of this worker's gradient have been summed."""
-        fields, size = self.local.partials.fields.named, item_size(self._flat.segment_dtypes[segment])
-        field = fields[f"segment {segment}"]
-        whole = self.local.layout.partial(self.local.slot, self._rounds)
-        self.local.arena.release(whole.part(field.offset + start * size, (stop - start) * size))
+            readiness.await_summed(len(self.crossing.buckets), entry - 1)
+        return self.crossing.leaf(entry)
 
     def publish(self, step: int, entry: int, node: Node, *, whole: bool = False) -> None:
         """The subtree is complete; with this worker's last one, so are all its buckets."""
         self.local.publish(step, entry, node, whole=whole)
-        crews = self.local.teams[self._team]
+        crossing = self.crossing
+        crews = self.local.teams[crossing.team]
         replica = next(number for number, crew in enumerate(crews) if self.local.slot in crew)
-        mine = [part for part in self._plan.shares[self.place.host].parts if part.replica == replica]
+        mine = [part for part in crossing.plan.shares[self.place.host].parts if part.replica == replica]
         if self._rounds or node == mine[-1].node:
-            self._readiness.end()
+            crossing.readiness.end()
 
     def published(self, step: int) -> int:
         """How many subtrees of a step this worker has published."""
@@ -290,37 +225,161 @@ class HierarchicalGroup:
     def collect(self, step: int, count: int, rescue: Callable[[Sequence[int]], None]) -> list[Cover]:
         """Wait until the exchange is over: one subtree, the whole, in this host's total.
 
-        The exchange's own deadline begins when this host has computed everything: stages end one after another.
+        Raises:
+            Regrouped: where hosts are lost or have come, and the step is to be done again, or was done by others.
         """
-        if not self._rounds:
-            with self._patience.telling():
-                self.local.await_published(step, [part.node for part in self._plan.shares[self.place.host].parts])
-        arrived = time.perf_counter()
-        last = self._readiness.last_turn
-
-        def ready() -> bool | None:
-            return True if self._words.all_summed(last) else None
-
-        self._patience.wait(ready, self._running, f"exchange of step {step}")
-        if self._data is not None:
-            sent = sum(wire.take_sent_bytes() for wire in self._wires)
-            self._use = self._measured(sent, time.perf_counter() - arrived)
-        if self._trial is not None and self._packed is not None:
-            self._trial.note(self._packed.on, time.perf_counter() - self._began)
-        self._flags = self._words.flags
+        try:
+            self._await_exchange(step)
+        except GroupError as error:
+            if not self._terms.survives:
+                raise
+            self._give_up_together(step)
+            if not self.crossing.is_complete:
+                raise self._regroup(error) from error
+        crossing = self.crossing
+        if self._trial is not None and crossing.packed is not None:
+            self._trial.note(crossing.packed.on, time.perf_counter() - self._began)
+        self._flags = crossing.flags
         self.local.header.closed = step
         return [[(root(count), self._total)]]
 
-    def _measured(self, sent: int, exposed_s: float) -> WireUse:
-        saved, norm = 0, None
-        if isinstance(self._reduce, Compressed):
-            hosts = len(self.place.hosts.sizes)
-            sizes = [item_size(self._flat.segment_dtypes[b.segment]) * (b.stop - b.start) for b in self._lane.buckets]
+    def _await_exchange(self, step: int) -> None:
+        """The exchange's own deadline begins when this host has computed everything: stages end one after another."""
+        crossing = self.crossing
+        if not self._rounds:
+            with crossing.patience.telling():
+                parts = crossing.plan.shares[self.place.host].parts
+                self.local.await_published(step, [part.node for part in parts])
+        arrived = time.perf_counter()
+        crossing.patience.wait(
+            lambda: True if crossing.is_complete else None, crossing.running, f"exchange of step {step}"
+        )
+        if crossing.has_lane:
+            self._use = self._measured(crossing, time.perf_counter() - arrived)
+
+    def _measured(self, crossing: Crossing, exposed_s: float) -> WireUse:
+        saved, norm, sent = 0, None, crossing.take_sent_bytes()
+        if isinstance(crossing.reduce, Compressed):
+            hosts, item_bytes = len(self.place.hosts.sizes), self._terms.flat.segment_dtypes
+            sizes = [item_size(item_bytes[b.segment]) * (b.stop - b.start) for b in crossing.lane.buckets]
             saved = max(0, 2 * (hosts - 1) * sum(sizes) // hosts - sent)
-            norm = math.sqrt(sum(self._reduce.error_squares.values()))
-        elif self._packed is not None:
-            saved = self._packed.take_saved_bytes()
-        return WireUse(sent, self._lane.exchanging_s, exposed_s, saved, norm)
+            norm = math.sqrt(sum(crossing.reduce.error_squares.values()))
+        elif crossing.packed is not None:
+            saved = crossing.packed.take_saved_bytes()
+        return WireUse(sent, crossing.lane.exchanging_s, exposed_s, saved, norm)
+
+    def _give_up_together(self, step: int) -> None:
+        """Give up this generation, and wait until all of this host have, or the step is summed all the same.
+
+        Whether it is must be seen alike by all of them; so nobody sums any more when they look.
+        """
+        self._give_up()
+        local, number = self.local, self.local.generation
+
+        def ended() -> bool | None:
+            left = all(local.header.left(slot) >= number for slot in local.members)
+            return True if left or self.crossing.is_complete else None
+
+        local.patient(ended, f"end of the exchange of step {step}", local.doing)
+
+    def _give_up(self) -> None:
+        """Sum nothing more in this generation."""
+        if self._crossing is not None:
+            self._crossing.close()
+        self.local.header.leave(self.local.slot, self.local.generation)
+
+    def _regroup(self, error: GroupError) -> Regrouped:
+        """Go on with the hosts that are decided on: what follows.
+
+        Raises:
+            GroupError: where nothing is decided in time.
+        """
+        while True:
+            self._give_up()
+            hosts = self._await_decision(error)
+            before = [] if self._crossing is None else list(self.place.hosts.numbers)
+            try:
+                self.place = self._all.among(hosts)
+                self.local.names = self.place.local_name
+                self._crossing = self._cross()
+                return self._compare(before)
+            except Regrouped:
+                raise
+            except GroupError as again:
+                error = again
+            except LaunchError as again:
+                error = GroupError(str(again))
+
+    def _await_decision(self, error: GroupError) -> Sequence[int]:
+        """The hosts of the next generation, this one among them."""
+        local, began, idle = self.local, time.monotonic(), False
+        header, mine = local.header, self._all.host
+        while True:
+            number, hosts = header.hosts()
+            if number > local.generation and mine in hosts:
+                local.advance(number)
+                return hosts
+            waited = time.monotonic() - began
+            if local.is_revoked():
+                raise error
+            if header.undecided or number > local.generation or not self._crossing:
+                began = time.monotonic() if not idle else began
+            elif waited > local.deadline_s + GRACE_S:
+                raise error
+            if waited > IDLE_S and not idle and self.continuity is not None:
+                idle = True
+                self.continuity.idle()
+            header.beat(local.slot)
+            time.sleep(POLL_S)
+
+    def _compare(self, before: Sequence[int]) -> Regrouped:
+        """How far each host is; those that are behind get the state."""
+        local, continuity, now = self.local, self.continuity, self.place.hosts.numbers
+        assert continuity is not None
+        committed = local.header.committed if before else -1
+        mine = {"step": committed, "run": self.run, "known": self._known.decode(), **continuity.say()}
+        said = self._gather(json.dumps(mine).encode() if local.rank == 0 else b"", "comparison of hosts")
+        hosts = [json.loads(data) for data in said if data]
+        first = max(range(len(hosts)), key=lambda h: (hosts[h]["step"], hosts[h]["evaluated"], hosts[h]["chief"], -h))
+        known, step = hosts[first], hosts[first]["step"]
+        unlike = [h for h, other in enumerate(hosts) if other["run"] != known["run"]]
+        if self.place.host in unlike:
+            raise LaunchError(
+                f"host {now[self.place.host]} was given another run, or is made of something else, than host "
+                f"{now[first]}: {hosts[self.place.host]['run']} there, {known['run']} here; it cannot join"
+            )
+        self._known = known["known"].encode()
+        behind = [h for h, other in enumerate(hosts) if other["step"] < step]
+        if local.rank == 0 and (self.place.host == first or self.place.host in behind):
+            self._transfer(first, behind, step)
+        if self.place.host in behind:
+            for block in range(len(continuity.versions)) if local.rank == 0 else ():
+                continuity.versions[block] = step
+            local.header.committed = step if local.rank == 0 else local.header.committed
+            local.finish(step)
+            local.barrier(f"state of step {step}")
+        chiefs = [h for h, other in enumerate(hosts) if other["chief"]]
+        self._chief = first if not chiefs or hosts[first]["chief"] else chiefs[0]
+        lost, joined = sorted(set(before) - set(now)), sorted(set(now) - set(before)) if before else []
+        self._news.append(HostsChanged(step + 1, local.generation, now, joined, lost))
+        return Regrouped(step, known)
+
+    def _transfer(self, source: int, behind: Sequence[int], step: int) -> None:
+        """The state, and its checksum, from one host to those that are behind."""
+        assert self.continuity is not None
+        if not behind:
+            return
+        parts, operation = [part.view(-1) for part in self.continuity.parts()], f"state of step {step}"
+        own = _checksum(parts) if self.place.host == source else bytes(32)
+        checksum = as_tensor(own).clone()
+        self.leaders.transfer([*parts, checksum], source, behind, operation)
+        if self.place.host != source and checksum.numpy().tobytes() != _checksum(parts):
+            raise GroupError(f"{operation} did not arrive as host {self.place.hosts.numbers[source]} has it")
+
+    def enter_run(self) -> int:
+        """Join hosts that train already; the step after which."""
+        self.local.header.set_ready(self.local.slot, True)
+        return self._regroup(GroupError("nobody has let this host in")).step
 
     def distribute(self, step: int, values: View) -> None:
         """Where hosts share one state: what each has updated, to all; nothing is to be done where each has all of it.
@@ -328,18 +387,18 @@ class HierarchicalGroup:
         Arguments:
             values: (segment, start, stop) -> the parameters that lie there.
         """
-        if self._shards is None or self._shards.values:
+        if self._terms.shards is None or self._terms.shards.values:
             return
         operation = f"values of step {step}"
         if self.local.size > 1:
             self.local.barrier(operation)
-        if self._data is None:
+        crossing, wire, shards = self.crossing, self.crossing.data, self._terms.shards
+        if wire is None:
             return
-        wire, shards = self._data, self._shards
 
         def work() -> bool:
             moving = []
-            for bucket in self._lane.buckets:
+            for bucket in crossing.lane.buckets:
                 parts = [
                     [values(bucket.segment, bucket.start + p.start, bucket.start + p.stop) for p in own]
                     for own in shards.updated(bucket)
@@ -352,7 +411,7 @@ class HierarchicalGroup:
                 pending.wait(operation)
             return True
 
-        self._call(work, operation)
+        crossing.call(work, operation)
 
     def values(self, groups: Sequence[Sequence[Piece]], view: View, release: Callable[[int, int, int], None]) -> Values:
         """What brings together parameters of which every host keeps a part; all hosts make it at the same time.
@@ -362,79 +421,8 @@ class HierarchicalGroup:
             view: (segment, start, stop) -> the memory of values.
             release: gives that memory back.
         """
-        wire = self._new_wire(self._link, "values")
+        wire = self.crossing.new_wire("values")
         return Values(wire, groups, view, release)
-
-    def _late(self) -> set[int]:
-        """Local ranks that have not finished their part of an exchange."""
-        turn = self._readiness.last_turn
-        late = {b.lane for b in self._buckets if not self._words.summed(b.index, turn)}
-        if not late and not self._words.summed(len(self._buckets), turn):
-            late = {0}
-        return late
-
-    def _call(self, work: Callable[[], T], operation: str) -> T:
-        """Do something with the wire: on its thread, so that this one can be freed."""
-        assert self._thread is not None
-        running = self._thread.submit(work)
-        return self._patience.wait(lambda: running.result() if running.done() else None, running, operation)
-
-    def _exchange(self, step: int) -> None:
-        """On the exchange thread: a lane's buckets and, in the first lane, all that is no gradient."""
-        rounds = max(1, self._rounds)
-        self._lane.exchanging_s = 0.0
-        with self._patience.telling():
-            for number in range(rounds):
-                self._exchanged = self._readiness.turn(number)
-                self._lane.run(step, self._exchanged, last=number == rounds - 1)
-
-    def _is_ready(self, bucket: Bucket) -> bool:
-        crews = self.local.teams[bucket.team]
-        return all(self._words.ready(slot, bucket.index, self._exchanged) for crew in crews for slot in crew)
-
-    def _await_ready(self, bucket: Bucket) -> None:
-        """Wait for this worker's gradients of a bucket, and from then on, with a deadline, for its mates'."""
-        step, turn = self._step, self._exchanged
-        team = {slot for crew in self.local.teams[bucket.team] for slot in crew}
-
-        def arrived(slot: int) -> bool:
-            return slot not in team or self._words.ready(slot, bucket.index, turn)
-
-        self._await_own(lambda: arrived(self.local.slot), f"bucket {bucket.index} of step {step}")
-        self.local.waiter(
-            lambda: True if self._is_ready(bucket) else None,
-            f"bucket {bucket.index} of step {step}",
-            lambda: self.local.missing(arrived),
-        )
-
-    def _await_own(self, ready: Callable[[], bool], operation: str) -> None:
-        """This worker's own backward may take its time."""
-
-        def doze(seconds: float) -> None:
-            if self._readiness.stirred.wait(seconds):
-                self._readiness.stirred.clear()
-
-        own = replace(self.local.waiter, deadline_s=float("inf"), sleep=doze)
-        own(lambda: True if ready() else None, operation, str)
-
-    def _sum_heads(self, step: int, wire: NetworkWire) -> Reduction:
-        """All that is no gradient; this lane may have had no bucket to wait for."""
-        self._await_own(lambda: self._readiness.over >= step, f"end of step {step}")
-        return self._heads(step, wire, self._tag(0))
-
-    def _is_summed(self, bucket: Bucket) -> None:
-        store_fence()
-        self._words.set_summed(bucket.index, self._exchanged)
-
-    def _heads_are_summed(self) -> None:
-        self._remote.update(self._heads.reports)
-        self._words.flags = self._heads.flags
-        store_fence()
-        self._words.set_summed(len(self._buckets), self._exchanged)
-
-    def _tag(self, number: int) -> int:
-        """Tags of what is no bucket."""
-        return (len(self._buckets) + number) * TAGS_A_BUCKET
 
     def finish(self, step: int) -> None:
         """This worker is done with the step."""
@@ -442,8 +430,10 @@ class HierarchicalGroup:
 
     def settle(self, step: int) -> Sequence[Loss]:
         """Wait for the workers of this host: its state is whole; where hosts share it, a mate may wait for one."""
-        with self._patience.telling():
-            return self.local.settle(step, GRACE_S if self._shards is not None else 0.0)
+        if self._terms.survives:
+            return self.local.settle(step)
+        with self.crossing.patience.telling():
+            return self.local.settle(step, GRACE_S if self._terms.shards is not None else 0.0)
 
     def set_flags(self, flags: int) -> None:
         """Requests to go with the next step."""
@@ -452,16 +442,31 @@ class HierarchicalGroup:
 
     def all_flags(self) -> int:
         """Everyone's requests joined."""
-        return self._words.flags
+        return self._flags
 
     def all_gather(self, payload: bytes, operation: str) -> list[bytes]:
-        """Everyone's payload: inside the hosts, between them, and inside again."""
-        with self._patience.telling():
+        """Everyone's payload: inside the hosts, between them, and inside again.
+
+        Raises:
+            Regrouped: where hosts are lost or have come, and it is to be asked again.
+        """
+        try:
+            return self._gather(payload, operation)
+        except GroupError as error:
+            if not self._terms.survives or self.continuity is None:
+                raise
+            raise self._regroup(error) from error
+
+    def _gather(self, payload: bytes, operation: str) -> list[bytes]:
+        if self.crossing.closed:
+            raise GroupError("other hosts than before go on")
+        telling = self.crossing.patience.telling
+        with telling():
             own = self.local.all_gather(payload, operation)
         joined = b""
         if self.local.rank == 0:
             joined = join(self.leaders.gather(join(own), operation))
-        with self._patience.telling():
+        with telling():
             hosts = split(self.local.all_gather(joined, operation, GRACE_S)[0])
         return [part for host in hosts for part in split(host)]
 
@@ -470,8 +475,9 @@ class HierarchicalGroup:
         self.all_gather(b"", operation)
 
     def news(self) -> list[Event]:
-        """Who is lost here ends this group."""
-        return []
+        """Hosts that were lost, or have come."""
+        news, self._news = self._news, []
+        return news
 
     def report(self, step: int, seconds: Sequence[float]) -> None:
         """Leave this worker's seconds in each phase."""
@@ -481,7 +487,7 @@ class HierarchicalGroup:
         """Seconds in each phase, a list for each rank; those of other hosts are of the step before."""
         first = self.place.hosts.rank(self.place.host, 0)
         own = dict(enumerate(self.local.reports(step), first))
-        return [own.get(rank) or self._remote.get(rank, [0.0] * len(PHASES)) for rank in range(self.size)]
+        return [own.get(rank) or self.crossing.remote.get(rank, [0.0] * len(PHASES)) for rank in range(self.size)]
 
     def work(self) -> Mapping[int, int]:
         """Shares do not follow speed between hosts."""
@@ -495,22 +501,24 @@ class HierarchicalGroup:
         """On the first worker of every host: the errors of all hosts, added up; kept by the first."""
         if self._wire_state is None:
             return {}
-        result = gathered(self._wire_state, self._flat, self.leaders.add_up)
+        result = gathered(self._wire_state, self._terms.flat, self.leaders.add_up)
         return result if self.rank == 0 else {}
 
     def restore_compression(self, tensors: Mapping[str, Tensor]) -> None:
         """On the first worker of every host: take an equal part of the errors that were added up."""
-        if self._wire_state is None or self._way.compression is None:
+        terms = self._terms
+        if self._wire_state is None or terms.way.compression is None:
             return
         hosts = len(self.place.hosts.sizes)
-        restore(self._wire_state, self._flat, self._way.compression, tensors, hosts, self.leaders.broadcast)
+        restore(self._wire_state, terms.flat, terms.way.compression, tensors, hosts, self.leaders.broadcast)
 
     def leave_known(self, data: bytes) -> None:
-        """Nobody joins."""
+        """Leave what a host that joins, or is behind, must know besides the state; all leave the same."""
+        self._known = data
 
     def known(self) -> bytes:
-        """Nobody joins."""
-        return b""
+        """What the host that was farthest has left, the last time that hosts were compared."""
+        return self._known
 
     def conclude(self) -> None:
         """The first worker stays the chief: who is lost here ends this group."""
@@ -536,22 +544,19 @@ class HierarchicalGroup:
 
     def revoke(self, cause: str = "") -> None:
         """End this generation on this host, and free whoever waits on its wires."""
-        self.local.revoke(cause)
-        for wire in self._wires:
-            wire.revoke()
+        self.crossing.revoke(cause)
 
     def close(self, cause: BaseException | None = None) -> None:
         """Let go of the wires and their thread; others that still wait on them fail, and are told the cause."""
+        crossing = self._crossing
+        if crossing is None:
+            return
         if cause is not None:
-            self._patience.tell(cause)
-        if cause is not None or (self._running is not None and not self._running.done()):
+            crossing.tell(cause)
+        unfinished = crossing.running is not None and not crossing.running.done()
+        if not self._terms.survives and (cause is not None or unfinished):
             self.local.revoke(str(cause) if cause is not None else "this worker left in the middle of a step")
-        for wire in self._wires:
-            wire.revoke()
-        if self._thread is not None:
-            self._thread.shutdown(wait=True)
-        for wire in self._wires:
-            wire.close()
+        crossing.close()
 
     def reform(self, generation: int, members: Sequence[int]) -> "HierarchicalGroup":
         """The next generation: ``members`` are world ranks of this one, in order.
@@ -563,7 +568,8 @@ class HierarchicalGroup:
         left = Counter((host, local // self._replica) for host, local in map(self.place.hosts.place, members))
         if set(left.values()) - {self._replica}:
             raise GroupError("workers of a replica are gone, and its others cannot go on alone; resume with whole ones")
-        if self._shards is not None and len({self.place.hosts.place(rank)[0] for rank in members}) < self._shards.hosts:
+        shards = self._terms.shards
+        if shards is not None and len({self.place.hosts.place(rank)[0] for rank in members}) < shards.hosts:
             raise GroupError("a host is gone that kept a part of the state; resume from the last checkpoint")
         self.close()
         places = [self.place.hosts.place(rank) for rank in members]
@@ -571,11 +577,12 @@ class HierarchicalGroup:
         sizes = tuple(sum(1 for host, _ in places if host == h) for h in hosts)
         slots = [self.local.members[local_rank] for host, local_rank in places if host == self.place.host]
         local = self.local.reform(generation, slots)
-        place = Place(Hosts(sizes), members.index(self.rank))
-        return HierarchicalGroup(
-            local, place, self._link, self._flat, self._way, self._count, self._teams, self._name, self._shards
-        )
+        return HierarchicalGroup(local, Place(Hosts(sizes), members.index(self.rank)), self._terms)
 
 
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+def _checksum(parts: Sequence[Tensor]) -> bytes:
+    """Of flat tensors on the CPU."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part.view(torch.uint8).numpy().data)
+    return found.digest()

@@ -31,6 +31,8 @@ class HostGroup:
 
     Attributes:
         waits_for_all: no step begins with fewer workers than are wanted.
+        interruptible: waits for what needs other hosts too.
+        patient: waits without a deadline: the launcher ends who hangs, and all together in the end.
 
     Arguments:
         arena, layout: the shared memory and its division.
@@ -79,6 +81,8 @@ class HostGroup:
             told=lambda operation: self.header.note(slot, f"waits in {operation}"),
             beat=lambda: self.header.beat(slot),
         )
+        self.interruptible = replace(self.waiter, revoked=self.interrupted)
+        self.patient = replace(self.waiter, deadline_s=float("inf"))
         self._views: dict[tuple[int, int], Partial] = {}
         self._mail = Mail(self.header, lambda box, number: arena.bytes(layout.mailbox(box, number)), slot)
         self.waits_for_all = False
@@ -149,8 +153,7 @@ class HostGroup:
             )
         self.header.set_layout(self.slot, layout_hash)
         self.header.set_ready(self.slot, True)
-        patient = replace(self.waiter, deadline_s=float("inf"))  # ended with the others, whatever happens to them
-        agreement: Agreement = patient(self.roll.find_admission, "entry", lambda: "nobody has let it in")
+        agreement: Agreement = self.patient(self.roll.find_admission, "entry", lambda: "nobody has let it in")
         before = agreement.step - 1
         self.waiter(lambda: True if self._settled(agreement) else None, f"commit of step {before}", self.doing)
         self.roll.join(agreement)
@@ -214,8 +217,7 @@ class HostGroup:
     def begin(self, step: int, count: int) -> None:
         """Say what this worker knows, as the step begins."""
         if self.waits_for_all:
-            patient = replace(self.waiter, deadline_s=float("inf"))  # the launcher gives up, if need be
-            patient(lambda: True if self.roll.is_full else None, f"others before step {step}", self.doing)
+            self.patient(lambda: True if self.roll.is_full else None, f"others before step {step}", self.doing)
         self.roll.begin(step, count)
         self._told = 0
         self._mail.begin(step)
@@ -235,6 +237,9 @@ class HostGroup:
         """
         if self.roll.broken:
             raise ReplicaBroken("a worker of this replica is lost")
+
+    def check(self) -> None:
+        """Nothing that is computed alone becomes useless here."""
 
     def enter(self, activity: str, step: int, micro_batch: int | None = None) -> None:
         """Say what this worker does now."""
@@ -277,8 +282,8 @@ class HostGroup:
         """Wait for all micro-batches of the step, computing this worker's part of what others left; close it."""
         covers: list[Cover] = []
         waiter = self.waiter
-        if self._joined and self._steps == 0:  # others may still evaluate: the launcher ends who hangs
-            waiter = replace(waiter, deadline_s=float("inf"))
+        if self._joined and self._steps == 0:  # others may still evaluate
+            waiter = self.patient
 
         def ready() -> list[int] | None:
             while len(covers) < len(self.teams):
@@ -349,7 +354,7 @@ class HostGroup:
             lost = [len(set(nodes).difference(self._published(step, team))) for team in range(len(self.teams))]
             return [f"{number} sums of this host{self._name(team)}" for team, number in enumerate(lost) if number]
 
-        self.waiter(
+        self.interruptible(
             lambda: None if absent() else True,
             f"collect of step {step}",
             lambda: f"{', '.join(absent())} are not published; {self.doing()}",
@@ -435,7 +440,7 @@ class HostGroup:
         def ready() -> bool | None:
             return True if all(arrived(slot) or self.roll.is_lost(slot) for slot in self.members) else None
 
-        waiter = replace(self.waiter, deadline_s=self.waiter.deadline_s + grace_s)
+        waiter = replace(self.interruptible, deadline_s=self.waiter.deadline_s + grace_s)
         waiter(ready, operation, lambda: self.missing(lambda slot: arrived(slot) or self.roll.is_lost(slot)))
 
     def barrier(self, operation: str) -> None:
@@ -504,6 +509,15 @@ class HostGroup:
     def is_revoked(self) -> bool:
         """Whether this generation has ended."""
         return self.header.revoked > self._generation
+
+    def interrupted(self) -> bool:
+        """Whether it has, or other hosts than before are to train."""
+        return self.is_revoked() or self.header.hosts_generation > self._generation
+
+    def advance(self, generation: int) -> None:
+        """Other hosts than before train from now on: nothing that was published or said counts any more."""
+        self._generation = generation
+        self._mail.begin_generation(generation)
 
     def cause(self) -> str:
         """Why it has, where that was said."""

@@ -70,6 +70,23 @@ class Leaders:
 
         self._call(work, operation)
 
+    def transfer(self, tensors: Sequence[Tensor], source: int, targets: Sequence[int], operation: str) -> None:
+        """What one host has in tensors, into those of others.
+
+        Arguments:
+            tensors: flat, of this host; those of others are alike.
+        """
+        wire = self._wire
+
+        def work() -> bool:
+            sends = [(part, h) for h in targets for part in tensors] if wire.rank == source else []
+            receives = [(part, source) for part in tensors] if wire.rank in targets else []
+            wire.post(sends, receives, self._first_tag + PARTS).wait(operation)
+            return True
+
+        if wire.rank == source or wire.rank in targets:
+            self._call(work, operation)
+
     def _collective(self, collective: AllReduce, tensor: Tensor, operation: str) -> None:
         def work() -> bool:
             drive(collective(self._wire, tensor, self._first_tag + COLLECTIVES), operation)

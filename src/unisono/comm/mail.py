@@ -7,6 +7,7 @@ from unisono.comm.host_layout import MAILBOX_BYTES
 
 _NUMBER_BITS = 24
 """Messages are numbered within a step: a worker that joins with it begins to count where the others do."""
+_GENERATION_BITS = 44
 _HEAD_BYTES = 8
 
 
@@ -28,6 +29,10 @@ class Mail:
     def begin(self, step: int) -> None:
         """What follows belongs to a step."""
         self._number = step << _NUMBER_BITS
+
+    def begin_generation(self, generation: int) -> None:
+        """What follows belongs to a generation: what was under way before is over."""
+        self._number = generation << _GENERATION_BITS
 
     def exchange(self, payload: bytes, members: Sequence[int], await_all: Callable[[int], None]) -> list[bytes]:
         """Everyone's payload, in order; larger ones than a mailbox go in several rounds.

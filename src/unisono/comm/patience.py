@@ -50,7 +50,7 @@ class Patience:
         Raises:
             GroupError: the thread's own, or the first that this wait meets with; the others are told, and freed.
         """
-        waiter = self._local.waiter
+        waiter = self._local.interruptible
         deadline = time.monotonic() + waiter.deadline_s
 
         def ready_or_failed() -> T | None:

@@ -67,8 +67,7 @@ class Roll:
         present = set(self.members) - dead
         ready = self._ready(present)
         header.say_hello(self._slot, step, seen, ready, self.pace_s)
-        if header.course is Course.STARTING:
-            header.course = Course.TRAINING
+        header.train()
 
     def _ready(self, present: set[int]) -> list[int]:
         """Those who may be let in: as many as are wanted."""

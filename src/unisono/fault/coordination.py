@@ -383,9 +383,7 @@ class Coordination:
         promised = list(self.acceptor.promised)
         self._send(number, {"op": "refused", "number": theirs + 1, "promised": promised})
 
-    def _promised(
-        self, voter: int, number: int, own: Ballot, accepted: tuple[Ballot, Generation] | None
-    ) -> None:
+    def _promised(self, voter: int, number: int, own: Ballot, accepted: tuple[Ballot, Generation] | None) -> None:
         proposal = self._proposal(number, own)
         if proposal is None or not proposal.promised(voter, accepted):
             return
@@ -415,8 +413,7 @@ class Coordination:
         self._stalled_since = self._changed_since = None
         self._attempt = NO_BALLOT[0]
         self._proposed = None
-        deposed = self.follows == self.number and generation.coordinator != self.number
-        if deposed or (not self.belongs and self.follows == self.number):
+        if self.follows == self.number and generation.coordinator != self.number:  # deposed
             self.follows, self._hint = None, generation.coordinator
 
     def _compare(self, number: int, theirs: int) -> None:

@@ -19,6 +19,8 @@ class Verdict(Enum):
 
     FAIL = "fail"  # the run ends
     RESTART = "restart"  # nothing was trained yet: all workers start again
+    REJOIN = "rejoin"  # all workers of this host start again, and join the other hosts
+    LEAVE = "leave"  # this host ends, the others go on
     REPLACE = "replace"  # the others take over, and another takes its place
     SHRINK = "shrink"  # the others take over
 
@@ -33,7 +35,8 @@ class Rules:
         slots: workers that the arena has room for.
         together: workers that compute a micro-batch together.
         run_dir: where reports go; None for nowhere.
-        drain_s, notice_file, notice_command: as of `config.FaultConfig`.
+        drain_s, notice_file, notice_command, host_deadline_s, on_tie: as of `config.FaultConfig`.
+        several_hosts: other hosts go on where this one is lost.
     """
 
     on_loss: str
@@ -44,6 +47,9 @@ class Rules:
     drain_s: float | None = None
     notice_file: str | None = None
     notice_command: str | None = None
+    host_deadline_s: float = 1.5
+    on_tie: str = "wait"
+    several_hosts: bool = False
 
     @classmethod
     def read(cls, message: Mapping[str, Any]) -> "Rules":
@@ -81,7 +87,9 @@ class Death:
         return computing and same and self.micro_batch is not None
 
 
-def decide(rules: Rules | None, course: Course, death: Death, before: Sequence[Death], restarts: int) -> Verdict:
+def decide(
+    rules: Rules | None, course: Course, death: Death, before: Sequence[Death], restarts: int, *, joins: bool = False
+) -> Verdict:
     """What follows.
 
     Arguments:
@@ -89,26 +97,45 @@ def decide(rules: Rules | None, course: Course, death: Death, before: Sequence[D
         course: of the training.
         before: earlier deaths of the run.
         restarts: how often all workers have been started again.
+        joins: it was to join those who train, or had done so.
     """
     if course is Course.OVER and not death.trained:
         return Verdict.SHRINK  # it was not needed any more
     if rules is None or rules.on_loss == "stop" or course is Course.OVER:
         return Verdict.FAIL
+    if rules.several_hosts and (joins or course is Course.TRAINING):
+        return _of_several_hosts(rules, death, before)
+    if course is Course.STARTING and rules.several_hosts:
+        return Verdict.FAIL
     if course is Course.STARTING:
         return Verdict.RESTART if restarts < MOST_RESTARTS else Verdict.FAIL
     if poisoned(death, before, rules.together) is not None:
         return Verdict.FAIL
+    early = _early_ends(death, before)
+    if rules.on_loss == "wait" and early >= MOST_EARLY_ENDS:
+        return Verdict.FAIL
+    if rules.on_loss == "shrink" or early >= MOST_EARLY_ENDS:
+        return Verdict.SHRINK
+    return Verdict.REPLACE
+
+
+def _of_several_hosts(rules: Rules, death: Death, before: Sequence[Death]) -> Verdict:
+    """What follows where other hosts go on."""
+    if poisoned(death, before, rules.together) is not None:
+        return Verdict.FAIL
+    leaves = rules.on_loss == "shrink" or _early_ends(death, before) >= MOST_EARLY_ENDS
+    return Verdict.LEAVE if leaves else Verdict.REJOIN
+
+
+def _early_ends(death: Death, before: Sequence[Death]) -> int:
+    """How many workers of a place, one after another, have ended before they were of any use."""
     early = 0
     for other in (death, *reversed(before)):
         if other.slot == death.slot:
             if other.trained or other.waited:
                 break
             early += 1
-    if rules.on_loss == "wait" and early >= MOST_EARLY_ENDS:
-        return Verdict.FAIL
-    if rules.on_loss == "shrink" or early >= MOST_EARLY_ENDS:
-        return Verdict.SHRINK
-    return Verdict.REPLACE
+    return early
 
 
 def poisoned(death: Death, before: Sequence[Death], together: int) -> Death | None:

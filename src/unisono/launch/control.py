@@ -21,6 +21,9 @@ HOSTS, ADDRESS = "UNISONO_HOSTS", "UNISONO_ADDRESS"
 MEMBERS, JOINS = "UNISONO_MEMBERS", "UNISONO_JOINS"
 """Environment: how many of a host's workers begin, where there is room for more; set for one that joins later."""
 
+SPANS = "UNISONO_SPANS"
+"""Environment: set where several launchers are at work, each on a host of its own."""
+
 LONGEST_MESSAGE_BYTES = 1 << 17
 
 Message = dict[str, Any]

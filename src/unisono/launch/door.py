@@ -15,16 +15,16 @@ from unisono.launch.keeper import same_user
 ANSWER_S = 10.0
 
 
-def _name(run_dir: Path) -> str:
-    key = f"{os.getuid()}/{run_dir.resolve()}"
+def _name(run_dir: Path, host: int) -> str:
+    key = f"{os.getuid()}/{run_dir.resolve()}/{host}"
     return f"\0unisono-run-{hashlib.sha256(key.encode()).hexdigest()[:24]}"
 
 
-def opened(run_dir: Path) -> socket.socket | None:
-    """The launcher's end; None where another has it."""
+def opened(run_dir: Path, host: int = 0) -> socket.socket | None:
+    """The end of a host's launcher; None where another has it."""
     door = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
-        door.bind(_name(run_dir))
+        door.bind(_name(run_dir, host))
     except OSError:
         door.close()
         return None
@@ -50,8 +50,11 @@ def visitor(door: socket.socket) -> tuple[socket.socket, Message] | None:
     return connection, message
 
 
-def ask(run_dir: Path, request: Message) -> Message:
+def ask(run_dir: Path, request: Message, host: int = 0) -> Message:
     """What the launcher of a run answers.
+
+    Arguments:
+        host: whose, where the run spans several.
 
     Raises:
         ConfigurationError: where no run is at work there, or it does not answer.
@@ -59,7 +62,7 @@ def ask(run_dir: Path, request: Message) -> Message:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         connection.settimeout(ANSWER_S)
         try:
-            connection.connect(_name(run_dir))
+            connection.connect(_name(run_dir, host))
             if not same_user(connection):
                 raise ConfigurationError(f"the run in {run_dir} belongs to another user; refused")
             send(connection, request)

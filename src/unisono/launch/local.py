@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import Self
 
-from unisono.errors import ConfigurationError, LaunchError
+from unisono.errors import ConfigurationError, HostLeaves, LaunchError
+from unisono.fault.rules import Death
 from unisono.launch.board import Board
-from unisono.launch.control import ADDRESS, HOSTS, ArenaKeeper, Message, pair, receive, send
+from unisono.launch.control import ADDRESS, HOSTS, SPANS, ArenaKeeper, Message, pair, receive, send
 from unisono.launch.nodes import Nodes, free_port
 from unisono.launch.survival import POLL_S
 from unisono.launch.task import STANDARD_OUTPUT, Elastic, Ending, Task
@@ -133,7 +134,7 @@ class LocalLauncher:
         try:
             return self._run(task, board)
         except BaseException as error:
-            if self._nodes is not None:
+            if self._nodes is not None and not isinstance(error, HostLeaves):
                 self._nodes.fail(str(error) or "interrupted", getattr(error, "exit_code", 1))
             if sys.stdout.isatty():  # a worker that was killed could not give the cursor back
                 print("\x1b[?25h", end="", flush=True)
@@ -145,15 +146,29 @@ class LocalLauncher:
 
     def _run(self, task: Task, board: Board) -> Ending:
         """Run a task, and start it again where a worker is lost before anything was trained."""
-        restarts = 0
+        restarts, joins = 0, False
+        deaths: list[Death] = []
         while True:
             try:
                 with WorkerSet(
-                    task, self._server, self._keeper, self._nodes, board, restarts, self.each_turn, self.turn_s
+                    task,
+                    self._server,
+                    self._keeper,
+                    self._nodes,
+                    board,
+                    restarts,
+                    joins,
+                    deaths,
+                    self.each_turn,
+                    self.turn_s,
                 ) as self._set:
                     return self._set.run()
-            except StartAgain:
-                restarts, board = restarts + 1, Board()
+            except StartAgain as again:
+                restarts, joins = restarts + 1, again.joins
+                if not joins:
+                    board = Board()
+                elif self._nodes is not None:
+                    self._nodes.rejoin()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._set is not None:
@@ -175,6 +190,7 @@ class LocalLauncher:
             "MASTER_PORT": str(self._port if nodes is None else nodes.master_port),
             HOSTS: ",".join(map(str, hosts.sizes)),
             ADDRESS: LOOPBACK if nodes is None else nodes.address,
+            **({} if nodes is None else {SPANS: "1"}),
         }
 
     def _await_server(self) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch._C._distributed_c10d import Store
 
 from unisono.comm.compression import Compression
+from unisono.comm.crossing import Terms
 from unisono.comm.hierarchical import HierarchicalGroup
 from unisono.comm.host import HostGroup
 from unisono.comm.network import Link
@@ -46,8 +47,14 @@ def join_hosts(
     samples: int,
     teams: Teams,
     shards: StateShards | None,
+    *,
+    survives: bool,
 ) -> HierarchicalGroup:
-    """The group of several hosts, all of which were given the same run."""
+    """The group of several hosts, all of which were given the same run.
+
+    Arguments:
+        survives: the others go on where a host is lost.
+    """
     link = Link(
         backend=_backend(config, device),
         store=world.store(config.deadline_s),
@@ -58,14 +65,26 @@ def join_hosts(
     flat = layout.flat
     name = f"training {world.trainings}"
     travel = replace(way(config), table=_shared_table(link.store, world) if config.wire.algorithm == "auto" else ())
-    group = HierarchicalGroup(local, place, link, flat, travel, config.micro_batches, teams, name, shards)
+    terms = Terms(link, flat, travel, config.micro_batches, teams, name, shards, survives)
+    group = HierarchicalGroup(local, place, terms, joins=world.joins)
+    given = {"model": layout, "samples": samples, **config.model_dump(exclude={"run_dir", "observe"})}
+    group.run = _described(given, config, device)
+    if world.joins:
+        return group
     try:
-        _agree(group, {"model": layout, "samples": samples, **config.model_dump(exclude={"run_dir", "observe"})})
+        _agree(group, given)
         group.unlike = _unlike(group, config, device)
     except BaseException as error:
         group.close(error)
         raise
     return group
+
+
+def _described(given: Mapping[str, Any], config: TrainingConfig, device: torch.device) -> str:
+    """The run and what this host is made of, in a line: alike on all hosts that can train together exactly."""
+    made = asdict(fingerprint(config.threads, device))
+    digest = hashlib.sha256(repr({key: repr(part) for key, part in given.items()}).encode()).hexdigest()
+    return ", ".join([f"run {digest[:12]}", *(f"{key} {value}" for key, value in made.items())])
 
 
 def _agree(group: HierarchicalGroup, given: Mapping[str, Any]) -> None:

@@ -196,6 +196,12 @@ class Nodes:
             if urgent:
                 coordination.hurry()
 
+    def rejoin(self) -> None:
+        """This host's workers are lost: the others go on, and new ones join them."""
+        assert self.coordination is not None
+        self.report(Report(step=self.coordination.report.step, ready=False))
+        self.poll()
+
     def take_decided(self) -> list[Generation]:
         """Generations that were decided since this was asked last."""
         if self.coordination is None:

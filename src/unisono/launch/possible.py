@@ -67,6 +67,18 @@ def survives(config: TrainingConfig, workers: int) -> bool:
     return in_memory and layout.tensor == 1 and not own_states and workers > 1
 
 
+def survives_hosts(config: TrainingConfig) -> bool:
+    """Whether hosts can go on without one of them, so far.
+
+    Each must have the whole state, in the CPU's memory, of which its workers compute whole layers; and what compression
+    has not sent yet would be lost with a host.
+    """
+    layout = config.layout
+    whole = layout.zero is None and layout.model_workers == 1
+    in_memory = config.device == "cpu" and layout.offload is None
+    return whole and in_memory and config.wire.compression == "none" and config.fault.on_loss != "stop"
+
+
 def _refuse_on_devices(config: TrainingConfig) -> None:
     """What needs the memory that a CPU's workers share."""
     layout, device = config.layout, config.device

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from unisono.comm.header import Course, Header
-from unisono.errors import WorkerFailed
+from unisono.errors import HostLeaves, WorkerFailed
 from unisono.fault.notice import Notices
 from unisono.fault.rules import Death, Rules, Verdict, decide, poisoned
 from unisono.fault.stacks import answer, ask, source_line, state_of
@@ -39,13 +39,15 @@ class Survival:
         failure: why the run cannot go on, where that was found here.
         hung: processes that were ended because they made no progress.
         limits_s: what each of them was given.
+        first: the rank of this host's first worker.
         drain_s: seconds that the run has once it is asked to stop; None for as long as it takes.
     """
 
     deaths: list[Death] = field(default_factory=list)
-    failure: WorkerFailed | None = None
+    failure: WorkerFailed | HostLeaves | None = None
     hung: set[int] = field(default_factory=set)
     limits_s: list[float] = field(default_factory=list)
+    first: int = 0
     drain_s: float | None = None
     _notices: Notices | None = None
     _watch: Watch | None = None
@@ -66,7 +68,7 @@ class Survival:
     def dismiss(self, rank: int, *, leave: bool) -> None:
         """Ask a worker to leave after its step, or no longer."""
         if self._watch is not None:
-            self._watch.dismiss(rank, leave=leave)
+            self._watch.dismiss(rank - self.first, leave=leave)
 
     @property
     def run_dir(self) -> Path | None:
@@ -108,9 +110,15 @@ class Survival:
         """The words of the arena in which is trained; None where nothing is."""
         return self._watch.header if self._watch is not None else None
 
+    @property
+    def rules(self) -> Rules | None:
+        """Of what is trained; None where nothing is that can be survived."""
+        return self._watch.rules if self._watch is not None else None
+
     def trains(self, rank: int) -> bool:
         """Whether a worker takes part in the training, or has done so in the last."""
-        return self._watch.trains(rank) if self._watch is not None else rank in self._trained
+        slot = rank - self.first
+        return self._watch.trains(slot) if self._watch is not None else slot in self._trained
 
     def ended(
         self, worker: Subject, status: int, restarts: int, others: Sequence[int], *, joins: bool, dismissed: bool
@@ -127,9 +135,10 @@ class Survival:
         watch, rank, process = self._watch, worker.rank, worker.process
         if watch is None:
             return Verdict.FAIL if not joins or self.trains(rank) else Verdict.SHRINK
-        death = watch.death(rank, process)
-        verdict = decide(watch.rules, watch.course, death, self.deaths, restarts)
-        if verdict is not Verdict.FAIL and watch.course is Course.TRAINING and not any(map(watch.trains, others)):
+        death = watch.death(rank - self.first, process)
+        verdict = decide(watch.rules, watch.course, death, self.deaths, restarts, joins=joins)
+        survives = verdict in (Verdict.REPLACE, Verdict.SHRINK) and watch.course is Course.TRAINING
+        if survives and not any(map(self.trains, others)):
             verdict = Verdict.FAIL
             self.failure = WorkerFailed(
                 f"worker {rank} (process {process}), the last that trained, has ended {death.where}, and nobody is "
@@ -138,8 +147,12 @@ class Survival:
         elif verdict is Verdict.FAIL and watch.course is Course.TRAINING:
             self._say_why_not(death)
         self.deaths.append(death)
+        if verdict is Verdict.LEAVE:
+            self.failure = HostLeaves(
+                f"worker {rank} (process {process}) has ended {death.where}, and this host leaves; the others go on"
+            )
         if verdict in (Verdict.REPLACE, Verdict.SHRINK) and watch.course is Course.TRAINING:
-            watch.lose(rank, status, hung=process in self.hung)
+            watch.lose(rank - self.first, status, hung=process in self.hung)
             how = watch.header.how(watch.header.losses - 1)
             then = ["the others take over its work"] if death.trained else []
             then += ["another takes its place"] if verdict is Verdict.REPLACE else []
@@ -166,8 +179,8 @@ class Survival:
         """Those who make no progress, each with a sentence; a report of all is written."""
         if self._watch is None:
             return []
-        by_rank = {subject.rank: subject for subject in subjects if subject.process not in self.hung}
-        found = self._watch.silent(list(by_rank))
+        by_slot = {subject.rank - self.first: subject for subject in subjects if subject.process not in self.hung}
+        found = self._watch.silent(list(by_slot))
         if not found:
             return []
         running = [subject for subject in subjects if state_of(subject.process) != "T"]
@@ -176,7 +189,9 @@ class Survival:
             ask(subject.handle)
         stacks = {s.rank: answer(s.stacks, sizes[s.rank]) if s in running else "" for s in subjects}
         self.limits_s += [silence.limit_s for silence in found]
-        told = [(by_rank[s.slot], self._sentence(s, by_rank[s.slot], stacks[s.slot])) for s in found]
+        told = [
+            (subject, self._sentence(s, subject, stacks[subject.rank])) for s in found for subject in [by_slot[s.slot]]
+        ]
         self._report([sentence for _, sentence in told], subjects, stacks)
         return told
 
@@ -198,7 +213,9 @@ class Survival:
             text = stacks[subject.rank].strip() or "no stack: its process does not answer"
             part = f"stacks of worker {subject.rank} (process {subject.process}):\n{text}"
             shown.append(part)
-            flight = [f"{now - o.at_s:12.6f} s ago  {o.text}" for o in self._watch.header.flight(subject.rank)]
+            flight = [
+                f"{now - o.at_s:12.6f} s ago  {o.text}" for o in self._watch.header.flight(subject.rank - self.first)
+            ]
             recorded += [part, f"last operations of worker {subject.rank}:", *flight]
         run_dir = self._watch.rules.run_dir
         if run_dir is not None and Path(run_dir).is_dir():

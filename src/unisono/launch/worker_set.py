@@ -11,12 +11,13 @@ from collections.abc import Callable
 
 from unisono.comm.header import Course
 from unisono.errors import ConfigurationError, LaunchError, UnisonoError, WorkerFailed
-from unisono.fault.rules import Verdict
+from unisono.fault.rules import Death, Verdict
 from unisono.launch.board import Board
 from unisono.launch.control import JOINS, MEMBERS, ArenaKeeper, Message, pair, receive, send
 from unisono.launch.door import opened, visitor
 from unisono.launch.nodes import Failure, Nodes
 from unisono.launch.process import kill_group
+from unisono.launch.span import Span
 from unisono.launch.survival import Subject, Survival
 from unisono.launch.task import STANDARD_ERROR, Ending, Task
 from unisono.launch.worker_process import Heard, WorkerProcess
@@ -28,7 +29,15 @@ INTERRUPTED = 130
 
 
 class StartAgain(Exception):
-    """A worker was lost before training began: all start once more."""
+    """A worker was lost, and all workers of this host start once more.
+
+    Attributes:
+        joins: to join those of other hosts, who train on.
+    """
+
+    def __init__(self, *, joins: bool) -> None:
+        super().__init__("all workers of this host start again")
+        self.joins = joins
 
 
 def _error_of(failure: Failure) -> UnisonoError:
@@ -46,6 +55,7 @@ class WorkerSet:
         keeper: of arenas.
         nodes: the launchers of the other hosts, where the run spans several.
         restarts: how often this task was started before.
+        joins: the workers of other hosts train already.
         each_turn: called again and again while workers run, at least every ``turn_s``.
 
     Attributes:
@@ -62,6 +72,8 @@ class WorkerSet:
         nodes: Nodes | None,
         board: Board,
         restarts: int,
+        joins: bool,
+        deaths: list[Death],
         each_turn: Callable[["WorkerSet"], None] | None,
         turn_s: float,
     ) -> None:
@@ -71,9 +83,11 @@ class WorkerSet:
         self._nodes = nodes
         self._board = board
         self._restarts = restarts
+        self._joins = joins
         self._each_turn = each_turn
         self._turn_s = turn_s
-        self.survival = Survival()
+        self.survival = Survival(deaths, first=task.first)
+        self._span: Span | None = None
         self.interrupts = 0
         self._orderly = False
         self._drained_by = float("inf")
@@ -107,7 +121,7 @@ class WorkerSet:
             UnisonoError: what the first failing worker raised, or why the run cannot go on.
         """
         for rank in range(self._task.first, self._task.first + self._task.workers):
-            self._workers.append(self._start(rank))
+            self._workers.append(self._start(rank, joins=self._joins))
             self._await_fork(self._workers[-1])
         self.serve()
         self._raise_failure()
@@ -177,6 +191,9 @@ class WorkerSet:
                     selector.unregister(key.fileobj)
             if self._nodes is not None:
                 self._nodes.poll()
+            if self._span is not None and not self._reported:
+                self._span.tend()
+                self.survival.failure = self.survival.failure or self._span.failure
             if self._each_turn is not None:
                 self._each_turn(self)
             self._look_for_notice()
@@ -245,13 +262,17 @@ class WorkerSet:
         verdict = self.survival.ended(
             worker.subject, worker.status, self._restarts, others, joins=worker.joins, dismissed=worker.leaves
         )
-        if verdict is Verdict.RESTART and self.interrupts:
+        again = verdict in (Verdict.RESTART, Verdict.REJOIN)
+        if again and self.interrupts:
             verdict = Verdict.FAIL
-        if verdict is Verdict.RESTART:
+        elif again:
+            joins = verdict is Verdict.REJOIN
             how = worker.how_it_ended(self._task.hosts.size)
-            print(f"unisono: {how} before training began; all start again", file=sys.stderr, flush=True)
-            raise StartAgain
-        worker.lost, worker.fatal = verdict is not Verdict.FAIL, verdict is Verdict.FAIL
+            then = "; the others go on, and this host joins them again" if joins else " before training began"
+            print(f"unisono: {how}{then}; all workers of this host start again", file=sys.stderr, flush=True)
+            raise StartAgain(joins=joins)
+        fatal = verdict in (Verdict.FAIL, Verdict.LEAVE)
+        worker.lost, worker.fatal = not fatal, fatal
         if verdict is Verdict.REPLACE and not self.interrupts:
             self._fill_up(first=worker.rank)
 
@@ -318,11 +339,22 @@ class WorkerSet:
         connection, message = came
         with connection, contextlib.suppress(OSError):
             try:
-                if message.get("op") != "scale":
-                    raise ConfigurationError(f"the run does not know {message.get('op')!r}")
-                send(connection, {"text": self.scale(int(message["workers"]))})
+                send(connection, {"text": self._answer(message)})
             except (ConfigurationError, KeyError, TypeError, ValueError) as error:
                 send(connection, {"error": str(error)})
+
+    def _answer(self, message: Message) -> str:
+        """What follows from what a visitor asks for.
+
+        Raises:
+            ConfigurationError: where that cannot be.
+        """
+        if message.get("op") == "scale" and self._span is None:
+            return self.scale(int(message["workers"]))
+        if message.get("op") == "fence" and self._span is not None:
+            return self._span.fence(int(message["host"]))
+        several = "over several hosts" if self._span is not None else "on one host"
+        raise ConfigurationError(f"a run {several} does not know {message.get('op')!r}")
 
     def _all_ended(self) -> bool:
         """Whether all workers have ended: those of this host, and in good order those of the others."""
@@ -418,15 +450,21 @@ class WorkerSet:
             self._detach()
             self._attached = message["name"]
             self.survival.attach(descriptor, message["rules"])
-            self.survival.want(self._wanted)
+            rules, header = self.survival.rules, self.survival.header
+            if self._nodes is not None and rules is not None and header is not None:
+                self._span = Span(self._nodes, rules, header, self._joins)
+            else:
+                self.survival.want(self._wanted)
+                self._short = True
             run_dir = self.survival.run_dir
-            self._door = opened(run_dir) if run_dir is not None else None
+            number = self._nodes.number if self._nodes is not None else 0
+            self._door = opened(run_dir, number) if run_dir is not None else None
             if self._door is not None:
                 self._selector.register(self._door, selectors.EVENT_READ, self._door)
-            self._short = True
 
     def _detach(self) -> None:
         """A training is over."""
+        self._span = None
         if self._door is not None:
             self._selector.unregister(self._door)
             self._door.close()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from unisono.errors import LaunchError, RunOver
-from unisono.launch.control import ADDRESS, CONTROL, HOSTS, JOINS, MEMBERS, Message, receive, send
+from unisono.launch.control import ADDRESS, CONTROL, HOSTS, JOINS, MEMBERS, SPANS, Message, receive, send
 from unisono.launch.keeper import CONNECT_DEADLINE_S, connect
 from unisono.plan.hosts import Hosts
 
@@ -30,7 +30,8 @@ class World:
         address: of this host, as other hosts reach it; None for the one that its name resolves to.
         members: workers of this host that begin; there is room for more (`local_size`), who may join later.
         present: local ranks of those who begin this training.
-        joins: this worker joins those who train already.
+        joins: this worker, or its host, joins those who train already.
+        spans: every host has a launcher of its own.
     """
 
     rank: int
@@ -40,6 +41,7 @@ class World:
     address: str | None = None
     members: int | None = None
     joins: bool = False
+    spans: bool = False
     present: tuple[int, ...] = ()
     _arenas: int = 0
     _store: "Store | None" = None
@@ -94,7 +96,7 @@ class World:
             LaunchError: where it cannot be had.
             RunOver: where that training is over.
         """
-        if alone or self.local_size == 1:
+        if alone or (self.local_size == 1 and rules is None):
             return None
         request = {"op": "arena", "name": self._arena_name(), "size_bytes": size_bytes, "rules": rules}
         reply, descriptors = self._ask(request, descriptors=1)
@@ -172,6 +174,7 @@ def discover(environ: Mapping[str, str]) -> World:
         world = World(rank, hosts, control, "unisono", environ.get(ADDRESS))
         world.members = int(environ.get(MEMBERS, world.local_size))
         world.joins = JOINS in environ
+        world.spans = SPANS in environ
         return world
     if size == 1:
         return World(0, Hosts((1,)), None, "python")

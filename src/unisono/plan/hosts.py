@@ -1,5 +1,6 @@
 """Which worker is on which host: world ranks run through the hosts one after another."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -9,6 +10,7 @@ class Hosts:
 
     Attributes:
         sizes: workers on each host, in order.
+        names: their numbers, where some are missing; empty where none is.
 
     >>> hosts = Hosts((2, 3))
     >>> hosts.size, hosts.place(3), hosts.rank(1, 1), hosts.lanes
@@ -16,6 +18,12 @@ class Hosts:
     """
 
     sizes: tuple[int, ...]
+    names: tuple[int, ...] = ()
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """By which hosts are known, whoever else is there."""
+        return self.names or tuple(range(len(self.sizes)))
 
     @property
     def size(self) -> int:
@@ -45,7 +53,8 @@ class Hosts:
         >>> Hosts((2, 3)).name(3)
         'rank 3 (host 1)'
         """
-        return f"rank {rank} (host {self.place(rank)[0]})" if len(self.sizes) > 1 else f"rank {rank}"
+        several = len(self.sizes) > 1 or self.names
+        return f"rank {rank} (host {self.numbers[self.place(rank)[0]]})" if several else f"rank {rank}"
 
 
 def evenly(workers: int, hosts: int, together: int = 1) -> tuple[int, ...]:
@@ -84,6 +93,16 @@ class Place:
     def local_rank(self) -> int:
         """This worker's number on its host."""
         return self.hosts.place(self.rank)[1]
+
+    def among(self, hosts: Sequence[int]) -> "Place":
+        """This worker's place where only some of the hosts are there.
+
+        >>> place = Place(Hosts((2, 1, 2)), 3).among([0, 2])
+        >>> place.rank, place.host, place.hosts.name(place.rank)
+        (2, 1, 'rank 2 (host 2)')
+        """
+        some = Hosts(tuple(self.hosts.sizes[host] for host in hosts), tuple(hosts))
+        return Place(some, some.rank(hosts.index(self.host), self.local_rank))
 
     def local_name(self, local_rank: int) -> str:
         """A worker of this host, for a reader."""

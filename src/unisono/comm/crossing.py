@@ -1,0 +1,360 @@
+"""One worker's part in the exchange between hosts, as long as the same hosts train: its wires, and who sums what.
+
+Each local rank has a lane: it exchanges buckets with its like on the other hosts, on a thread of its own. The first
+lane sums besides what is no gradient.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+
+from unisono.comm.blame import Bulletin
+from unisono.comm.exchange import (
+    TAGS_A_BUCKET,
+    Canonical,
+    ExchangePlan,
+    HostSums,
+    Lane,
+    Parts,
+    Reduction,
+    Words,
+    equal_parts,
+)
+from unisono.comm.heads import Heads
+from unisono.comm.host import HostGroup
+from unisono.comm.leaders import Leaders
+from unisono.comm.network import Explain, Link, NetworkWire
+from unisono.comm.packing import Packed
+from unisono.comm.partial import Partial, item_size
+from unisono.comm.patience import Patience
+from unisono.comm.readiness import Readiness
+from unisono.comm.reductions import Algorithm, Compressed, Ends
+from unisono.comm.rounds import RoundSums
+from unisono.comm.way import Way
+from unisono.comm.wire_state import WireState
+from unisono.comm.words import store_fence
+from unisono.errors import GroupError, PeerLost, WaitTimeout
+from unisono.plan.assignment import Teams
+from unisono.plan.blocks import FlatLayout
+from unisono.plan.exchange import Bucket, HostShare, host_shares, round_shares
+from unisono.plan.hosts import Place
+from unisono.plan.shards import StateShards
+from unisono.run.summation import accumulation
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What is exchanged, whoever takes part.
+
+    Attributes:
+        link: how hosts reach each other.
+        flat: where gradients lie.
+        way: how they travel.
+        count: micro-batches in a step.
+        teams: who computes which part of the model; each host's workers are whole replicas.
+        name: of the run's set of workers; generations add their number.
+        shards: which host keeps what, where they share one state; None where every host has all of it.
+        survives: other hosts go on where one is lost.
+    """
+
+    link: Link
+    flat: FlatLayout
+    way: Way
+    count: int
+    teams: Teams
+    name: str = "group"
+    shards: StateShards | None = None
+    survives: bool = False
+
+
+class Crossing:
+    """One worker's, in one generation.
+
+    Arguments:
+        local: the workers of this host.
+        place: this worker among all.
+        total: receives the sums.
+        wire_state: the memory of compression.
+
+    Attributes:
+        buckets: in the order in which they leave.
+        plan: who contributes what.
+        team: of this worker.
+        words: through which the host's workers follow the exchange.
+        remote: seconds in each phase of the step before, of workers of other hosts, by rank.
+        running: the exchange that is under way.
+    """
+
+    def __init__(
+        self, terms: Terms, local: HostGroup, place: Place, total: Partial, wire_state: WireState | None
+    ) -> None:
+        self._terms = terms
+        self._local = local
+        self.place = place
+        self._total = total
+        self._wire_state = wire_state
+        teams, shards = terms.teams, terms.shards
+        team_of = {slot: t for t, crews in enumerate(local.teams) for crew in crews for slot in crew}
+        self.team = team_of[local.slot]
+        lanes = [team_of[slot] for slot in local.members[: place.hosts.lanes]]
+        self.buckets = terms.way.buckets(terms.flat, teams, lanes)
+        self._rounds = shards.rounds if shards is not None else 0
+        self.plan = ExchangePlan(self.buckets, self.shares(terms, local, place), terms.count)
+        self.words = Words(local)
+        self.remote: dict[int, list[float]] = {}
+        self.running: Future[None] | None = None
+        self._heads = Heads(local, place, self.plan, teams, total)
+        self._closed = False
+        self._waiter = replace(local.interruptible, revoked=lambda: self._closed or local.interrupted())
+        self._step = 0
+        self._exchanged = 0  # the turn that this worker's lane exchanges
+        generation = f"{terms.name}/generation {local.generation}"
+        self._bulletin = Bulletin(terms.link.store, place.hosts, place.rank, generation)
+        end = (lambda cause: None) if terms.survives else self.revoke
+        self.patience = Patience(local, place, self._bulletin, self._late, end)
+        self.readiness = Readiness(
+            self.words,
+            local.slot,
+            [bucket for bucket in self.buckets if bucket.team == self.team],
+            self._rounds,
+            lambda ready, operation: self.patience.wait(ready, self.running, operation),
+        )
+        self._wires: list[NetworkWire] = []
+        self._thread: ThreadPoolExecutor | None = None
+        self._leaders: Leaders | None = None
+        self.data: NetworkWire | None = None
+        self.packed: Packed | None = None
+        if place.local_rank < place.hosts.lanes:
+            try:
+                self._connect()
+            except BaseException:
+                self.close()
+                raise
+
+    @staticmethod
+    def shares(terms: Terms, local: HostGroup, place: Place) -> tuple[HostShare, ...]:
+        """What each host contributes to a step."""
+        replica = local.size // len(local.teams[0])  # workers of one
+        replicas = [size // replica for size in place.hosts.sizes]
+        if terms.shards is not None and terms.shards.rounds:
+            return round_shares(len(replicas), terms.count)
+        return host_shares(replicas, terms.count)
+
+    def _connect(self) -> None:
+        """Join this worker's lane."""
+        link, way, lane = self._terms.link, self._terms.way, self.place.local_rank
+        on_cpu = replace(link, backend="gloo", device=torch.device("cpu"))
+        self.data = self.new_wire("data")
+        control = self.data if link == on_cpu else self._new_wire(on_cpu, "control")
+        if way.may_pack and not self.data.ordered:
+            self.packed = Packed(self.data)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="unisono-exchange", initializer=_one_thread)
+        self._leaders = Leaders(control, self.call, self._tag(1))
+        self.reduce = self._reduction(self.data, control)
+        self.lane = Lane(
+            buckets=[bucket for bucket in self.buckets if bucket.lane == lane],
+            ready=self._is_ready,
+            await_ready=self._await_ready,
+            reduce=self.reduce,
+            done=self._is_summed,
+            ordered=self.data.ordered,
+            last=(lambda step: self._sum_heads(step, control)) if lane == 0 else None,
+            finished=self._heads_are_summed,
+        )
+
+    def new_wire(self, kind: str) -> NetworkWire:
+        """One more wire of this worker's lane."""
+        return self._new_wire(self._terms.link, kind)
+
+    def _new_wire(self, link: Link, kind: str) -> NetworkWire:
+        lane, hosts = self.place.local_rank, self.place.hosts
+        name = f"{self._terms.name}/generation {self._local.generation}/lane {lane}/{kind}"
+        wire = NetworkWire(link, name, self.place.host, len(hosts.sizes), self._explain())
+        self._wires.append(wire)
+        return wire
+
+    def _explain(self) -> Explain:
+        """Why a wait for another host fails: who is to blame is found out where nobody goes on without them."""
+        lane, hosts = self.place.local_rank, self.place.hosts
+
+        def blame(peer: int, operation: str, deadline: str) -> GroupError:
+            return self._bulletin.explain(hosts.rank(peer, lane), operation, deadline)
+
+        def say(peer: int, operation: str, deadline: str) -> GroupError:
+            name = hosts.name(hosts.rank(peer, lane))
+            if deadline:
+                return WaitTimeout(f"{operation}: {name} did not answer ({deadline})")
+            return PeerLost(f"{operation}: {name} is gone (connection lost)")
+
+        return say if self._terms.survives else blame
+
+    def _reduction(self, data: NetworkWire, control: NetworkWire) -> Canonical | RoundSums | Algorithm | Compressed:
+        """How this lane sums a bucket."""
+        way, flat, count, shards = self._terms.way, self._terms.flat, self._terms.count, self._terms.shards
+        share = self.plan.shares[self.place.host]
+        sums = HostSums(self._local, flat, share, self._total, count)
+        carrier = self.packed or data
+        ends = Ends(carrier, carrier if control is data else control, flat, sums, self._total)
+        if way.compression is not None:
+            assert self._wire_state is not None
+            return Compressed(ends, way.compression, self._wire_state)
+        if shards is not None and self._rounds:
+            leaves, most = accumulation(0, count, count)
+            local = self._local
+            pending = [local.view(local.slot, self._rounds + 1 + number) for number in range(most)]
+            return RoundSums(carrier, control, shards, leaves, self.leaf, pending, self._total, self._release_gradient)
+        if way.algorithm == "canonical":  # which it is wherever hosts share one state
+            parts: Parts = shards.gradients if shards is not None else equal_parts(data.size)
+            return Canonical(carrier, control, self.plan, flat, sums, self._total, parts, back=shards is None)
+        return Algorithm(ends, lambda size_bytes: way.choose(data, size_bytes))
+
+    @property
+    def leaders(self) -> Leaders:
+        """On the first worker of every host: what says something to the others between steps."""
+        assert self._leaders is not None
+        return self._leaders
+
+    @property
+    def closed(self) -> bool:
+        """Whether it is given up."""
+        return self._closed
+
+    @property
+    def has_lane(self) -> bool:
+        """Whether this worker exchanges anything."""
+        return self._thread is not None
+
+    def begin(self, step: int) -> None:
+        """Let the exchange of a step begin as its buckets come."""
+        self._step = step
+        self.readiness.begin(step)
+        if self._thread is not None:
+            self.running = self._thread.submit(self._exchange, step)
+
+    def leaf(self, number: int) -> Partial:
+        """This worker's micro-batch of a round."""
+        local = self._local
+        return local.partial(number).over(local.view(local.slot, self._rounds))
+
+    def _release_gradient(self, segment: int, start: int, stop: int) -> None:
+        """Elements of this worker's gradient have been summed."""
+        local, size = self._local, item_size(self._terms.flat.segment_dtypes[segment])
+        field = local.partials.fields.named[f"segment {segment}"]
+        whole = local.layout.partial(local.slot, self._rounds)
+        local.arena.release(whole.part(field.offset + start * size, (stop - start) * size))
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether everything of the step is summed."""
+        return self.words.all_summed(self.readiness.last_turn)
+
+    @property
+    def flags(self) -> int:
+        """Requests of all workers of all hosts, with the step that was summed last."""
+        return self.words.flags
+
+    def take_sent_bytes(self) -> int:
+        """What was sent since this was asked last."""
+        return sum(wire.take_sent_bytes() for wire in self._wires)
+
+    def _late(self) -> set[int]:
+        """Local ranks that have not finished their part of an exchange."""
+        turn = self.readiness.last_turn
+        late = {b.lane for b in self.buckets if not self.words.summed(b.index, turn)}
+        if not late and not self.words.summed(len(self.buckets), turn):
+            late = {0}
+        return late
+
+    def call(self, work: Callable[[], T], operation: str) -> T:
+        """Do something with the wire: on its thread, so that this one can be freed."""
+        assert self._thread is not None
+        running = self._thread.submit(work)
+        return self.patience.wait(lambda: running.result() if running.done() else None, running, operation)
+
+    def _exchange(self, step: int) -> None:
+        """On the exchange thread: a lane's buckets and, in the first lane, all that is no gradient."""
+        rounds = max(1, self._rounds)
+        self.lane.exchanging_s = 0.0
+        with self.patience.telling():
+            for number in range(rounds):
+                self._exchanged = self.readiness.turn(number)
+                self.lane.run(step, self._exchanged, last=number == rounds - 1)
+
+    def _is_ready(self, bucket: Bucket) -> bool:
+        crews = self._local.teams[bucket.team]
+        return all(self.words.ready(slot, bucket.index, self._exchanged) for crew in crews for slot in crew)
+
+    def _await_ready(self, bucket: Bucket) -> None:
+        """Wait for this worker's gradients of a bucket, and from then on, with a deadline, for its mates'."""
+        step, turn, local = self._step, self._exchanged, self._local
+        team = {slot for crew in local.teams[bucket.team] for slot in crew}
+
+        def arrived(slot: int) -> bool:
+            return slot not in team or self.words.ready(slot, bucket.index, turn)
+
+        self._await_own(lambda: arrived(local.slot), f"bucket {bucket.index} of step {step}")
+        self._waiter(
+            lambda: True if self._is_ready(bucket) else None,
+            f"bucket {bucket.index} of step {step}",
+            lambda: local.missing(arrived),
+        )
+
+    def _await_own(self, ready: Callable[[], bool], operation: str) -> None:
+        """This worker's own backward may take its time."""
+
+        def doze(seconds: float) -> None:
+            if self.readiness.stirred.wait(seconds):
+                self.readiness.stirred.clear()
+
+        own = replace(self._waiter, deadline_s=float("inf"), sleep=doze)
+        own(lambda: True if ready() else None, operation, str)
+
+    def _sum_heads(self, step: int, wire: NetworkWire) -> Reduction:
+        """All that is no gradient; this lane may have had no bucket to wait for."""
+        self._await_own(lambda: self.readiness.over >= step, f"end of step {step}")
+        return self._heads(step, wire, self._tag(0))
+
+    def _is_summed(self, bucket: Bucket) -> None:
+        store_fence()
+        self.words.set_summed(bucket.index, self._exchanged)
+
+    def _heads_are_summed(self) -> None:
+        self.remote.update(self._heads.reports)
+        self.words.flags = self._heads.flags
+        store_fence()
+        self.words.set_summed(len(self.buckets), self._exchanged)
+
+    def _tag(self, number: int) -> int:
+        """Tags of what is no bucket."""
+        return (len(self.buckets) + number) * TAGS_A_BUCKET
+
+    def revoke(self, cause: str = "") -> None:
+        """End this generation on this host, and free whoever waits on its wires."""
+        self._local.revoke(cause)
+        self._free()
+
+    def _free(self) -> None:
+        for wire in self._wires:
+            wire.revoke()
+
+    def tell(self, cause: BaseException) -> None:
+        """Post why this worker ends."""
+        self.patience.tell(cause)
+
+    def close(self) -> None:
+        """Let go of the wires and their thread; others that still wait on them fail."""
+        self._closed = True
+        self._free()
+        if self._thread is not None:
+            self._thread.shutdown(wait=True)
+        for wire in self._wires:
+            wire.close()
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)

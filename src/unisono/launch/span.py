@@ -1,0 +1,119 @@
+"""One host's part in a run that survives the loss of hosts: what its launcher tells the others, and its workers."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from unisono.comm.header import Course, Header
+from unisono.errors import ConfigurationError, WorkerFailed
+from unisono.fault.coordination import Report
+from unisono.fault.generation import Generation
+from unisono.fault.rules import Rules
+from unisono.launch.nodes import Nodes
+
+DIRECTORY = "membership"
+"""In the run's directory: each host's vote."""
+
+
+@dataclass(slots=True)
+class Span:
+    """Of one set of workers.
+
+    Arguments:
+        nodes: the launchers of all hosts.
+        rules, header: of what is trained, and its words.
+        joins: this host's workers are to join those who train already.
+        say: tells the user something.
+
+    Attributes:
+        failure: why the run cannot go on.
+    """
+
+    nodes: Nodes
+    rules: Rules
+    header: Header
+    joins: bool
+    say: Callable[[str], None] = field(default=lambda text: print(f"unisono: {text}", file=sys.stderr, flush=True))
+    failure: WorkerFailed | None = None
+    _members: tuple[int, ...] = ()
+    _waiting: tuple[int, ...] = ()
+    _out: bool = False  # the others have gone on without this host's earlier workers
+
+    def __post_init__(self) -> None:
+        assert self.nodes.coordination is not None
+        self._members = self.nodes.coordination.current.hosts
+
+    def tend(self) -> None:
+        """Tell the others how far this host is, and its workers what is decided."""
+        nodes, header = self.nodes, self.header
+        if not nodes.survives:
+            if header.course is not Course.TRAINING:
+                return
+            directory = Path(self.rules.run_dir) / DIRECTORY if self.rules.run_dir is not None else None
+            nodes.survive(directory, self.rules.host_deadline_s)
+        if header.course is Course.OVER:
+            return
+        stalled = max(header.left(slot) for slot in range(header.slots))
+        nodes.report(Report(header.committed, stalled, self._is_ready()))
+        nodes.poll()
+        for generation in nodes.take_decided():
+            self._decided(generation)
+        self._look_who_is_missing()
+
+    def fence(self, host: int) -> str:
+        """Somebody vouches for a host being dead.
+
+        Raises:
+            ConfigurationError: where it is none of them, or is heard.
+        """
+        coordination = self.nodes.coordination
+        assert coordination is not None
+        if host == self.nodes.number or host not in coordination.current.hosts:
+            known = ", ".join(map(str, coordination.current.hosts))
+            raise ConfigurationError(
+                f"host {host} cannot be fenced; the others are told of {known} (this one excepted)"
+            )
+        coordination.fence(host)
+        return f"host {host} counts as dead"
+
+    def _is_ready(self) -> bool:
+        if not self.joins:
+            return True
+        coordination = self.nodes.coordination
+        assert coordination is not None
+        self._out = self._out or not coordination.belongs
+        return self._out and all(self.header.ready(slot) for slot in range(self.header.slots))
+
+    def _decided(self, generation: Generation) -> None:
+        before, self._members = set(self._members), generation.hosts
+        now = set(generation.hosts)
+        self.header.set_hosts(generation.number, generation.hosts)
+        told = [f"{_hosts(sorted(before - now))} lost"] if before - now else []
+        told += [f"{_hosts(sorted(now - before))} joined"] if now - before else []
+        told += [f"{_hosts(generation.hosts)} go on" if len(now) > 1 else f"{_hosts(generation.hosts)} goes on"]
+        self.say(f"{', '.join(told)} (generation {generation.number}, from step {generation.step})")
+
+    def _look_who_is_missing(self) -> None:
+        waiting = tuple(self.nodes.waits_for())
+        self.header.undecided = bool(waiting)
+        if waiting == self._waiting:
+            return
+        self._waiting = waiting
+        if not waiting:
+            return
+        few = f"only part of {_hosts(self._members)} is left, too few to decide who goes on: without {_hosts(waiting)}"
+        if self.rules.on_tie == "stop":
+            self.failure = WorkerFailed(f"{few} (fault.on_tie=stop); resume from the newest checkpoint (--resume)")
+            return
+        number = " or ".join(map(str, waiting))
+        self.say(f"{few} nothing is trained; waiting for the link, or for: unisono fence {number} {self.rules.run_dir}")
+
+
+def _hosts(numbers: "list[int] | tuple[int, ...]") -> str:
+    """Hosts for a reader.
+
+    >>> _hosts([1]), _hosts((0, 2))
+    ('host 1', 'hosts 0, 2')
+    """
+    return f"host{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -75,13 +76,24 @@ class Saving:
 
     def as_bytes(self) -> bytes:
         """What a worker that joins must know."""
-        known = ("possible", "best", "worse", "best_steps", "metrics", "evaluated")
+        known = ("possible", "best", "worse", "best_steps", "metrics", "evaluated", "run_dir")
         return json.dumps({name: getattr(self, name) for name in known}).encode()
 
     def take(self, data: bytes) -> None:
         """Know what the others know."""
         for name, value in json.loads(data).items():
             setattr(self, name, value)
+
+    @property
+    def run_dir(self) -> str | None:
+        """Where records go, as all hosts find it."""
+        run_dir = self._records.run_dir
+        return str(run_dir.absolute()) if run_dir is not None else None
+
+    @run_dir.setter
+    def run_dir(self, value: str | None) -> None:
+        if not self._records.kept_here:
+            self._records.run_dir = Path(value) if value is not None else None
 
     @property
     def _writer(self) -> CheckpointWriter | None:

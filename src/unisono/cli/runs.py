@@ -84,6 +84,8 @@ def train(
         as_json = as_json or here.number > 0
         run_dir = next_run_dir(settings.run_dir, settings.task, resume=resume) if here.number == 0 else ELSEWHERE
         settings = settings.model_copy(update={"run_dir": str(run_dir)})
+        if here.others is not None and here.number == 0:
+            here.others.run_dir = str(run_dir.absolute())
         if as_json:
             settings = settings.model_copy(update={"observe": settings.observe.model_copy(update={"progress": False})})
         else:

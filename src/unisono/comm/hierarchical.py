@@ -49,6 +49,7 @@ View = Callable[[int, int, int], Tensor]
 
 IDLE_S = 1.0
 """A chief that waits longer for the others lets go of the run's records: others may go on without it."""
+MOST_TRIES = 5
 POLL_S = 1e-3
 
 
@@ -103,6 +104,8 @@ class HierarchicalGroup:
         self._chief = 0  # the host whose first worker keeps the records
         self._news: list[Event] = []
         self._known = b"{}"
+        self._failed_at: tuple[tuple[int, ...], int] = ((), -1)
+        self._tries = 0
         self._trial = Trial() if way.lossless == "auto" and place.rank == 0 else None
         self._wire_state: WireState | None = None
         if way.compression is not None:
@@ -296,6 +299,7 @@ class HierarchicalGroup:
         """
         while True:
             self._give_up()
+            self._refuse_to_go_round(error)
             hosts = self._await_decision(error)
             before = [] if self._crossing is None else list(self.place.hosts.numbers)
             try:
@@ -309,6 +313,14 @@ class HierarchicalGroup:
                 error = again
             except LaunchError as again:
                 error = GroupError(str(again))
+
+    def _refuse_to_go_round(self, error: GroupError) -> None:
+        """The same hosts that fail again and again at the same step will not do better."""
+        where = (self.place.hosts.numbers, self.local.header.committed)
+        self._tries = self._tries + 1 if where == self._failed_at else 1
+        self._failed_at = where
+        if self._tries > MOST_TRIES:
+            raise GroupError(f"{error}; the same hosts have failed at this step {MOST_TRIES} times") from error
 
     def _await_decision(self, error: GroupError) -> Sequence[int]:
         """The hosts of the next generation, this one among them."""
@@ -349,6 +361,7 @@ class HierarchicalGroup:
                 f"{now[first]}: {hosts[self.place.host]['run']} there, {known['run']} here; it cannot join"
             )
         self._known = known["known"].encode()
+        self._flags = 0  # of which one that comes knows nothing
         behind = [h for h, other in enumerate(hosts) if other["step"] < step]
         if local.rank == 0 and (self.place.host == first or self.place.host in behind):
             self._transfer(first, behind, step)

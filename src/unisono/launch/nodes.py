@@ -92,6 +92,7 @@ class Nodes:
         hosts: once `join` has returned.
         address: of this host, as the others reach it.
         master_port: free on host 0, for programs that start torch.distributed by themselves.
+        run_dir: where the run's records go, as host 0 says.
         failure: why another host has failed.
         on_set: called with what a worker of another host has left for all.
         coordination: who trains, once all have met.
@@ -104,6 +105,7 @@ class Nodes:
     hosts: Hosts | None = None
     address: str = ""
     master_port: int = 0
+    run_dir: str | None = None
     failure: Failure | None = None
     coordination: Coordination | None = None
     _lines: Lines = field(init=False)
@@ -350,6 +352,7 @@ class Nodes:
                 self._welcome(line, message)
             case "start":
                 self._start(tuple(message["sizes"]), message["master_port"], message["run"])
+                self.run_dir = message["run_dir"]
                 found = {int(number): (where[0], where[1]) for number, where in message["where"].items()}
                 self._addresses |= {number: where for number, where in found.items() if number != self.number}
                 self._addresses[0] = (self.rendezvous.address, self.rendezvous.port)
@@ -393,7 +396,8 @@ class Nodes:
             self._addresses |= {line.number or 0: line.where for line in joined if line.where is not None}
             others = {str(number): list(where) for number, where in self._addresses.items() if number >= 0}
             run, port = secrets.token_hex(8), free_port(self.rendezvous.address)
-            self._tell({"op": "start", "sizes": list(sizes), "master_port": port, "run": run, "where": others})
+            about = {"sizes": list(sizes), "master_port": port, "run": run, "run_dir": self.run_dir}
+            self._tell({"op": "start", **about, "where": others})
             self._start(sizes, port, run)
 
     def _start(self, sizes: tuple[int, ...], master_port: int, run: str) -> None:

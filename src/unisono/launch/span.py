@@ -44,14 +44,19 @@ class Span:
         assert self.nodes.coordination is not None
         self._members = self.nodes.coordination.current.hosts
 
+    @property
+    def run_dir(self) -> Path | None:
+        """Where the run's records go."""
+        found = self.nodes.run_dir or self.rules.run_dir
+        return Path(found) if found is not None else None
+
     def tend(self) -> None:
         """Tell the others how far this host is, and its workers what is decided."""
         nodes, header = self.nodes, self.header
         if not nodes.survives:
             if header.course is not Course.TRAINING:
                 return
-            directory = Path(self.rules.run_dir) / DIRECTORY if self.rules.run_dir is not None else None
-            nodes.survive(directory, self.rules.host_deadline_s)
+            nodes.survive(self.run_dir / DIRECTORY if self.run_dir else None, self.rules.host_deadline_s)
         if header.course is Course.OVER:
             return
         stalled = max(header.left(slot) for slot in range(header.slots))
@@ -107,7 +112,7 @@ class Span:
             self.failure = WorkerFailed(f"{few} (fault.on_tie=stop); resume from the newest checkpoint (--resume)")
             return
         number = " or ".join(map(str, waiting))
-        self.say(f"{few} nothing is trained; waiting for the link, or for: unisono fence {number} {self.rules.run_dir}")
+        self.say(f"{few} nothing is trained; waiting for the link, or for: unisono fence {number} {self.run_dir}")
 
 
 def _hosts(numbers: "list[int] | tuple[int, ...]") -> str:

@@ -15,12 +15,14 @@ from unisono.launch.secret import find_secret
 
 
 class Here(NamedTuple):
-    """This host: its launcher, how many hosts there are, which one it is, and how many workers a host file gives it."""
+    """This host: its launcher, how many hosts there are, which one it is, how many workers a host file gives it, and
+    the launchers of the other hosts."""
 
     launcher: Launcher
     nodes: int
     number: int
     slots: int | None
+    others: Nodes | None = None
 
 
 @contextmanager
@@ -64,7 +66,7 @@ def launchers(
         secret = find_secret(secret_file, os.environ)
     nodes = Nodes(Rendezvous(address, port, nnodes, node_rank, secret), version("unisono"))
     with remote, one_host(nodes) as launcher:
-        yield Here(launcher, nnodes, node_rank, slots)
+        yield Here(launcher, nnodes, node_rank, slots, nodes)
 
 
 def _without_hosts(words: list[str], script_words: int) -> list[str]:

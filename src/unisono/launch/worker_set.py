@@ -230,7 +230,7 @@ class WorkerSet:
     def _end_late_ones(self) -> None:
         """Those who were to join are not waited for once training is over and all others have ended."""
         header = self.survival.header
-        if header is not None and header.course is not Course.OVER:
+        if self._joins or (header is not None and header.course is not Course.OVER):
             return
         late = [w for w in self._workers if w.joins and w.status is None and not w.lost]
         if late and all(w.status is not None for w in self._workers if w not in late):
@@ -456,7 +456,7 @@ class WorkerSet:
             else:
                 self.survival.want(self._wanted)
                 self._short = True
-            run_dir = self.survival.run_dir
+            run_dir = self._span.run_dir if self._span is not None else self.survival.run_dir
             number = self._nodes.number if self._nodes is not None else 0
             self._door = opened(run_dir, number) if run_dir is not None else None
             if self._door is not None:

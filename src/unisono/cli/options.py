@@ -34,6 +34,9 @@ NodeRankOption = Annotated[int, typer.Option(help="Which host this is, from 0.")
 RendezvousOption = Annotated[
     str | None, typer.Option(metavar="HOST:PORT", help="Where host 0 listens; default: 127.0.0.1:29400.")
 ]
+WitnessOption = Annotated[
+    str | None, typer.Option(metavar="HOST:PORT", help="Where unisono witness votes on which hosts go on.")
+]
 SecretOption = Annotated[
     Path | None, typer.Option(help="A file with the job's secret, mode 0600; default: $UNISONO_SECRET.")
 ]

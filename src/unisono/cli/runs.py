@@ -19,6 +19,7 @@ from unisono.cli.options import (
     RendezvousOption,
     SecretOption,
     SparesOption,
+    WitnessOption,
     launcher_here,
     whole_numbers,
     workers_range,
@@ -43,6 +44,7 @@ def train(
     node_rank: NodeRankOption = 0,
     rendezvous: RendezvousOption = None,
     secret_file: SecretOption = None,
+    witness: WitnessOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train what a configuration describes.
@@ -57,7 +59,7 @@ def train(
     """
     from unisono.launch.spanning import launchers
 
-    with launchers(hosts, nnodes, node_rank, rendezvous, secret_file) as here:
+    with launchers(hosts, nnodes, node_rank, rendezvous, secret_file, witness) as here:
         from unisono.config import load, to_yaml
         from unisono.launch.possible import refuse_impossible, refuse_inelastic
         from unisono.launch.runs import choose_workers, next_run_dir, preloads, workers_here
@@ -133,6 +135,7 @@ def run(
     node_rank: NodeRankOption = 0,
     rendezvous: RendezvousOption = None,
     secret_file: SecretOption = None,
+    witness: WitnessOption = None,
 ) -> None:
     """Run a script in several workers; what follows the script is its own arguments.
 
@@ -151,7 +154,7 @@ def run(
     from unisono.launch.spanning import launchers
     from unisono.launch.task import Elastic
 
-    with launchers(hosts, nnodes, node_rank, rendezvous, secret_file, len(context.args)) as here:
+    with launchers(hosts, nnodes, node_rank, rendezvous, secret_file, witness, len(context.args)) as here:
         target = {"script": str(script), "argv": list(context.args), "backend": backend}
         wanted, bounds = workers_range(workers)
         if (bounds is not None or spares) and (here.nodes > 1 or backend is not None):

@@ -32,6 +32,7 @@ def launchers(
     node_rank: int,
     rendezvous: str | None,
     secret_file: Path | None,
+    witness: str | None = None,
     script_words: int = 0,
 ) -> Iterator[Here]:
     """This host's launcher; with a host file, those of the others are started.
@@ -40,8 +41,10 @@ def launchers(
         script_words: so many at the end of the command line belong to a script.
     """
     if hosts is None and nnodes == 1:
-        if rendezvous is not None or node_rank or secret_file is not None:
-            raise ConfigurationError("--rendezvous, --node-rank and --secret-file are for several hosts; give --nnodes")
+        if rendezvous is not None or node_rank or secret_file is not None or witness is not None:
+            raise ConfigurationError(
+                "--rendezvous, --node-rank, --secret-file and --witness are for several hosts; give --nnodes"
+            )
         with one_host() as launcher:
             yield Here(launcher, 1, 0, None)
         return
@@ -50,10 +53,10 @@ def launchers(
     remote: AbstractContextManager[object] = nullcontext()
     slots = None
     if hosts is not None:
-        if nnodes != 1 or node_rank or rendezvous is not None or secret_file is not None:
+        if nnodes != 1 or node_rank or any(given is not None for given in (rendezvous, secret_file, witness)):
             raise ConfigurationError(
-                "--hosts lists the hosts, and makes a secret of its own; leave --nnodes, --node-rank, --rendezvous and "
-                "--secret-file out"
+                "--hosts lists the hosts, and makes a secret of its own; leave --nnodes, --node-rank, --rendezvous, "
+                "--secret-file and --witness out"
             )
         listed = read_hosts(hosts)
         address, port = rendezvous_address(listed)
@@ -64,7 +67,8 @@ def launchers(
             raise ConfigurationError(f"--node-rank is {node_rank}; with --nnodes {nnodes} give 0 to {nnodes - 1}")
         address, port = parse_rendezvous(rendezvous or "127.0.0.1:29400")
         secret = find_secret(secret_file, os.environ)
-    nodes = Nodes(Rendezvous(address, port, nnodes, node_rank, secret), version("unisono"))
+    voter = parse_rendezvous(witness, "--witness") if witness is not None else None
+    nodes = Nodes(Rendezvous(address, port, nnodes, node_rank, secret, witness=voter), version("unisono"))
     with remote, one_host(nodes) as launcher:
         yield Here(launcher, nnodes, node_rank, slots, nodes)
 

@@ -14,6 +14,8 @@ from unisono.errors import LaunchError
 
 PREFIX = "unisono"
 DEVICE = "eth0"
+NOBODY = "02:00:00:00:00:00"
+"""A hardware address that no host has."""
 
 
 def unavailable() -> str | None:
@@ -85,6 +87,15 @@ class Namespaces:
     def mend(self, host: int) -> None:
         """Put the link up again."""
         _ip("-n", self._switch, "link", "set", f"port{host}", "up")
+
+    def block(self, sender: int, receiver: int) -> None:
+        """Let nothing that one host sends arrive at another; what is sent the other way does."""
+        wrong = ["lladdr", NOBODY, "dev", DEVICE, "nud", "permanent"]
+        _ip("-n", self.names[sender], "neigh", "replace", self.addresses[receiver], *wrong)
+
+    def unblock(self, sender: int, receiver: int) -> None:
+        """Let it arrive again."""
+        _ip("-n", self.names[sender], "neigh", "del", self.addresses[receiver], "dev", DEVICE)
 
     def sent_bytes(self, host: int) -> int:
         """Bytes that a host has sent, counted at its interface, headers included."""

@@ -332,13 +332,10 @@ class HierarchicalGroup:
                 local.advance(number)
                 return hosts
             waited = time.monotonic() - began
-            if local.is_revoked():
+            elsewhere = number > local.generation or self._crossing is None  # others train, and will let it in
+            if local.is_revoked() or (waited > local.deadline_s + GRACE_S and not (header.undecided or elsewhere)):
                 raise error
-            if header.undecided or number > local.generation or not self._crossing:
-                began = time.monotonic() if not idle else began
-            elif waited > local.deadline_s + GRACE_S:
-                raise error
-            if waited > IDLE_S and not idle and self.continuity is not None:
+            if (waited > IDLE_S or header.undecided or elsewhere) and not idle and self.continuity is not None:
                 idle = True
                 self.continuity.idle()
             header.beat(local.slot)

@@ -511,8 +511,9 @@ class HostGroup:
         return self.header.revoked > self._generation
 
     def interrupted(self) -> bool:
-        """Whether it has, or other hosts than before are to train."""
-        return self.is_revoked() or self.header.hosts_generation > self._generation
+        """Whether it has, or other hosts than before are to train, or hosts are missing without which none can."""
+        header = self.header
+        return self.is_revoked() or header.hosts_generation > self._generation or header.undecided
 
     def advance(self, generation: int) -> None:
         """Other hosts than before train from now on: nothing that was published or said counts any more."""

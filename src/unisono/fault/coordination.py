@@ -20,6 +20,8 @@ RETRY_S = 1.0
 REACH_S = 0.5
 """How long it is tried, and how long a new candidate waits for others to follow it."""
 PROPOSAL_S = 1.0
+STALL_S = 0.6
+"""All have stopped: who has caused it, and is lost, should be known by then."""
 BATCH_S = 0.1
 """Changes that come within it are one generation."""
 
@@ -330,7 +332,8 @@ class Coordination:
         working = [reports[number] for number in staying]
         stalled = bool(working) and all(r.stalled >= current.number for r in working)
         self._stalled_since = (self._stalled_since or now) if stalled else None
-        renewed = self._stalled_since is not None and now - self._stalled_since > self.limit_s
+        heard = all(now - self._peer(number).told <= 2 * BEAT_S for number in staying - {self.number})
+        renewed = heard and self._stalled_since is not None and now - self._stalled_since > STALL_S
         if not (lost or joining or renewed or current.coordinator != self.number):
             return None
         hosts = tuple(sorted(staying | joining)) if staying else ()

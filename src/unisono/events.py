@@ -116,11 +116,15 @@ class MembersChanged(Event):
 
 @dataclass(frozen=True, slots=True)
 class HostsChanged(Event):
-    """Other hosts than before begin step ``step``, in the group's ``generation``; ``hosts`` are all who do."""
+    """Other workers than before, on some of several hosts, begin step ``step``, in the group's ``generation``.
+
+    ``hosts`` are all that take part, with so many ``workers`` each.
+    """
 
     step: int
     generation: int
     hosts: Sequence[int]
+    workers: Sequence[int]
     joined: Sequence[int]
     lost: Sequence[int]
 

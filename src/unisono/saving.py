@@ -12,7 +12,7 @@ from torch import Tensor
 from unisono.assembly import Worker
 from unisono.comm.group import SNAPSHOT
 from unisono.config import TrainingConfig
-from unisono.errors import CheckpointError, Regrouped
+from unisono.errors import CheckpointError
 from unisono.events import Notice
 from unisono.preparation import describe
 from unisono.records import Records
@@ -215,11 +215,7 @@ class Saving:
         self._failures = 0
         while True:
             word = (b"over" if self._write_last(step) else b"busy") if self._records.kept_here else b""
-            try:
-                said = group.all_gather(word, f"last checkpoint, of step {step}")
-            except Regrouped:
-                take_over()
-                continue
+            said = group.all_gather(word, f"last checkpoint, of step {step}")
             if b"over" in said:
                 break
             if b"busy" not in said:

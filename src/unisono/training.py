@@ -359,9 +359,14 @@ class Training:
 
     def _finish(self, step: int, reason: str, seconds: float) -> Result:
         worker, tell = self._assembled, self._records
-        self._agree_on_chief(step)
-        digest = self._digest(step)
-        self._saving.at_end(step, lambda: self._agree_on_chief(step))
+        while True:
+            try:
+                self._agree_on_chief(step)
+                digest = self._digest(step)
+                self._saving.at_end(step, lambda: self._agree_on_chief(step))
+                break
+            except Regrouped:  # all begin the end again
+                continue
         worker.group.end()
         self._over = True
         run_dir = str(tell.run_dir) if tell.run_dir else None
@@ -385,10 +390,7 @@ class Training:
         worker = self._assembled
         while True:
             mine = self._own_digest(step)
-            try:
-                digests = [payload.decode() for payload in worker.group.all_gather(mine.encode(), "digest") if payload]
-            except Regrouped:
-                digests = []
+            digests = [payload.decode() for payload in worker.group.all_gather(mine.encode(), "digest") if payload]
             if digests:
                 break
             self._agree_on_chief(step)

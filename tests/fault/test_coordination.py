@@ -13,12 +13,16 @@ LIMIT_S = 1.5
 TURN_S = 0.05
 
 
+def generation(number: int, hosts: Sequence[int], coordinator: int) -> Generation:
+    return Generation(number, tuple(hosts), ((0,),) * len(hosts), coordinator)
+
+
 class Net:
     """Launchers, and the lines between them: messages take one turn; a cut line says so or stays silent."""
 
     def __init__(self, hosts: int, witness: bool = False) -> None:
         self.now = 0.0
-        first = Generation(1, tuple(range(hosts)), 0)
+        first = generation(1, tuple(range(hosts)), 0)
         self.disks: dict[int, object] = {}
         self.decided: dict[int, set[Generation]] = {1: {first}}
         numbers = [*range(hosts), *([WITNESS] if witness else [])]
@@ -78,8 +82,8 @@ class Net:
             for receiver, message in node.outbox:
                 self.flying.append((number, receiver, message))
             node.outbox.clear()
-            for generation in node.decided:
-                self.decided.setdefault(generation.number, set()).add(generation)
+            for found in node.decided:
+                self.decided.setdefault(found.number, set()).add(found)
             node.decided.clear()
             for other in node.silent_lines(self.now):
                 self.lines.discard(frozenset((number, other)))
@@ -128,7 +132,7 @@ def test_of_three_hosts_one_is_killed(victim: int) -> None:
     net.kill(victim)
     net.run(2)
     left = tuple(sorted({0, 1, 2} - {victim}))
-    assert {net.current(n) for n in left} == {Generation(2, left, left[0])}
+    assert {net.current(n) for n in left} == {generation(2, left, left[0])}
     assert all(net.disks[n] for n in left) and net.safe()
 
 
@@ -140,7 +144,7 @@ def test_of_two_one_is_killed_and_the_other_waits_until_it_is_fenced() -> None:
     assert net.current(1).number == 1 and net.nodes[1].waits_for(net.now) == [0]
     net.nodes[1].fence(0)
     net.run(1)
-    assert net.current(1) == Generation(2, (1,), 1) and net.nodes[1].waits_for(net.now) == []
+    assert net.current(1) == generation(2, (1,), 1) and net.nodes[1].waits_for(net.now) == []
 
 
 @pytest.mark.parametrize("victim", range(2))
@@ -149,7 +153,7 @@ def test_of_two_with_a_witness_the_other_goes_on(victim: int) -> None:
     net.run(1)
     net.kill(victim)
     net.run(2)
-    assert net.current(1 - victim) == Generation(2, (1 - victim,), 1 - victim) and net.safe()
+    assert net.current(1 - victim) == generation(2, (1 - victim,), 1 - victim) and net.safe()
 
 
 @pytest.mark.parametrize("alone", range(4))
@@ -222,7 +226,7 @@ def test_a_stopped_coordinator_finds_itself_deposed() -> None:
     net.run(1)
     net.stopped.add(0)
     net.run(2.6)
-    assert net.current(1) == Generation(2, (1, 2), 1) == net.current(2)
+    assert net.current(1) == generation(2, (1, 2), 1) == net.current(2)
     net.stopped.clear()
     net.run(6)
     assert {net.current(n).hosts for n in range(3)} == {(0, 1, 2)} and net.safe()
@@ -279,7 +283,7 @@ def test_never_two_generations_of_one_number_and_all_together_again(
 
 def test_what_may_have_been_decided_is_brought_to_its_end() -> None:
     electorate = Electorate((0, 1, 2))
-    mine, theirs = Generation(2, (1, 2), 1), Generation(2, (0, 1), 0)
+    mine, theirs = generation(2, (1, 2), 1), generation(2, (0, 1), 0)
     proposal = Proposal(mine, (2, 1), electorate)
     assert not proposal.promised(1, ((1, 0), theirs)) and proposal.promised(2, None)
     assert proposal.sent == theirs
@@ -288,12 +292,12 @@ def test_what_may_have_been_decided_is_brought_to_its_end() -> None:
 
 def test_a_vote_is_kept_before_it_is_given_and_read_again() -> None:
     kept: list[dict[str, object]] = []
-    acceptor = Acceptor(Generation(1, (0, 1, 2), 0), kept.append)
+    acceptor = Acceptor(generation(1, (0, 1, 2), 0), kept.append)
     assert acceptor.promise(2, (1, 1)) and not acceptor.promise(2, (1, 0)) and not acceptor.promise(3, (5, 0))
-    assert acceptor.accept((1, 1), Generation(2, (1, 2), 1)) and not acceptor.accept((0, 2), Generation(2, (2,), 2))
+    assert acceptor.accept((1, 1), generation(2, (1, 2), 1)) and not acceptor.accept((0, 2), generation(2, (2,), 2))
     again = Acceptor.read(kept[-1], kept.append)
     assert again.written() == acceptor.written() and len(kept) == 2
     with pytest.raises(ValueError, match="not a voter's record"):
         Acceptor.read({"current": {}}, kept.append)
     with pytest.raises(ValueError, match="not a generation"):
-        Generation.read({"number": 1, "hosts": [1, 0], "coordinator": 0, "step": 0})
+        Generation.read({"number": 1, "hosts": [1, 0], "slots": [[0], [0]], "coordinator": 0, "step": 0})

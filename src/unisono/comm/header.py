@@ -5,9 +5,10 @@ one flight recorder for each slot. It lies at the arena's start, so that the lau
 trained, can read it. No torch here.
 """
 
+import json
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -20,7 +21,6 @@ MAGIC = 0x554E49534F4E4F03  # "UNISONO", format 3
 GENERATION_BITS, STEP_BITS, NODE_BITS = 13, 30, 20
 MOST_MICRO_BATCHES = 1 << (NODE_BITS - 1)
 MOST_SLOTS = 256
-MOST_HOSTS = 4096
 LOSSES_KEPT = 1024
 OPERATIONS_KEPT = 1000
 """Of each worker, in its flight recorder."""
@@ -31,7 +31,7 @@ _RECORD_WORDS = 4 + _MASK_WORDS
 _MAGIC, _GENERATION, _REVOKED, _CLOSED, _COMMITTED, _COURSE, _LOSSES, _WANTED, _RECORDS = 0, 1, 2, 3, 4, 5, 6, 7, 8
 _UNDECIDED = _RECORDS + 2 * _RECORD_WORDS
 _HOSTS = _UNDECIDED + 1
-_HOST_WORDS = MOST_HOSTS // 64
+_HOST_WORDS = 4096
 _LOST = _HOSTS + 1 + 2 * _HOST_WORDS
 _HEADER_WORDS = _LOST + LOSSES_KEPT
 # Words of a slot.
@@ -244,20 +244,26 @@ class Header:
         """The number of the last decision on which hosts train; 0 where there was none."""
         return self._words[_HOSTS]
 
-    def hosts(self) -> tuple[int, tuple[int, ...]]:
-        """That number, and the hosts."""
+    def hosts(self) -> tuple[int, dict[int, tuple[int, ...]]]:
+        """That number, and the slots of each host's workers that take part; host by host in order."""
         while True:
             number = self._words[_HOSTS]
             at = _HOSTS + 1 + number % 2 * _HOST_WORDS
-            found = unmask(sum(self._words[at + i] << 64 * i for i in range(_HOST_WORDS)))
+            length = min(self._words[at], WORD_BYTES * (_HOST_WORDS - 1))
+            text = bytes(self._words[at + 1 : at + _HOST_WORDS].cast("B")[:length])
             if self._words[_HOSTS] == number:
-                return number, found
+                said = json.loads(text) if text else {}
+                return number, {int(host): tuple(slots) for host, slots in said.items()}
 
-    def set_hosts(self, number: int, hosts: Sequence[int]) -> None:
-        """It is decided which hosts train. The launcher's word alone."""
-        at, bits = _HOSTS + 1 + number % 2 * _HOST_WORDS, mask(hosts)
-        for i in range(_HOST_WORDS):
-            self._words[at + i] = bits >> 64 * i & (1 << 64) - 1
+    def set_hosts(self, number: int, slots: Mapping[int, Sequence[int]]) -> None:
+        """It is decided who trains. The launcher's word alone.
+
+        Arguments:
+            slots: of each host's workers that take part, in order of host.
+        """
+        at, text = _HOSTS + 1 + number % 2 * _HOST_WORDS, json.dumps(slots).encode()
+        self._words[at] = len(text)
+        self._words[at + 1 : at + _HOST_WORDS].cast("B")[: len(text)] = text
         store_fence()
         self._words[_HOSTS] = number
 

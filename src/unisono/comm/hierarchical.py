@@ -27,6 +27,7 @@ from unisono.comm.canonical import Cover
 from unisono.comm.crossing import Crossing, Terms
 from unisono.comm.exchange import TAGS_A_BUCKET
 from unisono.comm.group import PACKED
+from unisono.comm.header import Course
 from unisono.comm.heads import join, split
 from unisono.comm.host import HostGroup
 from unisono.comm.leaders import Leaders
@@ -60,14 +61,14 @@ class Continuity:
     Attributes:
         parts: the host's state, for a copy elsewhere.
         versions: of its blocks.
-        say: what the first worker of a host knows of the run besides: "evaluated", the last step that was; "chief",
-            whether it keeps the records; and whatever one that is behind must know.
+        say: what the worker knows of the run besides: "evaluated", the last step that was; "chief", whether it keeps
+            the records; "outcome", of its last step, None where it has done none.
         idle: called while it cannot go on.
     """
 
     parts: Callable[[], list[Tensor]]
     versions: memoryview
-    say: Callable[[], dict[str, Any]] = lambda: {"evaluated": -1, "chief": False}
+    say: Callable[[], dict[str, Any]] = lambda: {"evaluated": -1, "chief": False, "outcome": None}
     idle: Callable[[], None] = lambda: None
 
 
@@ -101,9 +102,10 @@ class HierarchicalGroup:
         self._total = local.total()
         self._use = WireUse(0, 0.0, 0.0)
         self._began, self._flags = 0.0, 0
-        self._chief = 0  # the host whose first worker keeps the records
+        self._chief = 0  # the rank of the worker that keeps the records
         self._news: list[Event] = []
         self._known = b"{}"
+        self._joins = joins
         self._failed_at: tuple[tuple[int, ...], int] = ((), -1)
         self._tries = 0
         self._trial = Trial() if way.lossless == "auto" and place.rank == 0 else None
@@ -170,7 +172,7 @@ class HierarchicalGroup:
     @property
     def chief(self) -> bool:
         """Whether this worker keeps the run's records."""
-        return self.place.host == self._chief and self.local.rank == 0
+        return self.rank == self._chief
 
     def enter(self, activity: str, step: int, micro_batch: int | None = None) -> None:
         """Say what this worker does now."""
@@ -186,7 +188,7 @@ class HierarchicalGroup:
             change = self._regroup(GroupError("other hosts than before go on"))
             if change.step >= step:
                 raise change
-        self.local.header.train()
+        self.local.roll.begin(step, count)
         self._began = time.perf_counter()
         crossing = self.crossing
         if crossing.packed is not None:
@@ -280,7 +282,7 @@ class HierarchicalGroup:
         local, number = self.local, self.local.generation
 
         def ended() -> bool | None:
-            left = all(local.header.left(slot) >= number for slot in local.members)
+            left = all(local.header.left(slot) >= number or local.roll.is_lost(slot) for slot in local.members)
             return True if left or self.crossing.is_complete else None
 
         local.patient(ended, f"end of the exchange of step {step}", local.doing)
@@ -300,11 +302,10 @@ class HierarchicalGroup:
         while True:
             self._give_up()
             self._refuse_to_go_round(error)
-            hosts = self._await_decision(error)
+            slots = self._await_decision(error)
             before = [] if self._crossing is None else list(self.place.hosts.numbers)
             try:
-                self.place = self._all.among(hosts)
-                self.local.names = self.place.local_name
+                self.place = self._all.among(slots)
                 self._crossing = self._cross()
                 return self._compare(before)
             except Regrouped:
@@ -322,15 +323,15 @@ class HierarchicalGroup:
         if self._tries > MOST_TRIES:
             raise GroupError(f"{error}; the same hosts have failed at this step {MOST_TRIES} times") from error
 
-    def _await_decision(self, error: GroupError) -> Sequence[int]:
-        """The hosts of the next generation, this one among them."""
+    def _await_decision(self, error: GroupError) -> Mapping[int, Sequence[int]]:
+        """The workers of each host in the next generation, this one among them."""
         local, began, idle = self.local, time.monotonic(), False
-        header, mine = local.header, self._all.host
+        header, host = local.header, self._all.host
         while True:
-            number, hosts = header.hosts()
-            if number > local.generation and mine in hosts:
-                local.advance(number)
-                return hosts
+            number, slots = header.hosts()
+            if number > local.generation and local.slot in slots.get(host, ()):
+                local.advance(number, slots[host])
+                return slots
             waited = time.monotonic() - began
             elsewhere = number > local.generation or self._crossing is None  # others train, and will let it in
             if local.is_revoked() or (waited > local.deadline_s + GRACE_S and not (header.undecided or elsewhere)):
@@ -345,34 +346,44 @@ class HierarchicalGroup:
         """How far each host is; those that are behind get the state."""
         local, continuity, now = self.local, self.continuity, self.place.hosts.numbers
         assert continuity is not None
-        committed = local.header.committed if before else -1
-        mine = {"step": committed, "run": self.run, "known": self._known.decode(), **continuity.say()}
-        said = self._gather(json.dumps(mine).encode() if local.rank == 0 else b"", "comparison of hosts")
-        hosts = [json.loads(data) for data in said if data]
-        first = max(range(len(hosts)), key=lambda h: (hosts[h]["step"], hosts[h]["evaluated"], hosts[h]["chief"], -h))
-        known, step = hosts[first], hosts[first]["step"]
-        unlike = [h for h, other in enumerate(hosts) if other["run"] != known["run"]]
-        if self.place.host in unlike:
+        mine = {"step": self._committed(), "run": self.run, "known": self._known.decode(), **continuity.say()}
+        said = [json.loads(data) for data in self._gather(json.dumps(mine).encode(), "comparison of hosts")]
+        far = [(w["step"], w["outcome"] is not None, w["evaluated"], w["chief"], -r) for r, w in enumerate(said)]
+        first = max(range(len(said)), key=lambda rank: far[rank])
+        known, step = said[first], said[first]["step"]
+        if mine["run"] != known["run"]:
             raise LaunchError(
-                f"host {now[self.place.host]} was given another run, or is made of something else, than host "
-                f"{now[first]}: {hosts[self.place.host]['run']} there, {known['run']} here; it cannot join"
+                f"{self.place.hosts.name(self.rank)} cannot join {self.place.hosts.name(first)}: it was given another "
+                f"run, or is made of something else: {mine['run']} here, {known['run']} there"
             )
         self._known = known["known"].encode()
         self._flags = 0  # of which one that comes knows nothing
-        behind = [h for h, other in enumerate(hosts) if other["step"] < step]
-        if local.rank == 0 and (self.place.host == first or self.place.host in behind):
-            self._transfer(first, behind, step)
+        steps = [max(w["step"] for w in said[self.place.hosts.rank(h, 0) :][:n]) for h, n in enumerate(self._sizes)]
+        source, behind = self.place.hosts.place(first)[0], [h for h, at in enumerate(steps) if at < step]
+        if local.rank == 0 and (self.place.host == source or self.place.host in behind):
+            self._transfer(source, behind, step)
         if self.place.host in behind:
             for block in range(len(continuity.versions)) if local.rank == 0 else ():
                 continuity.versions[block] = step
             local.header.committed = step if local.rank == 0 else local.header.committed
-            local.finish(step)
             local.barrier(f"state of step {step}")
-        chiefs = [h for h, other in enumerate(hosts) if other["chief"]]
-        self._chief = first if not chiefs or hosts[first]["chief"] else chiefs[0]
+        local.finish(step)
+        self.enter("wait", step)
+        local.header.set_ready(local.slot, False)
+        chiefs = [rank for rank, worker in enumerate(said) if worker["chief"]]
+        self._chief = first if not chiefs or known["chief"] else chiefs[0]
         lost, joined = sorted(set(before) - set(now)), sorted(set(now) - set(before)) if before else []
-        self._news.append(HostsChanged(step + 1, local.generation, now, joined, lost))
+        self._news.append(HostsChanged(step + 1, local.generation, now, self._sizes, joined, lost))
         return Regrouped(step, known)
+
+    @property
+    def _sizes(self) -> tuple[int, ...]:
+        return self.place.hosts.sizes
+
+    def _committed(self) -> int:
+        """The last step whose state is whole on this host; one that has just begun has none."""
+        header = self.local.header
+        return -1 if header.course is Course.STARTING and self._joins else header.committed
 
     def _transfer(self, source: int, behind: Sequence[int], step: int) -> None:
         """The state, and its checksum, from one host to those that are behind."""
@@ -473,12 +484,22 @@ class HierarchicalGroup:
         telling = self.crossing.patience.telling
         with telling():
             own = self.local.all_gather(payload, operation)
+        self._refuse_losses(operation)
         joined = b""
         if self.local.rank == 0:
             joined = join(self.leaders.gather(join(own), operation))
         with telling():
-            hosts = split(self.local.all_gather(joined, operation, GRACE_S)[0])
+            everything = self.local.all_gather(joined, operation, GRACE_S)[0]
+        if not everything:
+            self._refuse_losses(operation)
+        hosts = split(everything)
         return [part for host in hosts for part in split(host)]
+
+    def _refuse_losses(self, operation: str) -> None:
+        """What a lost worker would have said, others must not do without: it is asked again in the next generation."""
+        lost = [slot for slot in self.local.members if self.local.roll.is_lost(slot)]
+        if lost:
+            raise GroupError(f"{operation}: {self.local.names(lost[0])} is lost")
 
     def barrier(self, operation: str) -> None:
         """An exchange of nothing."""

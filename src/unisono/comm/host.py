@@ -66,7 +66,7 @@ class HostGroup:
         self.layout = layout
         self.header = Header(arena.bytes(layout.regions.named["header"]), layout.slots)
         self.slot = slot
-        self.teams = teams if teams is not None else [[(slot,) for slot in members]]
+        self.teams = self._all_teams = teams if teams is not None else [[(slot,) for slot in members]]
         replicas = [[slot for team in self.teams for slot in team[number]] for number in range(len(self.teams[0]))]
         self.roll = Roll(self.header, slot, members, replicas)
         self._generation = generation
@@ -515,9 +515,11 @@ class HostGroup:
         header = self.header
         return self.is_revoked() or header.hosts_generation > self._generation or header.undecided
 
-    def advance(self, generation: int) -> None:
-        """Other hosts than before train from now on: nothing that was published or said counts any more."""
+    def advance(self, generation: int, members: Sequence[int]) -> None:
+        """Others than before train from now on, on this host or elsewhere: what was published or said is void."""
         self._generation = generation
+        self.teams = [[crew for crew in team if set(crew) <= set(members)] for team in self._all_teams]
+        self.roll.renew(members)
         self._mail.begin_generation(generation)
 
     def cause(self) -> str:

@@ -52,6 +52,12 @@ class Roll:
         self._paces: dict[int, float] = {}  # agreed on; none where others than before begin: those who join know none
         self.pace_s = 0.0
 
+    def renew(self, members: Sequence[int]) -> None:
+        """Others than before train from now on, as was decided elsewhere; who is lost by now is not among them."""
+        self.members = tuple(members)
+        self._seen = self._handled = self._header.losses
+        self.roster, self._paces = None, {}
+
     def begin(self, step: int, count: int) -> None:
         """A step begins, with those who were agreed on."""
         if self._agreed.step == step:

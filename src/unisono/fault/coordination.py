@@ -32,15 +32,20 @@ class Report:
 
     Attributes:
         step: the last that its workers have committed.
+        slots: of its workers that can take part.
         stalled: the generation in which they have stopped, since they cannot go on in it; 0 for none.
-        ready: they can take part.
         done: they have ended in good order.
     """
 
     step: int = 0
+    slots: tuple[int, ...] = (0,)
     stalled: int = 0
-    ready: bool = True
     done: bool = False
+
+    @classmethod
+    def read(cls, message: Mapping[str, Any]) -> "Report":
+        """From a message."""
+        return cls(**{**message, "slots": tuple(message["slots"])})
 
 
 @dataclass(slots=True)
@@ -188,7 +193,7 @@ class Coordination:
         match message.get("op"):
             case "beat":
                 peer.follows, peer.hears = message["follows"], bool(message["hears"])
-                peer.report = Report(**message["report"])
+                peer.report = Report.read(message["report"])
                 if peer.follows == self.number and not peer.hears:
                     self._beaten = float("-inf")
                 self._compare(number, message["generation"])
@@ -326,19 +331,20 @@ class Coordination:
         reachable = [number for number in absent if self._peer(number).shunned <= now]
         if reachable and now - self._led_since < REACH_S:
             return None  # they may come yet
-        lost = set(current.hosts) - {number for number, r in reports.items() if r.ready or r.done}
-        joining = {number for number, r in reports.items() if number not in current.hosts and r.ready and not r.done}
-        staying = {number for number, r in reports.items() if number in current.hosts and r.ready and not r.done}
+        lost = set(current.hosts) - {number for number, r in reports.items() if r.slots or r.done}
+        able = {number for number, r in reports.items() if r.slots and not r.done}
+        joining, staying = able - set(current.hosts), able & set(current.hosts)
+        others = any(reports[number].slots != current.of(number) for number in staying)
         working = [reports[number] for number in staying]
         stalled = bool(working) and all(r.stalled >= current.number for r in working)
         self._stalled_since = (self._stalled_since or now) if stalled else None
         heard = all(now - self._peer(number).told <= 2 * BEAT_S for number in staying - {self.number})
         renewed = heard and self._stalled_since is not None and now - self._stalled_since > STALL_S
-        if not (lost or joining or renewed or current.coordinator != self.number):
+        if not staying or not (lost or joining or others or renewed or current.coordinator != self.number):
             return None
-        hosts = tuple(sorted(staying | joining)) if staying else ()
-        step = max((r.step for r in reports.values()), default=current.step)
-        return Generation(current.number + 1, hosts, self.number, step) if hosts else None
+        hosts = tuple(sorted(able))
+        slots = tuple(reports[number].slots for number in hosts)
+        return Generation(current.number + 1, hosts, slots, self.number, max(r.step for r in reports.values()))
 
     def _end_if_all_done(self, voters: set[int], now: float) -> None:
         """Everyone has ended in good order; those who are lost by then are not waited for."""

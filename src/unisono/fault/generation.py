@@ -7,8 +7,9 @@ quorum has accepted is decided, whoever is lost afterwards: two quorums share a 
 Source: Lamport, Paxos Made Simple (2001).
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 WITNESS = -1
@@ -26,14 +27,21 @@ class Generation:
     Attributes:
         number: from 1.
         hosts: the numbers of their launchers, in order.
+        slots: the places of each host's workers that take part.
         coordinator: the host whose launcher has brought it about.
         step: what had been committed by then, as far as it knew.
     """
 
     number: int
     hosts: tuple[int, ...]
+    slots: tuple[tuple[int, ...], ...]
     coordinator: int
     step: int = 0
+
+    @classmethod
+    def first(cls, sizes: Sequence[int]) -> "Generation":
+        """All hosts, with so many workers each."""
+        return cls(1, tuple(range(len(sizes))), tuple(tuple(range(size)) for size in sizes), 0)
 
     @classmethod
     def read(cls, message: Mapping[str, Any]) -> "Generation":
@@ -43,18 +51,23 @@ class Generation:
             ValueError: for what is none.
         """
         try:
-            hosts = tuple(message["hosts"])
+            hosts, slots = tuple(message["hosts"]), tuple(tuple(each) for each in message["slots"])
             number, coordinator, step = (message[key] for key in ("number", "coordinator", "step"))
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a generation: {message!r}") from error
-        whole = all(type(value) is int and value >= 0 for value in (*hosts, number, coordinator, step))
-        if not whole or not hosts or list(hosts) != sorted(set(hosts)):
+        whole = all(type(v) is int and v >= 0 for v in (*hosts, number, coordinator, step, *chain(*slots)))
+        ordered = all(list(some) == sorted(set(some)) and some for some in (hosts, *slots))
+        if not whole or not ordered or len(hosts) != len(slots):
             raise ValueError(f"not a generation: {message!r}")
-        return cls(number, hosts, coordinator, step)
+        return cls(number, hosts, slots, coordinator, step)
 
     def written(self) -> dict[str, Any]:
         """For a message or a file."""
-        return {**asdict(self), "hosts": list(self.hosts)}
+        return {**asdict(self), "hosts": list(self.hosts), "slots": [list(each) for each in self.slots]}
+
+    def of(self, host: int) -> tuple[int, ...]:
+        """The slots of a host's workers; none where it takes no part."""
+        return self.slots[self.hosts.index(host)] if host in self.hosts else ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,10 +103,8 @@ def decide(
         return Verdict.SHRINK  # it was not needed any more
     if rules is None or rules.on_loss == "stop" or course is Course.OVER:
         return Verdict.FAIL
-    if rules.several_hosts and (joins or course is Course.TRAINING):
-        return _of_several_hosts(rules, death, before)
     if course is Course.STARTING and rules.several_hosts:
-        return Verdict.FAIL
+        return _of_one_host(death, before) if joins else Verdict.FAIL
     if course is Course.STARTING:
         return Verdict.RESTART if restarts < MOST_RESTARTS else Verdict.FAIL
     if poisoned(death, before, rules.together) is not None:
@@ -119,12 +117,9 @@ def decide(
     return Verdict.REPLACE
 
 
-def _of_several_hosts(rules: Rules, death: Death, before: Sequence[Death]) -> Verdict:
-    """What follows where other hosts go on."""
-    if poisoned(death, before, rules.together) is not None:
-        return Verdict.FAIL
-    leaves = rules.on_loss == "shrink" or _early_ends(death, before) >= MOST_EARLY_ENDS
-    return Verdict.LEAVE if leaves else Verdict.REJOIN
+def _of_one_host(death: Death, before: Sequence[Death]) -> Verdict:
+    """What follows where no worker of this host is left that trains, and other hosts go on."""
+    return Verdict.LEAVE if _early_ends(death, before) >= MOST_EARLY_ENDS else Verdict.REJOIN
 
 
 def _early_ends(death: Death, before: Sequence[Death]) -> int:

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from unisono.errors import ConfigurationError, LaunchError
@@ -189,11 +189,7 @@ class Nodes:
         """What this host's workers do."""
         coordination = self.coordination
         if coordination is not None and report != coordination.report:
-            urgent = (report.stalled, report.ready, report.done) != (
-                coordination.report.stalled,
-                coordination.report.ready,
-                coordination.report.done,
-            )
+            urgent = replace(report, step=0) != replace(coordination.report, step=0)
             coordination.report = report
             if urgent:
                 coordination.hurry()
@@ -201,7 +197,7 @@ class Nodes:
     def rejoin(self) -> None:
         """This host's workers are lost: the others go on, and new ones join them."""
         assert self.coordination is not None
-        self.report(Report(step=self.coordination.report.step, ready=False))
+        self.report(replace(self.coordination.report, slots=()))
         self.poll()
 
     def take_decided(self) -> list[Generation]:
@@ -228,7 +224,7 @@ class Nodes:
     def done(self) -> None:
         """The workers of this host have ended in good order."""
         assert self.coordination is not None
-        self.report(Report(step=self.coordination.report.step, done=True))
+        self.report(replace(self.coordination.report, done=True))
         self.poll()
 
     def close(self) -> None:
@@ -403,11 +399,11 @@ class Nodes:
     def _start(self, sizes: tuple[int, ...], master_port: int, run: str) -> None:
         """All are there."""
         self.hosts, self.master_port, self._run = Hosts(sizes), master_port, run
-        first = Generation(1, tuple(range(len(sizes))), 0)
-        acceptor = Acceptor(first, self._ledger)
+        acceptor = Acceptor(Generation.first(sizes), self._ledger)
         witness = self.rendezvous.witness is not None
         self.coordination = Coordination(self.number, acceptor, float("inf"), witness=witness)
         self.coordination.decides = False
+        self.coordination.report = Report(slots=tuple(range(sizes[self.number])))
         self.coordination.begin([line.number for line in self._lines.all if line.number is not None], self.clock())
 
     def _coordinate(self, coordination: Coordination) -> None:

@@ -1,7 +1,7 @@
 """One host's part in a run that survives the loss of hosts: what its launcher tells the others, and its workers."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,12 +37,15 @@ class Span:
     say: Callable[[str], None] = field(default=lambda text: print(f"unisono: {text}", file=sys.stderr, flush=True))
     failure: WorkerFailed | None = None
     _members: tuple[int, ...] = ()
+    _in: set[int] = field(default_factory=set)  # slots of this host's that take part
+    _awaited: set[int] = field(default_factory=set)  # those of lost workers, until others there are ready
     _waiting: tuple[int, ...] = ()
     _out: bool = False  # the others have gone on without this host's earlier workers
 
     def __post_init__(self) -> None:
         assert self.nodes.coordination is not None
-        self._members = self.nodes.coordination.current.hosts
+        current = self.nodes.coordination.current
+        self._members, self._in = current.hosts, set() if self.joins else set(current.of(self.nodes.number))
 
     @property
     def run_dir(self) -> Path | None:
@@ -50,8 +53,12 @@ class Span:
         found = self.nodes.run_dir or self.rules.run_dir
         return Path(found) if found is not None else None
 
-    def tend(self) -> None:
-        """Tell the others how far this host is, and its workers what is decided."""
+    def tend(self, living: Sequence[int]) -> None:
+        """Tell the others how far this host is, and its workers what is decided.
+
+        Arguments:
+            living: the slots of workers that have not ended.
+        """
         nodes, header = self.nodes, self.header
         if not nodes.survives:
             if header.course is not Course.TRAINING:
@@ -59,12 +66,16 @@ class Span:
             nodes.survive(self.run_dir / DIRECTORY if self.run_dir else None, self.rules.host_deadline_s)
         if header.course is Course.OVER:
             return
-        stalled = max(header.left(slot) for slot in range(header.slots))
-        nodes.report(Report(header.committed, stalled, self._is_ready()))
+        stalled = max((header.left(slot) for slot in living), default=0)
+        nodes.report(Report(header.committed, tuple(self._able(living)), stalled))
         nodes.poll()
         for generation in nodes.take_decided():
             self._decided(generation)
         self._look_who_is_missing()
+
+    def lose(self, slot: int) -> None:
+        """A worker has ended."""
+        self._awaited.add(slot)
 
     def fence(self, host: int) -> str:
         """Somebody vouches for a host being dead.
@@ -82,20 +93,26 @@ class Span:
         coordination.fence(host)
         return f"host {host} counts as dead"
 
-    def _is_ready(self) -> bool:
-        if not self.joins:
-            return True
-        coordination = self.nodes.coordination
+    def _able(self, living: Sequence[int]) -> list[int]:
+        """The slots of workers that can take part: those who train, and those who are ready to."""
+        coordination, header = self.nodes.coordination, self.header
         assert coordination is not None
-        self._out = self._out or not coordination.belongs
-        return self._out and all(self.header.ready(slot) for slot in range(self.header.slots))
+        able = [s for s in living if header.ready(s) or (s in self._in and s not in self._awaited)]
+        if header.course is Course.STARTING:  # all of this host begin together, once the others have gone on
+            self._out = self._out or not coordination.belongs
+            return able if self._out and len(able) == header.slots else []
+        return able
 
     def _decided(self, generation: Generation) -> None:
         before, self._members = set(self._members), generation.hosts
+        mine, self._in = set(self._in), set(generation.of(self.nodes.number))
+        self._awaited -= {slot for slot in self._in if self.header.ready(slot)}
         now = set(generation.hosts)
-        self.header.set_hosts(generation.number, generation.hosts)
+        self.header.set_hosts(generation.number, dict(zip(generation.hosts, generation.slots, strict=True)))
         told = [f"{_hosts(sorted(before - now))} lost"] if before - now else []
         told += [f"{_hosts(sorted(now - before))} joined"] if now - before else []
+        if self._in and mine != self._in and not told:
+            told = [f"{len(self._in)} workers of host {self.nodes.number}"]
         told += [f"{_hosts(generation.hosts)} go on" if len(now) > 1 else f"{_hosts(generation.hosts)} goes on"]
         self.say(f"{', '.join(told)} (generation {generation.number}, from step {generation.step})")
 

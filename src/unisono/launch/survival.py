@@ -138,7 +138,10 @@ class Survival:
         death = watch.death(rank - self.first, process)
         verdict = decide(watch.rules, watch.course, death, self.deaths, restarts, joins=joins)
         survives = verdict in (Verdict.REPLACE, Verdict.SHRINK) and watch.course is Course.TRAINING
-        if survives and not any(map(self.trains, others)):
+        alone = survives and not any(map(self.trains, others))
+        if alone and watch.rules.several_hosts:
+            verdict = Verdict.REJOIN if verdict is Verdict.REPLACE else Verdict.LEAVE
+        elif alone:
             verdict = Verdict.FAIL
             self.failure = WorkerFailed(
                 f"worker {rank} (process {process}), the last that trained, has ended {death.where}, and nobody is "

@@ -17,7 +17,7 @@ from unisono.launch.control import Message
 from unisono.launch.ledger import Ledger
 from unisono.launch.lines import MOST_STRANGERS, Line, Lines
 
-NOTHING = Generation(0, (0,), 0)
+NOTHING = Generation(0, (0,), ((0,),), 0)
 """Before the first generation of a run that it hears of."""
 TURN_S = 0.5
 _RUN = re.compile("[0-9a-f]{16}")

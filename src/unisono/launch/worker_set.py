@@ -192,7 +192,7 @@ class WorkerSet:
             if self._nodes is not None:
                 self._nodes.poll()
             if self._span is not None and not self._reported:
-                self._span.tend()
+                self._span.tend([w.rank - self._task.first for w in self._workers if w.status is None])
                 self.survival.failure = self.survival.failure or self._span.failure
             if self._each_turn is not None:
                 self._each_turn(self)
@@ -271,6 +271,8 @@ class WorkerSet:
             then = "; the others go on, and this host joins them again" if joins else " before training began"
             print(f"unisono: {how}{then}; all workers of this host start again", file=sys.stderr, flush=True)
             raise StartAgain(joins=joins)
+        if self._span is not None:
+            self._span.lose(worker.rank - self._task.first)
         fatal = verdict in (Verdict.FAIL, Verdict.LEAVE)
         worker.lost, worker.fatal = not fatal, fatal
         if verdict is Verdict.REPLACE and not self.interrupts:

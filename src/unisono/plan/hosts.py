@@ -1,6 +1,6 @@
 """Which worker is on which host: world ranks run through the hosts one after another."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -94,15 +94,18 @@ class Place:
         """This worker's number on its host."""
         return self.hosts.place(self.rank)[1]
 
-    def among(self, hosts: Sequence[int]) -> "Place":
-        """This worker's place where only some of the hosts are there.
+    def among(self, slots: Mapping[int, Sequence[int]]) -> "Place":
+        """This worker's place where only some workers of some hosts are there.
 
-        >>> place = Place(Hosts((2, 1, 2)), 3).among([0, 2])
+        Arguments:
+            slots: the local ranks of each host's, in order of host.
+
+        >>> place = Place(Hosts((2, 1, 2)), 4).among({0: [0, 1], 2: [1]})
         >>> place.rank, place.host, place.hosts.name(place.rank)
         (2, 1, 'rank 2 (host 2)')
         """
-        some = Hosts(tuple(self.hosts.sizes[host] for host in hosts), tuple(hosts))
-        return Place(some, some.rank(hosts.index(self.host), self.local_rank))
+        some = Hosts(tuple(map(len, slots.values())), tuple(slots))
+        return Place(some, some.rank(list(slots).index(self.host), slots[self.host].index(self.local_rank)))
 
     def local_name(self, local_rank: int) -> str:
         """A worker of this host, for a reader."""

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from tests.proxy import proxy
-from unisono.bench.namespaces import Namespaces, unavailable
 from unisono.errors import UnisonoError
 from unisono.launch.local import LocalLauncher
+from unisono.launch.namespaces import Namespaces, unavailable
 from unisono.launch.spanning import _without_hosts
 
 SECRET = "a secret of twenty-four c"

@@ -9,8 +9,8 @@ from statistics import mean, median
 from tempfile import TemporaryFile
 from typing import IO, Any
 
-from unisono.bench.namespaces import Namespaces, unavailable
 from unisono.errors import ConfigurationError, WorkerFailed
+from unisono.launch.namespaces import Namespaces, unavailable
 
 HOSTS = 2
 WARMUP = 3

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
-from unisono.bench.namespaces import DEVICE
 from unisono.data.feed import Feed
 from unisono.events import Event, StepFinished
+from unisono.launch.namespaces import DEVICE
 from unisono.launch.process import die_with_parent
 from unisono.run.rng import Isolation, derive
 from unisono.run.sampling import Sampler

@@ -6,7 +6,6 @@ launcher's loop, which also takes the times: it looks at the arena's words every
 """
 
 import contextlib
-import itertools
 import json
 import os
 import random
@@ -15,16 +14,16 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from unisono.check.observed import Observed, Row
 from unisono.check.strike import Storage, Strike
 from unisono.comm.header import Course
 from unisono.config import Config, validate
 from unisono.errors import ConfigurationError, UnisonoError
 from unisono.launch.local import LocalLauncher
-from unisono.launch.task import STANDARD_ERROR, Elastic, Ending
+from unisono.launch.task import STANDARD_ERROR, Elastic
 from unisono.launch.worker_set import WorkerSet
 from unisono.observe.records import EVENTS
 from unisono.plan.assignment import paced_micro_batches
@@ -51,103 +50,6 @@ SPECIAL = (
 FAULTS = (*AT_MOMENTS, *SPECIAL)
 
 Say = Callable[[str], None]
-
-
-@dataclass(slots=True)
-class Row:
-    """What one kind of fault led to.
-
-    Attributes:
-        recovery_s: from each fault to the next commit.
-        bound_s: what an undisturbed step, the recomputation and half a second come to.
-        lost_steps: that had been committed, and had to be trained again.
-        recomputed_micro_batches: the most for one fault.
-        exactly_once: every step is on record once, with the loss of the undisturbed run.
-        survivors_restarted: processes that ended without being struck.
-        note: what else was looked at.
-    """
-
-    fault: str
-    repetitions: int = 0
-    recovery_s: list[float] = field(default_factory=list)
-    bound_s: float | None = None
-    lost_steps: int = 0
-    recomputed_micro_batches: int = 0
-    exactly_once: bool = True
-    digest_equal: bool = True
-    survivors_restarted: int = 0
-    note: str = ""
-
-    @property
-    def good(self) -> bool:
-        """Whether everything is as it would have been."""
-        return self.exactly_once and self.digest_equal and not self.lost_steps and not self.survivors_restarted
-
-    def as_dict(self) -> dict[str, Any]:
-        """As data."""
-        at = sorted(self.recovery_s)
-        return {
-            "fault": self.fault,
-            "repetitions": self.repetitions,
-            "recovery_p50_s": round(statistics.median(at), 4) if at else None,
-            "recovery_p95_s": round(at[min(len(at) - 1, int(0.95 * len(at)))], 4) if at else None,
-            "bound_s": None if self.bound_s is None else round(self.bound_s, 4),
-            "lost_steps": self.lost_steps,
-            "recomputed_micro_batches": self.recomputed_micro_batches,
-            "exactly_once": self.exactly_once,
-            "digest_equal": self.digest_equal,
-            "survivors_restarted": self.survivors_restarted,
-            "note": self.note,
-        }
-
-    def as_text(self) -> str:
-        """For a reader."""
-        row = self.as_dict()
-        times = ""
-        if self.recovery_s:
-            bound = f", bound {row['bound_s']:.2f} s" if self.bound_s is not None else ""
-            times = f"{row['recovery_p50_s']:.2f} s, p95 {row['recovery_p95_s']:.2f} s{bound}; "
-        return (
-            f"{'ok ' if self.good else 'BAD'} {self.fault:<16} x{self.repetitions:<3} {times}"
-            f"{self.recomputed_micro_batches} micro-batches again, {self.lost_steps} steps lost, "
-            f"{self.survivors_restarted} survivors restarted, "
-            f"digest {'equal' if self.digest_equal else 'DIFFERS'}{'; ' + self.note if self.note else ''}"
-        )
-
-
-@dataclass(slots=True)
-class Observed:
-    """What was seen of one run.
-
-    Attributes:
-        ending: how it ended; None where it was to end with an error, which is ``error``.
-        committed_at: when each step was first seen committed.
-        strikes: what workers told as they were struck: fault, time and process.
-        ended: processes that ended while others trained.
-        records: the run's events.
-        limits_s: what workers that hung were given.
-        over_at: when it ended.
-    """
-
-    ending: Ending | None = None
-    error: str = ""
-    committed_at: dict[int, float] = field(default_factory=dict)
-    strikes: list[dict[str, Any]] = field(default_factory=list)
-    ended: set[int] = field(default_factory=set)
-    records: list[dict[str, Any]] = field(default_factory=list)
-    limits_s: list[float] = field(default_factory=list)
-    over_at: float = 0.0
-
-    @property
-    def losses(self) -> list[tuple[int, float]]:
-        """(step, loss) of all steps on record, in order."""
-        return [(r["step"], r["loss"]) for r in self.records if r["event"] == "StepFinished"]
-
-    @property
-    def step_s(self) -> float:
-        """The median step, the first ones left out."""
-        times = [self.committed_at[step] for step in sorted(self.committed_at)][3:]
-        return statistics.median(b - a for a, b in itertools.pairwise(times))
 
 
 class Chaos:
@@ -434,7 +336,7 @@ class Chaos:
         for step, at in {note["struck"]["step"]: note["at"] for note in reversed(seen.strikes)}.items():
             if step in seen.committed_at:
                 row.recovery_s.append(seen.committed_at[step] - at)
-        again = [len([m for part in r["taken_over"].values() for m in part]) for r in _of(seen, "WorkerLost")]
+        again = [len([m for part in r["taken_over"].values() for m in part]) for r in seen.of("WorkerLost")]
         row.recomputed_micro_batches = max([row.recomputed_micro_batches, *again])
         if seen.strikes:
             step_s = undisturbed.step_s
@@ -482,8 +384,8 @@ class Chaos:
                 look(workers, committed)
 
         with _directory(run_dir) as directory:
-            arguments = self._arguments(steps, directory, strikes, storage, settings, resume)
-            target = {"call": "unisono.check.strike:train", "arguments": arguments}
+            given = arguments(self._config, steps, directory, strikes, storage, settings, resume)
+            target = {"call": "unisono.check.strike:train", "arguments": given}
             together = self._config.layout.model_workers
             count = elastic.least if elastic is not None else self._workers
             self._launcher.each_turn, self._launcher.turn_s = turn, TURN_S
@@ -502,31 +404,29 @@ class Chaos:
             seen.records = [json.loads(line) for line in lines]
         return seen
 
-    def _arguments(
-        self,
-        steps: int,
-        run_dir: str,
-        strikes: Sequence[Strike],
-        storage: Storage | None,
-        settings: dict[str, Any],
-        resume: bool,
-    ) -> dict[str, Any]:
-        data = self._config.model_dump(mode="json")
-        decay = self._config.schedule.decay_steps or self._config.steps
-        data["schedule"] = {**data["schedule"], "decay_steps": decay}
-        data["layout"] = {**data["layout"], "data": None}
-        data["observe"] = {"progress": False, "tensorboard": False, "report": False}
-        data |= {"steps": steps, "run_dir": run_dir, "checkpoint": {}, "validation": {}, **settings}
-        return {
-            "config": validate(Config, data, "chaos").model_dump(mode="json"),
-            "strikes": [strike.as_dict() for strike in strikes],
-            "storage": storage.as_dict() if storage is not None else None,
-            "resume": resume,
-        }
 
-
-def _of(seen: Observed, event: str) -> list[dict[str, Any]]:
-    return [record for record in seen.records if record["event"] == event]
+def arguments(
+    config: Config,
+    steps: int,
+    run_dir: str,
+    strikes: Sequence[Strike],
+    storage: Storage | None,
+    settings: dict[str, Any],
+    resume: bool,
+) -> dict[str, Any]:
+    """Those of `check.strike.train`: a configuration without records that take time."""
+    data = config.model_dump(mode="json")
+    decay = config.schedule.decay_steps or config.steps
+    data["schedule"] = {**data["schedule"], "decay_steps": decay}
+    data["layout"] = {**data["layout"], "data": None}
+    data["observe"] = {"progress": False, "tensorboard": False, "report": False}
+    data |= {"steps": steps, "run_dir": run_dir, "checkpoint": {}, "validation": {}, **settings}
+    return {
+        "config": validate(Config, data, "chaos").model_dump(mode="json"),
+        "strikes": [strike.as_dict() for strike in strikes],
+        "storage": storage.as_dict() if storage is not None else None,
+        "resume": resume,
+    }
 
 
 @contextlib.contextmanager

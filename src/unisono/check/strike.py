@@ -108,6 +108,7 @@ class Armed:
         world = this_process()
         mine = [s for s in strikes if s.rank == world.rank]
         self._left = list(mine)
+        self._joins = world.joins
         self.step = 0
         self._more_s = 0.0
         self._computed: set[tuple[int, int | None]] = set()
@@ -126,6 +127,8 @@ class Armed:
         """Hear of phases."""
         if not isinstance(event, PhaseEntered):
             return
+        if self._joins and self.step == 0:  # with the other hosts it does that step again in which one was struck
+            self._left = [fault for fault in self._left if fault.step == 0 or fault.step > event.step]
         self.step = event.step
         self.at(event.phase, event.step)
         if event.phase == "compute":

@@ -1,12 +1,17 @@
 """``unisono chaos``: faults against a real run."""
 
 import json
-from typing import Annotated
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from unisono.cli.options import ConfigFile, JsonOption, Overrides, WorkersOption
 from unisono.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from unisono.check.observed import Row
 
 
 def chaos(
@@ -18,6 +23,10 @@ def chaos(
     ] = None,
     repeat: Annotated[int, typer.Option(min=1, help="Faults of each kind.")] = 20,
     seed: Annotated[int, typer.Option(help="Of random faults.")] = 0,
+    hosts: Annotated[
+        bool,
+        typer.Option("--hosts", help="Faults of hosts: 2 to 4 launchers on this machine, of -n workers each."),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Let workers be killed, stopped, hang, come and go in a real run, and disks be full; compare with one undisturbed.
@@ -26,7 +35,12 @@ def chaos(
     on, and whether the digest is equal: exit code 0 only if it always is.
 
     Example: unisono chaos configs/lm.yaml -n 4 --faults kill-backward,kill-mid-commit,stop --repeat 5
+
+    Hosts that are killed, stopped, or cut off (which needs root): unisono chaos configs/lm.yaml -n 1 --hosts --repeat 5
     """
+    if hosts:
+        _of_hosts(config, overrides or [], workers or 1, faults, repeat, as_json)
+        return
     from unisono.check.chaos import Chaos, chosen_faults
     from unisono.config import load
     from unisono.launch.launcher import shares_memory
@@ -48,12 +62,38 @@ def chaos(
     with LocalLauncher() as launcher:
         launcher.preload(preloads(settings, [settings.layout]))
         subject = Chaos(launcher, settings, count, repeat, seed, lambda text: typer.echo(text, err=True))
-        rows = []
-        for name in names:
-            rows.append(subject.run(name))
-            if not as_json:
-                typer.echo(rows[-1].as_text())
-        if as_json:
-            typer.echo(json.dumps({"rows": [row.as_dict() for row in rows]}))
-        if not all(row.good for row in rows):
-            raise typer.Exit(1)
+        _show(map(subject.run, names), as_json)
+
+
+def _of_hosts(config: Path, overrides: list[str], workers: int, faults: str | None, repeat: int, as_json: bool) -> None:
+    """Faults of hosts."""
+    from unisono.check.host_chaos import FAULTS, HostChaos, chosen_host_faults
+    from unisono.config import load
+    from unisono.launch.possible import refuse_impossible, survives_hosts
+    from unisono.plan.hosts import Hosts
+
+    names = chosen_host_faults(faults)
+    settings = load(config, overrides)
+    whole = settings.layout.model_copy(update={"zero": None if settings.layout.zero in (None, 1) else 0})
+    settings = settings.model_copy(update={"layout": whole})
+    refuse_impossible(settings, Hosts((workers,) * max(FAULTS[name] for name in names)))
+    if not survives_hosts(settings):
+        raise ConfigurationError(
+            "chaos --hosts needs a run that survives the loss of hosts: each with the whole state (layout.zero=1 or "
+            "left out), device cpu, workers that compute the whole model, and no compression"
+        )
+    subject = HostChaos(settings, workers, repeat, lambda text: typer.echo(text, err=True))
+    _show(map(subject.run, names), as_json)
+
+
+def _show(found: "Iterable[Row]", as_json: bool) -> None:
+    """Rows as they come, or together; exit code 1 where one is bad."""
+    rows = []
+    for row in found:
+        rows.append(row)
+        if not as_json:
+            typer.echo(row.as_text())
+    if as_json:
+        typer.echo(json.dumps({"rows": [row.as_dict() for row in rows]}))
+    if not all(row.good for row in rows):
+        raise typer.Exit(1)

@@ -37,7 +37,7 @@ class Span:
     say: Callable[[str], None] = field(default=lambda text: print(f"unisono: {text}", file=sys.stderr, flush=True))
     failure: WorkerFailed | None = None
     _members: tuple[int, ...] = ()
-    _in: set[int] = field(default_factory=set)  # slots of this host's that take part
+    _in: set[int] = field(default_factory=set)  # slots of this host's that take part, or did when it last did
     _awaited: set[int] = field(default_factory=set)  # those of lost workers, until others there are ready
     _waiting: tuple[int, ...] = ()
     _out: bool = False  # the others have gone on without this host's earlier workers
@@ -105,7 +105,7 @@ class Span:
 
     def _decided(self, generation: Generation) -> None:
         before, self._members = set(self._members), generation.hosts
-        mine, self._in = set(self._in), set(generation.of(self.nodes.number))
+        mine, self._in = set(self._in), set(generation.of(self.nodes.number)) or self._in
         self._awaited -= {slot for slot in self._in if self.header.ready(slot)}
         now = set(generation.hosts)
         self.header.set_hosts(generation.number, dict(zip(generation.hosts, generation.slots, strict=True)))

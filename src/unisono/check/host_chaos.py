@@ -1,0 +1,480 @@
+"""``unisono chaos --hosts``: hosts that are killed, stopped or cut off, beside the same run undisturbed.
+
+Every host is a launcher of its own, in a network namespace of its own where the machine allows that; links are cut
+there. What is seen from outside is the run's record: a step that is on it is committed.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from unisono.check.chaos import FIRST, GAP, Say, arguments
+from unisono.check.observed import Observed, Row
+from unisono.check.one_host import Order
+from unisono.check.strike import Strike
+from unisono.config import Config
+from unisono.errors import ConfigurationError, WorkerFailed
+from unisono.launch.namespaces import Namespaces, unavailable
+from unisono.launch.nodes import free_port
+from unisono.launch.secret import VARIABLE
+from unisono.observe.records import EVENTS
+
+LOOPBACK = "127.0.0.1"
+LOOK_S = 0.002
+LATE_S, HELD_S, APART_S = 60.0, 4.0, 5.0
+"""Until a run must have gone on; for how long a fault lasts that ends by itself; from one to the next."""
+CUT_BOUND_S = 3.0
+"""In which the majority goes on."""
+PORT, WITNESS_PORT = 29600, 29601
+
+FAULTS = {
+    "host-worker": 2,
+    "host": 3,
+    "coordinator": 3,
+    "coordinator-stopped": 3,
+    "host-witness": 2,
+    "host-fenced": 2,
+    "cut": 3,
+    "cut-coordinator": 3,
+    "cut-one-way": 3,
+    "cut-halves": 2,
+    "cut-halves-witness": 4,
+}
+"""Each with the hosts that it takes."""
+CUTS = tuple(name for name in FAULTS if name.startswith("cut"))
+
+
+@dataclass(slots=True)
+class Hosts:
+    """Launchers that run one training; a context manager.
+
+    Arguments:
+        count, workers: hosts, and workers of each.
+        network: where their links can be cut; None for loopback.
+        witness: whether there is one, on a host of its own.
+        run_dir: of the run.
+    """
+
+    count: int
+    workers: int
+    network: Namespaces | None
+    witness: bool
+    run_dir: Path
+    processes: list[subprocess.Popen[str]] = field(default_factory=list)
+    killed: set[int] = field(default_factory=set)
+    _open: ExitStack = field(default_factory=ExitStack)
+
+    def __enter__(self) -> "Hosts":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGCONT)
+                process.kill()
+            process.communicate()
+        self._open.close()
+
+    def start(self, arguments: dict[str, Any]) -> None:
+        """Let all begin."""
+        secret = secrets.token_hex(16)
+        port = PORT if self.network is not None else free_port(LOOPBACK)
+        voter = self._start_witness(secret) if self.witness else None
+        for number in range(self.count):
+            order = Order(number, self.count, self.workers, self._address(0), port, voter, secret, arguments)
+            words = self._words(number, [sys.executable, "-m", "unisono.check.one_host"])
+            log = self._open.enter_context((self.run_dir / f"host-{number}.log").open("w"))
+            process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+            self.processes.append(process)
+            assert process.stdin is not None
+            process.stdin.write(json.dumps(asdict(order)) + "\n")
+            process.stdin.flush()
+
+    def _start_witness(self, secret: str) -> tuple[str, int]:
+        port = WITNESS_PORT if self.network is not None else free_port(LOOPBACK)
+        where = (self._address(self.count), port)
+        state = str(self.run_dir / "witness")
+        words = [sys.executable, "-m", "unisono", "witness", "--listen", f"{where[0]}:{port}", "--state", state]
+        environment = {**os.environ, VARIABLE: secret}
+        process = subprocess.Popen(
+            self._words(self.count, words), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+        )
+        self._open.callback(process.wait)
+        self._open.callback(process.kill)
+        assert process.stdout is not None
+        process.stdout.readline()  # it listens
+        self._open.callback(process.stdout.close)
+        return where
+
+    def _address(self, number: int) -> str:
+        return self.network.addresses[number] if self.network is not None else LOOPBACK
+
+    def _words(self, number: int, words: list[str]) -> list[str]:
+        return self.network.words(number, words) if self.network is not None else words
+
+    def kill(self, number: int) -> None:
+        """A whole host: its launcher, and with it all that it has started."""
+        self.killed.add(number)
+        self.processes[number].kill()
+
+    def send(self, number: int, what: signal.Signals) -> None:
+        """A signal to a host's launcher alone."""
+        self.processes[number].send_signal(what)
+
+    def separate(self, some: Sequence[int], others: Sequence[int], *, one_way: bool = False) -> None:
+        """Cut the links between hosts (the witness's comes after the last)."""
+        assert self.network is not None
+        for a in some:
+            for b in others:
+                self.network.block(a, b)
+                if not one_way:
+                    self.network.block(b, a)
+
+    def join(self, some: Sequence[int], others: Sequence[int], *, one_way: bool = False) -> None:
+        """Mend them."""
+        assert self.network is not None
+        for a in some:
+            for b in others:
+                self.network.unblock(a, b)
+                if not one_way:
+                    self.network.unblock(b, a)
+
+    def over(self) -> bool:
+        """Whether all that were not killed have ended."""
+        return all(p.poll() is not None for n, p in enumerate(self.processes) if n not in self.killed)
+
+    def said(self) -> list[dict[str, Any]]:
+        """What each of them saw, of those that were not killed.
+
+        Raises:
+            WorkerFailed: where one has ended without a word.
+        """
+        found = []
+        for number, process in enumerate(self.processes):
+            output, _ = process.communicate(timeout=LATE_S)
+            if number in self.killed:
+                continue
+            if not output.strip():
+                raise WorkerFailed(f"host {number} ended without a word: {self.log(number)[-500:]}")
+            found.append(json.loads(output.splitlines()[-1]))
+        return found
+
+    def log(self, number: int) -> str:
+        """What a host has told its user."""
+        return (self.run_dir / f"host-{number}.log").read_text(encoding="utf-8")
+
+
+class HostChaos:
+    """Runs faults of hosts against one configuration.
+
+    Arguments:
+        config: what is trained; its length and records are chaos's own.
+        workers: of each host.
+        repeat: faults of each kind.
+        say: told of what happens.
+    """
+
+    def __init__(self, config: Config, workers: int, repeat: int, say: Say) -> None:
+        self._config = config
+        self._workers = workers
+        self._repeat = repeat
+        self._say = say
+        self._undisturbed: dict[tuple[int, int], Observed] = {}
+
+    def run(self, fault: str) -> Row:
+        """Let one kind of fault happen, again and again.
+
+        Raises:
+            ConfigurationError: where links cannot be cut on this machine.
+        """
+        if fault in CUTS and (reason := unavailable()) is not None:
+            raise ConfigurationError(f"{fault} needs hosts whose links can be cut: {reason}")
+        self._say(f"{fault}: {self._repeat} times")
+        row = Row(fault, self._repeat)
+        method: Callable[[Row], None] = getattr(self, f"_{fault.replace('-', '_')}")
+        method(row)
+        return row
+
+    # A worker
+
+    def _host_worker(self, row: Row) -> None:
+        """A worker of one of two hosts is killed; every few steps another."""
+        size = 2 * self._workers
+        strikes = [Strike(n % size, FIRST + GAP * n, "backward") for n in range(self._repeat)]
+        steps = FIRST + GAP * (self._repeat + 1)
+        seen = self._train(2, steps, strikes=strikes)
+        for step, at in sorted((s["struck"]["step"], s["at"]) for s in seen.strikes):
+            row.recovery_s.append(seen.committed_at[step] - at)
+        one = self._expected(2, steps).step_s
+        row.bound_s = one + one + 0.5  # a step, and at the most all of it again
+        self._judge(row, seen, 2, steps)
+
+    # A host
+
+    def _host(self, row: Row) -> None:
+        """The last of three is killed."""
+        self._kill(row, 3, 2)
+
+    def _coordinator(self, row: Row) -> None:
+        """The first of three, which coordinates and keeps the records."""
+        self._kill(row, 3, 0)
+
+    def _host_witness(self, row: Row) -> None:
+        """One of two, which have a witness, in turn."""
+        self._kill(row, 2, None, witness=True)
+
+    def _kill(self, row: Row, hosts: int, victim: int | None, *, witness: bool = False) -> None:
+        steps = FIRST + 3 * GAP
+        for number in range(self._repeat):
+            dies = number % hosts if victim is None else victim
+
+            def course(run: Hosts, watch: "Watching", dies: int = dies, number: int = number) -> None:
+                watch.until(FIRST + number % GAP)
+                run.kill(dies)
+                row.recovery_s.append(watch.next_commit())
+
+            self._judge(row, self._train(hosts, steps, course, witness=witness), hosts, steps)
+        row.bound_s = CUT_BOUND_S
+
+    def _host_fenced(self, row: Row) -> None:
+        """One of two without a witness: the other waits, until somebody vouches for its death."""
+        steps = FIRST + 3 * GAP
+        for number in range(self._repeat):
+
+            def course(run: Hosts, watch: "Watching", number: int = number) -> None:
+                watch.until(FIRST)
+                run.kill(number % 2)
+                before = watch.rest(HELD_S)
+                row.lost_steps += before  # nothing may be committed
+                words = [sys.executable, "-m", "unisono", "fence", str(number % 2), str(run.run_dir)]
+                subprocess.run(words, check=True, capture_output=True)
+                row.recovery_s.append(watch.next_commit())
+
+            self._judge(row, self._train(2, steps, course), 2, steps)
+        row.note = "times are from unisono fence; until then nothing was committed"
+
+    def _coordinator_stopped(self, row: Row) -> None:
+        """The launcher that coordinates is stopped, and goes on later: another takes its place."""
+
+        def fault(run: Hosts, watch: "Watching") -> None:
+            run.send(0, signal.SIGSTOP)
+            row.recovery_s.append(watch.next_commit(after_s=1.6))
+            watch.rest(HELD_S)
+            run.send(0, signal.SIGCONT)
+
+        self._again_and_again(row, 3, fault)
+        row.note = "times are to the first commit after its host has gone, or is seen to be healthy"
+
+    # Links
+
+    def _cut(self, row: Row) -> None:
+        """The last of three is cut off."""
+        self._separate(row, 3, [2], [0, 1])
+
+    def _cut_coordinator(self, row: Row) -> None:
+        """The one that coordinates, of three."""
+        self._separate(row, 3, [0], [1, 2])
+
+    def _cut_one_way(self, row: Row) -> None:
+        """What the first of three sends does not arrive."""
+        self._separate(row, 3, [0], [1, 2], one_way=True)
+
+    def _cut_halves_witness(self, row: Row) -> None:
+        """Two and two, one half with the witness."""
+        self._separate(row, 4, [0, 1], [2, 3, 4], witness=True)
+
+    def _separate(
+        self,
+        row: Row,
+        hosts: int,
+        some: Sequence[int],
+        others: Sequence[int],
+        *,
+        one_way: bool = False,
+        witness: bool = False,
+    ) -> None:
+        def fault(run: Hosts, watch: "Watching") -> None:
+            run.separate(some, others, one_way=one_way)
+            row.recovery_s.append(watch.next_commit(after_s=0.1))
+            watch.rest(HELD_S)
+            run.join(some, others, one_way=one_way)
+
+        self._again_and_again(row, hosts, fault, network=True, witness=witness)
+        row.bound_s = CUT_BOUND_S
+
+    def _cut_halves(self, row: Row) -> None:
+        """One and one, without a witness: nobody commits, until the link returns."""
+
+        def fault(run: Hosts, watch: "Watching") -> None:
+            run.separate([0], [1])
+            watch.rest(0.1)  # what was on its way
+            row.lost_steps += watch.rest(HELD_S)
+            run.join([0], [1])
+            row.recovery_s.append(watch.next_commit())
+
+        self._again_and_again(row, 2, fault, network=True)
+        row.note = "times are from the link's return; until then nothing was committed"
+
+    def _again_and_again(
+        self,
+        row: Row,
+        hosts: int,
+        fault: Callable[[Hosts, "Watching"], None],
+        *,
+        network: bool = False,
+        witness: bool = False,
+    ) -> None:
+        """One long run; whoever was away comes back before the next fault. It is stopped after the last."""
+
+        def course(run: Hosts, watch: "Watching") -> None:
+            watch.until(FIRST)
+            for _ in range(self._repeat):
+                fault(run, watch)
+                watch.all_together(hosts)
+                watch.rest(APART_S - HELD_S)
+            for number in range(hosts):
+                run.send(number, signal.SIGINT)
+
+        seen = self._train(hosts, 100_000, course, network=network, witness=witness)
+        self._judge(row, seen, hosts, max(step for step, _ in seen.losses))
+
+    # One run, and what is made of it
+
+    def _expected(self, hosts: int, steps: int) -> Observed:
+        """The undisturbed run."""
+        key = hosts, steps
+        if key not in self._undisturbed:
+            self._undisturbed[key] = self._train(hosts, steps, length=steps)
+        return self._undisturbed[key]
+
+    def _judge(self, row: Row, seen: Observed, hosts: int, steps: int) -> None:
+        """Compare a run with the undisturbed one."""
+        expected = self._expected(hosts, steps)
+        row.digest_equal = row.digest_equal and seen.digests == expected.digests and len(seen.digests) == 1
+        row.exactly_once = row.exactly_once and seen.losses == expected.losses
+        row.lost_steps += len(seen.losses) - len({step for step, _ in seen.losses})
+        row.survivors_restarted += len(seen.ended - {note["process"] for note in seen.strikes})
+
+    def _train(
+        self,
+        hosts: int,
+        steps: int,
+        course: Callable[[Hosts, "Watching"], None] = lambda run, watch: None,
+        *,
+        strikes: Sequence[Strike] = (),
+        network: bool = False,
+        witness: bool = False,
+        length: int | None = None,
+    ) -> Observed:
+        seen = Observed()
+        with tempfile.TemporaryDirectory(prefix="unisono-chaos-") as directory, ExitStack() as stack:
+            links = stack.enter_context(Namespaces(hosts + witness)) if network else None
+            run = stack.enter_context(Hosts(hosts, self._workers, links, witness, Path(directory)))
+            run.start(arguments(self._config, length or steps, directory, strikes, None, {"deadline_s": 20.0}, False))
+            watch = Watching(run, seen)
+            course(run, watch)
+            while not run.over():
+                watch.rest(0.05)
+            for said in run.said():
+                if "error" in said or said["result"] is None:
+                    raise WorkerFailed(f"a host did not survive: {said.get('error')}")
+                seen.strikes += said["strikes"]
+                seen.ended |= set(said["ended"])
+                seen.digests.add(said["result"]["digest"])
+            watch.look()
+        return seen
+
+
+@dataclass(slots=True)
+class Watching:
+    """Reads a run's record as it is written."""
+
+    run: Hosts
+    seen: Observed
+    _read_bytes: int = 0
+
+    def look(self) -> int:
+        """The last step on record."""
+        path, now = self.run.run_dir / EVENTS, time.monotonic()
+        if path.exists() and path.stat().st_size > self._read_bytes:
+            with path.open("rb") as file:
+                file.seek(self._read_bytes)
+                lines = file.read().rpartition(b"\n")[0]
+            self._read_bytes += len(lines) + 1 if lines else 0
+            for line in lines.splitlines():
+                record = json.loads(line)
+                self.seen.records.append(record)
+                if record["event"] == "StepFinished":
+                    self.seen.committed_at.setdefault(record["step"], now)
+        return max(self.seen.committed_at, default=0)
+
+    def until(self, step: int) -> None:
+        """Until a step is committed."""
+        for _ in self._while(f"step {step}", LATE_S):
+            if self.look() >= step:
+                return
+
+    def next_commit(self, after_s: float = 0.0) -> float:
+        """Seconds until the next one.
+
+        Arguments:
+            after_s: commits within this time do not count: they were on their way.
+        """
+        began = time.monotonic()
+        before = self.look()
+        for _ in self._while("the next commit", LATE_S):
+            now = self.look()
+            if time.monotonic() - began < after_s:
+                before = now
+            elif now > before:
+                return self.seen.committed_at[before + 1] - began
+        raise AssertionError
+
+    def rest(self, seconds: float) -> int:
+        """Look on for a while; the steps that were committed meanwhile."""
+        before, until = self.look(), time.monotonic() + seconds
+        while time.monotonic() < until:
+            time.sleep(LOOK_S)
+            self.look()
+        return self.look() - before
+
+    def all_together(self, hosts: int) -> None:
+        """Until all hosts take part again, where any was away."""
+        changes = self.seen.of("HostsChanged")
+        if not changes:
+            return
+        for _ in self._while("all hosts together", LATE_S):
+            self.look()
+            if len(self.seen.of("HostsChanged")[-1]["hosts"]) == hosts:
+                return
+
+    def _while(self, what: str, seconds: float) -> Iterator[None]:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not self.run.over():
+            yield
+            time.sleep(LOOK_S)
+        logs = "\n".join(f"host {n}: {self.run.log(n)[-600:]}" for n in range(self.run.count))
+        raise WorkerFailed(f"the run did not come to {what} within {seconds:g} s:\n{logs}")
+
+
+def chosen_host_faults(text: str | None) -> list[str]:
+    """What ``--faults`` names; default: all.
+
+    Raises:
+        ConfigurationError: for one that is not known.
+    """
+    names = list(FAULTS) if text is None else text.split(",")
+    if unknown := [name for name in names if name not in FAULTS]:
+        raise ConfigurationError(f"--faults names {unknown[0]!r}; with --hosts, known are {', '.join(FAULTS)}")
+    return names

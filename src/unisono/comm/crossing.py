@@ -115,8 +115,8 @@ class Crossing:
         self._exchanged = 0  # the turn that this worker's lane exchanges
         generation = f"{terms.name}/generation {local.generation}"
         self._bulletin = Bulletin(terms.link.store, place.hosts, place.rank, generation)
-        end = (lambda cause: None) if terms.survives else self.revoke
-        self.patience = Patience(local, place, self._bulletin, self._late, end)
+        bulletin, end = (None, _let_be) if terms.survives else (self._bulletin, self.revoke)
+        self.patience = Patience(local, place, bulletin, self._late, end)
         self.readiness = Readiness(
             self.words,
             local.slot,
@@ -354,6 +354,10 @@ class Crossing:
             self._thread.shutdown(wait=True)
         for wire in self._wires:
             wire.close()
+
+
+def _let_be(cause: str) -> None:
+    """Others go on."""
 
 
 def _one_thread() -> None:

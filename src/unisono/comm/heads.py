@@ -48,7 +48,7 @@ class Heads:
         self._local.await_published(step, [part.node for part in share.parts])
         heads = {node: self._summed(node) for node in share.nodes}
         reports = [value for row in self._local.reports(step - 1) for value in row]
-        about = np.array([self._local.all_flags(), *reports], dtype=np.float64).tobytes()
+        about = np.array([self._local.flags_by_now(), *reports], dtype=np.float64).tobytes()
         packed = as_tensor(b"".join([about, *(pack_head(heads[node]) for node in share.nodes)]))
         others = [host for host in range(wire.size) if host != own]
         received = {host: torch.empty(self._bytes_of(host), dtype=torch.uint8) for host in others}

@@ -419,8 +419,10 @@ class HostGroup:
 
     def all_flags(self) -> int:
         """Everyone's requests joined: as of the step's close where it was begun with this group."""
-        if self.roll.roster is not None:
-            return self.roll.flags
+        return self.roll.flags if self.roll.roster is not None else self.flags_by_now()
+
+    def flags_by_now(self) -> int:
+        """Requests joined of all whose subtrees of the step have been seen."""
         return functools.reduce(operator.or_, map(self.header.flags, self.members))
 
     def all_gather(self, payload: bytes, operation: str, grace_s: float = 0.0) -> list[bytes]:

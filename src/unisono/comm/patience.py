@@ -25,7 +25,7 @@ class Patience:
     Arguments:
         local: the workers of this host, its mates.
         place: this worker among all.
-        bulletin: where members say whom they wait for.
+        bulletin: where members say whom they wait for; None where the others go on without who is missing.
         late: local ranks that have not finished their part of the exchange.
         revoke: ends this generation on this host, for a cause.
     """
@@ -34,7 +34,7 @@ class Patience:
         self,
         local: HostGroup,
         place: Place,
-        bulletin: Bulletin,
+        bulletin: Bulletin | None,
         late: Callable[[], set[int]],
         revoke: Callable[[str], None],
     ) -> None:
@@ -87,6 +87,8 @@ class Patience:
 
     def tell(self, error: BaseException) -> None:
         """Post why this worker ends; one that was freed by a mate says what that one met with."""
+        if self._bulletin is None:
+            return
         said = self._local.cause() if isinstance(error, Revoked) else ""
         kind = "" if isinstance(error, GroupError) else f"{type(error).__name__}: "
         self._bulletin.post(None, said or f"{kind}{error}")
@@ -94,7 +96,7 @@ class Patience:
     def _suspect_mates(self, operation: str) -> None:
         """Other hosts that wait for this worker must learn that it waits itself, before its patience ends."""
         late = self._late()
-        if late and self._place.local_rank not in late:
+        if self._bulletin is not None and late and self._place.local_rank not in late:
             suspect = self._place.hosts.rank(self._place.host, min(late))
             self._bulletin.post(suspect, f"waited for {self._place.hosts.name(suspect)} in {operation}")
 

@@ -517,6 +517,11 @@ class HostGroup:
         header = self.header
         return self.is_revoked() or header.hosts_generation > self._generation or header.undecided
 
+    def gets_nowhere(self) -> bool:
+        """Whether to wait on for other hosts is of no use; asked again and again, it is a sign of life."""
+        self.header.beat(self.slot)
+        return self.interrupted()
+
     def advance(self, generation: int, members: Sequence[int]) -> None:
         """Others than before train from now on, on this host or elsewhere: what was published or said is void."""
         self._generation = generation

@@ -304,8 +304,10 @@ class Coordination:
             return
         if self._changed_since is None:
             self._changed_since = now
-        if len(voters) > 2 and now - self._changed_since < BATCH_S and self._absent(voters):
-            return
+        quiet = any(now - self._peer(number).told > 2 * BEAT_S for number in voters - {self.number, WITNESS})
+        patience_s = self.limit_s if quiet else BATCH_S if len(voters) > 2 else 0.0
+        if self._absent(voters) and now - self._changed_since < patience_s:
+            return  # more may be lost at the same time
         self._changed_since = None
         self._propose(wanted, voters, now)
 

@@ -2,17 +2,16 @@
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 
 @dataclass(slots=True)
 class Ledger:
-    """Called with a voter's record; in memory until it is told of a file."""
+    """Called with a voter's record; nothing is kept until it is told of a file."""
 
     path: Path | None = None
-    _record: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self, record: dict[str, Any]) -> None:
         """Keep it, whole or not at all.
@@ -20,7 +19,6 @@ class Ledger:
         Raises:
             OSError: where it cannot be written; then it does not count.
         """
-        self._record = record
         if self.path is None:
             return
         temporary = self.path.with_suffix(".tmp")
@@ -30,10 +28,13 @@ class Ledger:
             os.fsync(file.fileno())
         temporary.rename(self.path)
 
-    def keep_in(self, path: Path | None) -> None:
-        """From now on in a file, and what has been said so far too."""
+    def keep_in(self, path: Path | None, record: dict[str, Any]) -> None:
+        """From now on in a file, and what holds already too.
+
+        Raises:
+            OSError: where it cannot be written.
+        """
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        if self._record:
-            self(self._record)
+        self(record)

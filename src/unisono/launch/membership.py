@@ -18,6 +18,7 @@ from unisono.comm.tuning import Measured, decode_table, encode_table, read_table
 from unisono.comm.way import Way
 from unisono.config import TrainingConfig
 from unisono.errors import LaunchError
+from unisono.launch.store import LauncherStore
 from unisono.launch.world import World
 from unisono.plan.assignment import Teams
 from unisono.plan.hosts import Hosts, Place
@@ -62,6 +63,8 @@ def join_hosts(
         deadline_s=config.deadline_s,
         device=device,
     )
+    if survives and isinstance(link.store, LauncherStore):
+        link.store.useless = local.gets_nowhere
     flat = layout.flat
     name = f"training {world.trainings}"
     travel = replace(way(config), table=_shared_table(link.store, world) if config.wire.algorithm == "auto" else ())

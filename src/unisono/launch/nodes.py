@@ -181,7 +181,11 @@ class Nodes:
             limit_s: after which one that is not heard is lost.
         """
         assert self.coordination is not None
-        self._ledger.keep_in(directory / f"host-{self.number}.json" if directory is not None else None)
+        path = directory / f"host-{self.number}.json" if directory is not None else None
+        try:
+            self._ledger.keep_in(path, self.coordination.acceptor.written())
+        except OSError as error:
+            _say(f"votes on which hosts go on cannot be kept in {path}: {error}; none is given until they can")
         self.coordination.limit_s = limit_s
         self.coordination.begin_deciding(self.clock())
 

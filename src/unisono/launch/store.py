@@ -17,10 +17,14 @@ class LauncherStore(Store):
     Arguments:
         ask: sends a request to the launcher and returns its reply.
         deadline_s: seconds that a key is waited for.
+
+    Attributes:
+        useless: asked again and again while a key is waited for: whether it is of no use any more.
     """
 
     def __init__(self, ask: Callable[[dict[str, Any]], dict[str, Any]], deadline_s: float) -> None:
         super().__init__()
+        self.useless: Callable[[], bool] = lambda: False
         self._ask = ask
         self._deadline_s = deadline_s
 
@@ -47,6 +51,8 @@ class LauncherStore(Store):
         """Return once all keys are there."""
         until = time.monotonic() + (timeout.total_seconds() if timeout is not None else self._deadline_s)
         while not self.check(keys):
+            if self.useless():
+                raise RuntimeError(f"{', '.join(keys)} is not waited for any more")
             if time.monotonic() > until:
                 raise RuntimeError(f"nobody has set {', '.join(keys)} within {self._deadline_s:g} s")
             time.sleep(PAUSE_S)

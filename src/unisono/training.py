@@ -134,13 +134,16 @@ class Training:
         self._worker, self._start = assemble(
             job.objects, self._config, self._world, device, plan, probes, self._restore, job.stopping
         )
-        if self._world.joins and self._start >= self._steps:
+        several = isinstance(self._worker.group, HierarchicalGroup)  # where others wait for it, to end together
+        if self._world.joins and self._start >= self._steps and not several:
             raise RunOver("training was over before this worker could take part")
         prepared = self._worker.prepared
         self._saving = Saving(
             self._config, self._records, self._worker, lambda: self._definition(prepared), self._fingerprint
         )
         group = self._worker.group
+        if several and self._world.joins:
+            self._saving.take(group.known())
         if isinstance(group, HierarchicalGroup) and group.continuity is not None:
             group.continuity = replace(group.continuity, say=self._say, idle=self._records.let_go)
 

@@ -21,6 +21,7 @@ from unisono.launch.spanning import _without_hosts
 
 SECRET = "a secret of twenty-four c"
 SETTINGS = ["steps=6", "global_batch_size=24", "micro_batch_size=4", "validation.samples=16", "deadline_s=3"]
+STOP = "fault.on_loss=stop"
 CONFIG = Path(__file__).parents[2] / "configs" / "lm.yaml"
 PORT = 29411
 
@@ -104,7 +105,7 @@ def test_a_cut_link_is_an_error_on_both_sides_that_names_the_other(
     hosts: Callable[..., Namespaces], tmp_path: Path
 ) -> None:
     network = hosts(2)
-    words = [[*command(i, 2, network.addresses[0], "steps=100000"), "-n", "1"] for i in range(2)]
+    words = [[*command(i, 2, network.addresses[0], "steps=100000", STOP), "-n", "1"] for i in range(2)]
     processes = [start(network.words(i, words[i]), tmp_path) for i in range(2)]
     wait_for_steps(tmp_path)
     network.cut(1)
@@ -129,7 +130,7 @@ def wait_for_steps(directory: Path) -> None:
 
 
 def test_a_killed_launcher_ends_all_hosts(tmp_path: Path) -> None:
-    processes = [start([*command(i, 2, "127.0.0.1", "steps=100000"), "-n", "1"], tmp_path) for i in range(2)]
+    processes = [start([*command(i, 2, "127.0.0.1", "steps=100000", STOP), "-n", "1"], tmp_path) for i in range(2)]
     wait_for_steps(tmp_path)
     processes[1].send_signal(signal.SIGKILL)
     (code, _, errors), _ = finish(processes, 20)
@@ -138,7 +139,7 @@ def test_a_killed_launcher_ends_all_hosts(tmp_path: Path) -> None:
 
 
 def test_a_killed_worker_is_named_on_all_hosts(tmp_path: Path) -> None:
-    processes = [start([*command(i, 2, "127.0.0.1", "steps=100000"), "-n", "1"], tmp_path) for i in range(2)]
+    processes = [start([*command(i, 2, "127.0.0.1", "steps=100000", STOP), "-n", "1"], tmp_path) for i in range(2)]
     wait_for_steps(tmp_path)
     server = subprocess.run(["pgrep", "-P", str(processes[1].pid)], capture_output=True, text=True).stdout.split()[0]
     worker = subprocess.run(["pgrep", "-P", server], capture_output=True, text=True).stdout.split()[0]

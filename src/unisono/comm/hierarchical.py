@@ -106,7 +106,7 @@ class HierarchicalGroup:
         self._news: list[Event] = []
         self._known = b"{}"
         self._joins = joins
-        self._failed_at: tuple[tuple[int, ...], int] = ((), -1)
+        self._failed_at: tuple[Hosts, int] = (place.hosts, -1)
         self._tries = 0
         self._trial = Trial() if way.lossless == "auto" and place.rank == 0 else None
         self._wire_state: WireState | None = None
@@ -317,7 +317,7 @@ class HierarchicalGroup:
 
     def _refuse_to_go_round(self, error: GroupError) -> None:
         """The same hosts that fail again and again at the same step will not do better."""
-        where = (self.place.hosts.numbers, self.local.header.committed)
+        where = (self.place.hosts, self.local.header.committed)
         self._tries = self._tries + 1 if where == self._failed_at else 1
         self._failed_at = where
         if self._tries > MOST_TRIES:

@@ -38,6 +38,7 @@ class Link:
         address: this host's address that the others can reach, None for the one that its name resolves to.
         deadline_s: seconds that any wait may take.
         device: where tensors lie.
+        connect_s: seconds that a connection may take, once the others have said where they are; default: as any wait.
     """
 
     backend: str
@@ -45,6 +46,7 @@ class Link:
     address: str | None
     deadline_s: float
     device: torch.device
+    connect_s: float | None = None
 
 
 class NetworkWire:
@@ -213,7 +215,7 @@ def _plainly(peer: int, operation: str, deadline: str) -> GroupError:
 
 
 def _process_group(link: Link, store: Store, rank: int, size: int) -> object:
-    timeout = timedelta(seconds=link.deadline_s)
+    timeout = timedelta(seconds=min(link.deadline_s, link.connect_s or link.deadline_s))
     if link.backend == "gloo":
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout = timeout

@@ -26,6 +26,9 @@ from unisono.plan.shards import StateShards
 from unisono.run.fingerprint import fingerprint
 from unisono.state.layout import StateLayout
 
+CONNECT_S = 3.0
+"""For a connection to another host, where others go on without one that is cut off."""
+
 
 def place_of(world: World, device: torch.device) -> Place:
     """Who shares memory: the workers of a host; on devices, which have memory of their own, nobody."""
@@ -62,6 +65,7 @@ def join_hosts(
         address=world.address,
         deadline_s=config.deadline_s,
         device=device,
+        connect_s=CONNECT_S if survives else None,
     )
     if survives and isinstance(link.store, LauncherStore):
         link.store.useless = local.gets_nowhere

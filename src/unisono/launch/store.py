@@ -49,7 +49,8 @@ class LauncherStore(Store):
 
     def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
         """Return once all keys are there."""
-        until = time.monotonic() + (timeout.total_seconds() if timeout is not None else self._deadline_s)
+        asked_s = timeout.total_seconds() if timeout is not None else 0.0
+        until = time.monotonic() + max(asked_s, self._deadline_s)  # what is asked for may be for connections alone
         while not self.check(keys):
             if self.useless():
                 raise RuntimeError(f"{', '.join(keys)} is not waited for any more")

@@ -1,0 +1,164 @@
+"""Hosts that are killed, stopped or cut off in the middle of a run: the others go on, with the same bits."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from unisono.check.host_chaos import FAULTS, HostChaos
+from unisono.check.observed import Row
+from unisono.config import Config, validate
+from unisono.errors import ConfigurationError
+from unisono.fault.generation import Acceptor, Generation
+from unisono.launch.channel import Channel, Role
+from unisono.launch.ledger import Ledger
+from unisono.launch.namespaces import unavailable
+from unisono.launch.witness import Witness
+
+CONFIG = {
+    "task": "images",
+    "options": {"width": 16},
+    "steps": 30,
+    "global_batch_size": 64,
+    "micro_batch_size": 8,
+    "clip": 1.0,
+}
+NEED_LINKS = ("cut-coordinator", "cut-halves", "cut-halves-witness")
+
+
+def struck(fault: str, workers: int = 1, repeat: int = 1) -> Row:
+    config = validate(Config, CONFIG, "test")
+    return HostChaos(config, workers, repeat, lambda text: None).run(fault)
+
+
+@pytest.mark.parametrize("fault", ["host-worker", "host", "coordinator", "coordinator-stopped"])
+def test_the_others_go_on_with_the_same_bits(fault: str) -> None:
+    row = struck(fault, workers=2 if fault == "host-worker" else 1, repeat=3 if fault == "host-worker" else 1)
+    assert row.good, row.as_text()
+    assert row.recovery_s
+
+
+@pytest.mark.parametrize("fault", ["host-witness", "host-fenced"])
+def test_half_of_the_hosts_goes_on_with_a_witness_or_a_proof(fault: str) -> None:
+    row = struck(fault)
+    assert row.good, row.as_text()
+
+
+@pytest.mark.parametrize("fault", NEED_LINKS)
+def test_who_is_cut_off_commits_nothing_and_comes_back(fault: str) -> None:
+    reason = unavailable()
+    if reason is not None:
+        pytest.skip(f"no network namespaces: {reason}")
+    row = struck(fault)
+    assert row.good, row.as_text()
+
+
+def test_every_fault_of_hosts_has_its_method() -> None:
+    assert all(hasattr(HostChaos, f"_{name.replace('-', '_')}") for name in FAULTS)
+
+
+def test_a_witness_stands_by_its_vote_after_it_has_started_again(tmp_path: Path) -> None:
+    run, first, second = "0123456789abcdef", Generation.first([1, 1]), Generation(2, (0,), ((0,),), 0)
+    told: list[str] = []
+
+    def ask(number: int, *messages: Mapping[str, object]) -> list[dict[str, object]]:
+        """Speak to a witness that has just started."""
+        witness = Witness(b"a secret of job", tmp_path, told.append)
+        port = witness.listen("127.0.0.1", 0)
+        channel, answers = Channel(b"a secret of job", Role.CLIENT), []
+        with socket.create_connection(("127.0.0.1", port)) as line:
+            line.settimeout(0.05)
+            for turn in range(12):
+                if channel.established and turn > 4 and messages:
+                    for message in ({"op": "hail", "number": number, "run": run}, *messages):
+                        channel.send(dict(message))
+                    messages = ()
+                line.sendall(channel.take())
+                witness.turn(0.05)
+                try:
+                    answers += channel.feed(line.recv(1 << 16))
+                except TimeoutError:
+                    continue
+        witness.close()
+        return answers
+
+    prepare = {"op": "prepare", "current": first.written(), "ballot": [1, 0]}
+    accept = {"op": "accept", "generation": second.written(), "ballot": [1, 0]}
+    assert [answer["op"] for answer in ask(0, prepare, accept)] == ["promise", "accepted"]
+    other = {"op": "prepare", "current": first.written(), "ballot": [2, 1]}
+    (answer,) = ask(1, other)
+    assert answer["accepted"] == {"ballot": [1, 0], "generation": second.written()}, "host 1 must bring this about"
+    assert [path.name for path in tmp_path.iterdir()] == [f"{run}.json"]
+    assert ask(0, {"op": "what"}) == []  # no launcher says that: the line is closed, and the vote stands
+    assert json.loads((tmp_path / f"{run}.json").read_text())["promised"] == [2, 1]
+
+
+def test_a_vote_that_cannot_be_kept_is_not_given(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "host-0.json")
+    acceptor = Acceptor(Generation.first([1, 1, 1]), ledger)
+    assert acceptor.promise(2, (1, 1))
+    ledger.path = tmp_path / "gone" / "host-0.json"
+    assert not acceptor.promise(2, (2, 2)) and acceptor.promised == (1, 1)
+    assert not acceptor.accept((3, 1), Generation(2, (1,), ((0,),), 1)) and acceptor.accepted is None
+
+
+def test_too_few_hosts_end_the_run_where_that_is_wanted(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(json.dumps({**CONFIG, "steps": 100_000, "fault": {"on_tie": "stop"}}))
+    environment = {**os.environ, "UNISONO_SECRET": "a secret of twenty-four c"}
+    words = [
+        sys.executable,
+        "-m",
+        "unisono",
+        "train",
+        "config.yaml",
+        "run_dir=run",
+        "-n",
+        "1",
+        "--nnodes",
+        "2",
+        "--json",
+    ]
+    processes = [
+        subprocess.Popen(
+            [*words, "--node-rank", str(number), "--rendezvous", "127.0.0.1:29433"],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    try:
+        until = time.monotonic() + 40
+        events = tmp_path / "run" / "events.jsonl"
+        while time.monotonic() < until and not (events.exists() and "StepFinished" in events.read_text()):
+            time.sleep(0.05)
+        time.sleep(0.5)
+        processes[0].send_signal(signal.SIGKILL)
+        _, errors = processes[1].communicate(timeout=30)
+        assert processes[1].returncode == 1
+        assert "too few to decide who goes on: without host 0" in errors and "fault.on_tie=stop" in errors, errors
+        assert "Traceback" not in errors
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def test_a_fence_without_a_run_is_one_sentence(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "unisono", "fence", "1", str(tmp_path)], capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 2 and "no run over several hosts is at work" in done.stderr
+    with pytest.raises(ConfigurationError):
+        from unisono.check.host_chaos import chosen_host_faults
+
+        chosen_host_faults("comet")

@@ -38,7 +38,9 @@ def struck(fault: str, workers: int = 1, repeat: int = 1) -> Row:
     return HostChaos(config, workers, repeat, lambda text: None).run(fault)
 
 
-@pytest.mark.parametrize("fault", ["host-worker", "host", "coordinator", "coordinator-stopped"])
+@pytest.mark.parametrize(
+    "fault", ["host-worker", "host", "coordinator", pytest.param("coordinator-stopped", marks=pytest.mark.slow)]
+)
 def test_the_others_go_on_with_the_same_bits(fault: str) -> None:
     row = struck(fault, workers=2 if fault == "host-worker" else 1, repeat=3 if fault == "host-worker" else 1)
     assert row.good, row.as_text()
@@ -51,6 +53,7 @@ def test_half_of_the_hosts_goes_on_with_a_witness_or_a_proof(fault: str) -> None
     assert row.good, row.as_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", NEED_LINKS)
 def test_who_is_cut_off_commits_nothing_and_comes_back(fault: str) -> None:
     reason = unavailable()

@@ -384,8 +384,7 @@ class HostChaos:
             run.start(arguments(self._config, length or steps, directory, strikes, None, {"deadline_s": 20.0}, False))
             watch = Watching(run, seen)
             course(run, watch)
-            while not run.over():
-                watch.rest(0.05)
+            watch.until_over()
             for said in run.said():
                 if "error" in said or said["result"] is None:
                     raise WorkerFailed(f"a host did not survive: {said.get('error')}")
@@ -418,6 +417,19 @@ class Watching:
                 if record["event"] == "StepFinished":
                     self.seen.committed_at.setdefault(record["step"], now)
         return max(self.seen.committed_at, default=0)
+
+    def until_over(self) -> None:
+        """Until all have ended; as long as steps are committed, they may take their time."""
+        last, since = self.look(), time.monotonic()
+        while not self.run.over():
+            now = self.look()
+            last, since = (now, time.monotonic()) if now > last else (last, since)
+            if time.monotonic() - since > LATE_S:
+                raise WorkerFailed(f"the run does not end after step {last}:\n{self._logs()}")
+            time.sleep(LOOK_S)
+
+    def _logs(self) -> str:
+        return "\n".join(f"host {n}: {self.run.log(n)[-600:]}" for n in range(self.run.count))
 
     def until(self, step: int) -> None:
         """Until a step is committed."""
@@ -464,8 +476,7 @@ class Watching:
         while time.monotonic() < until and not self.run.over():
             yield
             time.sleep(LOOK_S)
-        logs = "\n".join(f"host {n}: {self.run.log(n)[-600:]}" for n in range(self.run.count))
-        raise WorkerFailed(f"the run did not come to {what} within {seconds:g} s:\n{logs}")
+        raise WorkerFailed(f"the run did not come to {what} within {seconds:g} s:\n{self._logs()}")
 
 
 def chosen_host_faults(text: str | None) -> list[str]:

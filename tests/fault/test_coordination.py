@@ -233,6 +233,18 @@ def test_a_stopped_coordinator_finds_itself_deposed() -> None:
     assert net.current(0).coordinator == 1
 
 
+def test_changes_are_batched_into_at_most_ten_generations_a_second() -> None:
+    net = Net(3)
+    net.run(1)
+    for turn in range(200):  # workers come and go at every turn, twenty a second
+        net.nodes[1].report = Report(slots=(0, 1) if turn % 2 else (0,))
+        net.nodes[1].hurry()
+        net.turn()
+    net.run(1)
+    assert 10 < net.current(0).number <= 1 + 10 * (200 * TURN_S + 1) and net.safe()
+    assert net.current(0).of(1) == (0, 1) and net.current(2) == net.current(0)
+
+
 def test_hosts_that_have_ended_are_no_loss() -> None:
     net = Net(3)
     net.run(1)

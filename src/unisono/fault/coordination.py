@@ -23,7 +23,7 @@ PROPOSAL_S = 1.0
 STALL_S = 0.6
 """All have stopped: who has caused it, and is lost, should be known by then."""
 BATCH_S = 0.1
-"""Changes that come within it are one generation."""
+"""Changes that come within it are one generation: there are at most ten a second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +109,7 @@ class Coordination:
         self._stalled_since: float | None = None
         self._changed_since: float | None = None
         self._proposed: tuple[Proposal, float] | None = None
+        self._last_proposed = float("-inf")
         self._attempt = 0
         self._beaten = float("-inf")
 
@@ -308,7 +309,9 @@ class Coordination:
         patience_s = self.limit_s if quiet else BATCH_S if len(voters) > 2 else 0.0
         if self._absent(voters) and now - self._changed_since < patience_s:
             return  # more may be lost at the same time
-        self._changed_since = None
+        if now - self._last_proposed < BATCH_S:
+            return
+        self._changed_since, self._last_proposed = None, now
         self._propose(wanted, voters, now)
 
     def _probe(self, now: float) -> None:

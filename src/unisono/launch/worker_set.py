@@ -268,8 +268,9 @@ class WorkerSet:
         elif again:
             joins = verdict is Verdict.REJOIN
             how = worker.how_it_ended(self._task.hosts.size)
-            then = "; the others go on, and this host joins them again" if joins else " before training began"
-            print(f"unisono: {how}{then}; all workers of this host start again", file=sys.stderr, flush=True)
+            rejoining = "; other hosts go on, and all workers of this one start again and join them"
+            then = rejoining if joins else " before training began; all start again"
+            print(f"unisono: {how}{then}", file=sys.stderr, flush=True)
             raise StartAgain(joins=joins)
         if self._span is not None:
             self._span.lose(worker.rank - self._task.first)

@@ -135,20 +135,12 @@ class Hosts:
     def separate(self, some: Sequence[int], others: Sequence[int], *, one_way: bool = False) -> None:
         """Cut the links between hosts (the witness's comes after the last)."""
         assert self.network is not None
-        for a in some:
-            for b in others:
-                self.network.block(a, b)
-                if not one_way:
-                    self.network.block(b, a)
+        _each(self.network.block, some, others, one_way=one_way)
 
     def join(self, some: Sequence[int], others: Sequence[int], *, one_way: bool = False) -> None:
         """Mend them."""
         assert self.network is not None
-        for a in some:
-            for b in others:
-                self.network.unblock(a, b)
-                if not one_way:
-                    self.network.unblock(b, a)
+        _each(self.network.unblock, some, others, one_way=one_way)
 
     def over(self) -> bool:
         """Whether all that were not killed have ended."""
@@ -173,6 +165,15 @@ class Hosts:
     def log(self, number: int) -> str:
         """What a host has told its user."""
         return (self.run_dir / f"host-{number}.log").read_text(encoding="utf-8")
+
+
+def _each(change: Callable[[int, int], None], some: Sequence[int], others: Sequence[int], *, one_way: bool) -> None:
+    """Change every link from one of some to one of others, and unless it is one way those back."""
+    for a in some:
+        for b in others:
+            change(a, b)
+            if not one_way:
+                change(b, a)
 
 
 class HostChaos:

@@ -38,9 +38,10 @@ def struck(fault: str, workers: int = 1, repeat: int = 1) -> Row:
     return HostChaos(config, workers, repeat, lambda text: None).run(fault)
 
 
-@pytest.mark.parametrize(
-    "fault", ["host-worker", "host", "coordinator", pytest.param("coordinator-stopped", marks=pytest.mark.slow)]
-)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("host-worker", "coordinator-stopped")]
+
+
+@pytest.mark.parametrize("fault", ["host", "coordinator", *SLOW])
 def test_the_others_go_on_with_the_same_bits(fault: str) -> None:
     row = struck(fault, workers=2 if fault == "host-worker" else 1, repeat=3 if fault == "host-worker" else 1)
     assert row.good, row.as_text()

@@ -4,7 +4,6 @@ Launcher 0 listens, and all meet there. From then on one of them, the coordinato
 survives the loss of hosts, another takes its place (`fault.coordination`). Training itself does not pass here.
 """
 
-import contextlib
 import secrets
 import selectors
 import socket
@@ -450,7 +449,7 @@ class Nodes:
                 line = self._lines.add(dial.socket, Role.CLIENT, self._addresses[dial.number][0])
                 line.called = dial.number
             except OSError:
-                with contextlib.suppress(OSError):
+                with suppress(OSError):
                     dial.socket.close()
                 coordination.line_is_down(dial.number, now)
 

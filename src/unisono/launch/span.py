@@ -81,15 +81,13 @@ class Span:
         """Somebody vouches for a host being dead.
 
         Raises:
-            ConfigurationError: where it is none of them, or is heard.
+            ConfigurationError: where it is this one, or none of them.
         """
         coordination = self.nodes.coordination
         assert coordination is not None
         if host == self.nodes.number or host not in coordination.current.hosts:
             known = ", ".join(map(str, coordination.current.hosts))
-            raise ConfigurationError(
-                f"host {host} cannot be fenced; the others are told of {known} (this one excepted)"
-            )
+            raise ConfigurationError(f"host {host} cannot be fenced on host {self.nodes.number}; the hosts are {known}")
         coordination.fence(host)
         return f"host {host} counts as dead"
 
@@ -132,7 +130,7 @@ class Span:
         self.say(f"{few} nothing is trained; waiting for the link, or for: unisono fence {number} {self.run_dir}")
 
 
-def _hosts(numbers: "list[int] | tuple[int, ...]") -> str:
+def _hosts(numbers: Sequence[int]) -> str:
     """Hosts for a reader.
 
     >>> _hosts([1]), _hosts((0, 2))

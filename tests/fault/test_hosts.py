@@ -24,10 +24,10 @@ from unisono.launch.witness import Witness
 
 CONFIG = {
     "task": "images",
-    "options": {"width": 16},
+    "options": {"width": 128},
     "steps": 30,
-    "global_batch_size": 64,
-    "micro_batch_size": 8,
+    "global_batch_size": 256,  # steps that last: a fault must come before the end
+    "micro_batch_size": 32,
     "clip": 1.0,
 }
 NEED_LINKS = ("cut-coordinator", "cut-halves", "cut-halves-witness")

@@ -83,7 +83,7 @@ class ReplicaBroken(GroupError):
 
 
 class HostLeaves(UnisonoError):
-    """The workers of this host cannot go on; those of the others do."""
+    """The workers of this host cannot go on, or may not join; those of the others train on."""
 
     exit_code = 1
 

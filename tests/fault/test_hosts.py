@@ -11,9 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from torch import nn
 
-from unisono.check.host_chaos import FAULTS, HostChaos
+from unisono.check.chaos import arguments
+from unisono.check.host_chaos import FAULTS, HostChaos, Hosts
 from unisono.check.observed import Row
+from unisono.check.strike import Strike
 from unisono.config import Config, validate
 from unisono.errors import ConfigurationError
 from unisono.fault.generation import Acceptor, Generation
@@ -21,6 +24,8 @@ from unisono.launch.channel import Channel, Role
 from unisono.launch.ledger import Ledger
 from unisono.launch.namespaces import unavailable
 from unisono.launch.witness import Witness
+from unisono.launch.world import this_process
+from unisono.tasks.images import Images
 
 CONFIG = {
     "task": "images",
@@ -38,12 +43,13 @@ def struck(fault: str, workers: int = 1, repeat: int = 1) -> Row:
     return HostChaos(config, workers, repeat, lambda text: None).run(fault)
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("host-worker", "coordinator-stopped")]
+SLOW = [pytest.param("coordinator-stopped", marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize("fault", ["host", "coordinator", *SLOW])
+@pytest.mark.parametrize("fault", ["host-worker", "host-workers", "host", "coordinator", *SLOW])
 def test_the_others_go_on_with_the_same_bits(fault: str) -> None:
-    row = struck(fault, workers=2 if fault == "host-worker" else 1, repeat=3 if fault == "host-worker" else 1)
+    of_workers = fault.startswith("host-worker")
+    row = struck(fault, workers=2 if of_workers else 1, repeat=2 if of_workers else 1)
     assert row.good, row.as_text()
     assert row.recovery_s
 
@@ -62,6 +68,29 @@ def test_who_is_cut_off_commits_nothing_and_comes_back(fault: str) -> None:
         pytest.skip(f"no network namespaces: {reason}")
     row = struck(fault)
     assert row.good, row.as_text()
+
+
+class Changed(Images):
+    """A task that is another one by the time that lost workers start again."""
+
+    def definition(self) -> dict[str, bool]:
+        return {"joins": this_process().joins}
+
+    def model(self) -> nn.Module:
+        return super().model() if not this_process().joins else nn.Linear(1, 1)
+
+
+def test_workers_that_would_train_something_else_may_not_join_and_the_others_go_on(tmp_path: Path) -> None:
+    config = validate(Config, {**CONFIG, "task": f"{__name__}:Changed", "steps": 12}, "test")
+    strikes = [Strike(1, 4, "backward")]
+    with Hosts(2, 1, None, False, tmp_path) as run:
+        run.start(arguments(config, 12, str(tmp_path), strikes, None, {}, False))
+        until = time.monotonic() + 60
+        while not run.over() and time.monotonic() < until:
+            time.sleep(0.02)
+        here, refused = run.said()
+    assert here["result"]["step"] == 12 and here["result"]["reason"] == "finished"
+    assert "cannot join" in refused["error"] and "made of something else" in refused["error"]
 
 
 def test_every_fault_of_hosts_has_its_method() -> None:

@@ -40,6 +40,7 @@ PORT, WITNESS_PORT = 29600, 29601
 
 FAULTS = {
     "host-worker": 2,
+    "host-workers": 2,
     "host": 3,
     "coordinator": 3,
     "coordinator-stopped": 3,
@@ -221,6 +222,17 @@ class HostChaos:
         row.bound_s = one + one + 0.5  # a step, and at the most all of it again
         self._judge(row, seen, 2, steps)
 
+    def _host_workers(self, row: Row) -> None:
+        """All of the second of two hosts, which joins again with new ones; every other time in the last step."""
+        steps, second = FIRST + 3 * GAP, range(self._workers, 2 * self._workers)
+        for number in range(self._repeat):
+            step = steps if number % 2 else FIRST + number // 2 % GAP
+            seen = self._train(2, steps, strikes=[Strike(rank, step, "backward") for rank in second])
+            at = max(note["at"] for note in seen.strikes)
+            row.recovery_s.append(seen.committed_at[step] - at)
+            self._judge(row, seen, 2, steps)
+        row.bound_s = 2 * self._expected(2, steps).step_s + 0.5
+
     # A host
 
     def _host(self, row: Row) -> None:
@@ -387,11 +399,12 @@ class HostChaos:
             course(run, watch)
             watch.until_over()
             for said in run.said():
-                if "error" in said or said["result"] is None:
-                    raise WorkerFailed(f"a host did not survive: {said.get('error')}")
+                if "error" in said:
+                    raise WorkerFailed(f"a host did not survive: {said['error']}")
                 seen.strikes += said["strikes"]
                 seen.ended |= set(said["ended"])
-                seen.digests.add(said["result"]["digest"])
+                if said["result"] is not None:  # it lost its workers as the others ended
+                    seen.digests.add(said["result"]["digest"])
             watch.look()
         return seen
 

@@ -48,7 +48,8 @@ def fence(
 ) -> None:
     """Vouch that a host is dead (switched off, ended by its scheduler), so that those which are left can go on.
 
-    Give it on a host that is left. Where the other one is alive after all, both would train.
+    Give it on a host that is left. A host that is still heard there cannot be fenced; where one that is not heard is
+    alive after all, both would train.
 
     Example: unisono fence 1 runs/lm-001
     """

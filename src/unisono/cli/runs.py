@@ -104,11 +104,16 @@ def train(
             together=settings.layout.model_workers,
             output=output,
         )
+        result = ending.result
+        if result is None:  # on one of several hosts
+            typer.echo(
+                f"unisono: host {here.number} lost its workers as the others ended; they have the result", err=True
+            )
+            return
         if as_json and here.number == 0:
-            typer.echo(json.dumps({**ending.result, "workers": count}))
+            typer.echo(json.dumps({**result, "workers": count}))
         elif not as_json and (run_dir / "report.html").exists():
             typer.echo(f"report: {run_dir / 'report.html'}")
-        result = ending.result
         if here.number:
             typer.echo(f"unisono: {result['reason']} after step {result['step']}, digest {result['digest']}", err=True)
         if ending.interrupted or ending.preempted or result["reason"] == "stopped":  # here, or on another host

@@ -37,7 +37,7 @@ from unisono.comm.patience import GRACE_S
 from unisono.comm.reductions import Compressed
 from unisono.comm.values import Values
 from unisono.comm.wire_state import WireState, gathered, restore, wire_regions, wire_state
-from unisono.errors import GroupError, LaunchError, Regrouped, ReplicaBroken
+from unisono.errors import GroupError, LaunchError, Regrouped, ReplicaBroken, RunOver
 from unisono.events import PHASES, Event, HostsChanged, WireUse
 from unisono.plan.hosts import Hosts, Place
 from unisono.plan.roster import Loss
@@ -83,13 +83,11 @@ class HierarchicalGroup:
 
     Attributes:
         place: this worker among those of this generation.
-        run: a digest of what is trained, to be alike on all hosts.
         continuity: what goes on with other hosts; None until it is known.
     """
 
     def __init__(self, local: HostGroup, place: Place, terms: Terms, *, joins: bool = False) -> None:
         self.unlike = ""
-        self.run = ""
         self.local = local
         self.local.names = place.local_name
         self.place = place
@@ -298,6 +296,7 @@ class HierarchicalGroup:
 
         Raises:
             GroupError: where nothing is decided in time.
+            RunOver: where the others, whom this host was to join, have ended.
         """
         while True:
             self._give_up()
@@ -332,6 +331,8 @@ class HierarchicalGroup:
             if number > local.generation and local.slot in slots.get(host, ()):
                 local.advance(number, slots[host])
                 return slots
+            if self._joins and header.course is Course.OVER:
+                raise RunOver("training was over before this host could join")
             waited = time.monotonic() - began
             elsewhere = number > local.generation or self._crossing is None  # others train, and will let it in
             if local.is_revoked() or (waited > local.deadline_s + GRACE_S and not (header.undecided or elsewhere)):
@@ -346,16 +347,11 @@ class HierarchicalGroup:
         """How far each host is; those that are behind get the state."""
         local, continuity, now = self.local, self.continuity, self.place.hosts.numbers
         assert continuity is not None
-        mine = {"step": self._committed(), "run": self.run, "known": self._known.decode(), **continuity.say()}
+        mine = {"step": self._committed(), "known": self._known.decode(), **continuity.say()}
         said = [json.loads(data) for data in self._gather(json.dumps(mine).encode(), "comparison of hosts")]
         far = [(w["step"], w["outcome"] is not None, w["evaluated"], w["chief"], -r) for r, w in enumerate(said)]
         first = max(range(len(said)), key=lambda rank: far[rank])
         known, step = said[first], said[first]["step"]
-        if mine["run"] != known["run"]:
-            raise LaunchError(
-                f"{self.place.hosts.name(self.rank)} cannot join {self.place.hosts.name(first)}: it was given another "
-                f"run, or is made of something else: {mine['run']} here, {known['run']} there"
-            )
         self._known = known["known"].encode()
         self._flags = 0  # of which one that comes knows nothing
         steps = [max(w["step"] for w in said[self.place.hosts.rank(h, 0) :][:n]) for h, n in enumerate(self._sizes)]

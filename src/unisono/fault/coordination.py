@@ -164,6 +164,10 @@ class Coordination:
         """Tell the others at once what has changed here."""
         self._beaten = float("-inf")
 
+    def is_heard(self, number: int, now: float) -> bool:
+        """Whether another is alive, as far as this launcher knows."""
+        return self._lives(number, now)
+
     def fence(self, number: int) -> None:
         """Somebody vouches for a host being dead."""
         self.fenced.add(number)

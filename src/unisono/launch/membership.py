@@ -17,7 +17,7 @@ from unisono.comm.network import Link
 from unisono.comm.tuning import Measured, decode_table, encode_table, read_table, table_path
 from unisono.comm.way import Way
 from unisono.config import TrainingConfig
-from unisono.errors import LaunchError
+from unisono.errors import HostLeaves, LaunchError
 from unisono.launch.store import LauncherStore
 from unisono.launch.world import World
 from unisono.plan.assignment import Teams
@@ -58,6 +58,10 @@ def join_hosts(
 
     Arguments:
         survives: the others go on where a host is lost.
+
+    Raises:
+        LaunchError: where they were given different runs.
+        HostLeaves: where this worker joins, and is not what was there when the run began.
     """
     link = Link(
         backend=_backend(config, device),
@@ -75,10 +79,13 @@ def join_hosts(
     terms = Terms(link, flat, travel, config.micro_batches, teams, name, shards, survives)
     group = HierarchicalGroup(local, place, terms, joins=world.joins)
     given = {"model": layout, "samples": samples, **config.model_dump(exclude={"run_dir", "observe"})}
-    group.run = _described(given, config, device)
+    described, key = _described(given, config, device), f"{name}/run of host {place.host}"
     if world.joins:
+        _refuse_another(described, link.store.get(key).decode(), place)
         return group
     try:
+        if survives and local.rank == 0:
+            link.store.set(key, described)
         _agree(group, given)
         group.unlike = _unlike(group, config, device)
     except BaseException as error:
@@ -88,10 +95,23 @@ def join_hosts(
 
 
 def _described(given: Mapping[str, Any], config: TrainingConfig, device: torch.device) -> str:
-    """The run and what this host is made of, in a line: alike on all hosts that can train together exactly."""
+    """The run and what this host is made of, in a line."""
     made = asdict(fingerprint(config.threads, device))
     digest = hashlib.sha256(repr({key: repr(part) for key, part in given.items()}).encode()).hexdigest()
     return ", ".join([f"run {digest[:12]}", *(f"{key} {value}" for key, value in made.items())])
+
+
+def _refuse_another(now: str, before: str, place: Place) -> None:
+    """A worker that joins continues what was begun in its place.
+
+    Raises:
+        HostLeaves: where it would train something else, or compute it in another way.
+    """
+    if now != before:
+        raise HostLeaves(
+            f"{place.hosts.name(place.rank)} cannot join: it was given another run, or is made of something else: "
+            f"{now} now, {before} when the run began"
+        )
 
 
 def _agree(group: HierarchicalGroup, given: Mapping[str, Any]) -> None:

@@ -64,6 +64,8 @@ class Span:
             if header.course is not Course.TRAINING:
                 return
             nodes.survive(self.run_dir / DIRECTORY if self.run_dir else None, self.rules.host_deadline_s)
+        if nodes.over and header.course is Course.STARTING:
+            header.course = Course.OVER  # its workers were to join those who have ended
         if header.course is Course.OVER:
             return
         stalled = max((header.left(slot) for slot in living), default=0)
@@ -81,13 +83,15 @@ class Span:
         """Somebody vouches for a host being dead.
 
         Raises:
-            ConfigurationError: where it is this one, or none of them.
+            ConfigurationError: where it is this one, none of them, or heard.
         """
         coordination = self.nodes.coordination
         assert coordination is not None
         if host == self.nodes.number or host not in coordination.current.hosts:
             known = ", ".join(map(str, coordination.current.hosts))
             raise ConfigurationError(f"host {host} cannot be fenced on host {self.nodes.number}; the hosts are {known}")
+        if coordination.is_heard(host, self.nodes.clock()):
+            raise ConfigurationError(f"host {host} is not dead: host {self.nodes.number} hears it; end it before")
         coordination.fence(host)
         return f"host {host} counts as dead"
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from unisono.errors import GroupError, RunOver, UnisonoError
+from unisono.errors import GroupError, HostLeaves, RunOver, UnisonoError
 from unisono.launch.control import CONTROL, LONGEST_MESSAGE_BYTES, Message, send
 
 
@@ -84,6 +84,7 @@ def _tell(line: socket.socket, error: BaseException) -> int:
         "op": "error",
         "ours": ours,
         "consequence": isinstance(error, GroupError),
+        "leaves": isinstance(error, HostLeaves),
         "kind": type(error).__name__,
         "text": text[-LONGEST_MESSAGE_BYTES // 4 :],
         "exit_code": code,

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 
 from unisono.comm.header import Course
-from unisono.errors import ConfigurationError, LaunchError, UnisonoError, WorkerFailed
+from unisono.errors import ConfigurationError, HostLeaves, LaunchError, UnisonoError, WorkerFailed
 from unisono.fault.rules import Death, Verdict
 from unisono.launch.board import Board
 from unisono.launch.control import JOINS, MEMBERS, ArenaKeeper, Message, pair, receive, send
@@ -526,6 +526,8 @@ class WorkerSet:
             raise KeyboardInterrupt
         if worker.error is None:
             raise WorkerFailed(self._end_of(worker))
+        if worker.error["leaves"]:
+            raise HostLeaves(worker.error["text"])
         if worker.error["ours"]:
             raise _error_of(Failure(worker.error["text"], worker.error["exit_code"]))
         raise WorkerFailed(f"worker {worker.rank} of {self._task.hosts.size} failed:\n{worker.error['text'].rstrip()}")

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -29,14 +29,15 @@ from unisono.comm.network import Link, NetworkWire
 from unisono.comm.partial import add_entry, partial_layout
 from unisono.comm.reductions import power_sgd
 from unisono.comm.way import Way
+from unisono.engine import Engine
 from unisono.errors import GroupError
-from unisono.events import Event, Notice, PhaseEntered, StepFinished, ValidationFinished
+from unisono.events import Event, MicroBatchesCopied, Notice, PhaseEntered, StepFinished, ValidationFinished
 from unisono.launch.world import this_process
 from unisono.plan.assignment import micro_batches, one_team
 from unisono.plan.blocks import ParameterSpec, TensorSpec, flat_layout
 from unisono.plan.exchange import Bucket
 from unisono.plan.hosts import Place
-from unisono.run.summation import accumulation
+from unisono.run.summation import Node, accumulation
 from unisono.state.shared import SharedState
 from unisono.tasks.lm import GPT
 
@@ -174,6 +175,60 @@ def struck_in_the_first_of_two(strikes: list[dict[str, Any]], **options: Any) ->
     """Train toys, be struck, and train others in the same processes; both digests."""
     first = armed(trainer(**options), strikes).fit(60)
     return [first.digest, trainer(model="norm").fit(5).digest]
+
+
+def train_late(
+    late: int,
+    late_steps: Sequence[int],
+    seconds: float,
+    beside_s: float = 0.0,
+    corrupt: int = -1,
+    strikes: Sequence[Mapping[str, Any]] = (),
+    **options: Any,
+) -> dict[str, Any]:
+    """Train toys; in some steps each micro-batch takes one worker, or two, longer, and idle ones make copies.
+
+    Arguments:
+        late: the rank whose micro-batches take so many seconds more.
+        beside_s: seconds that a copy takes more before it is computed.
+        corrupt: the rank whose copies come out wrong.
+    """
+    copied: list[dict[str, Any]] = []
+    rank = this_process().rank
+    rescue, publish = Engine._rescue, HostGroup.publish
+    copying = False
+
+    def slow(event: Event) -> None:
+        if (
+            isinstance(event, PhaseEntered)
+            and event.phase == "compute"
+            and event.rank == late
+            and event.step in late_steps
+        ):
+            time.sleep(seconds / 2)  # forward and backward
+
+    def rescue_late(engine: Engine, step: int, micro_batches: Sequence[int]) -> None:
+        nonlocal copying
+        time.sleep(beside_s if rank != late else 0.0)
+        copying = True
+        rescue(engine, step, micro_batches)
+        copying = False
+
+    def publish_wrong(group: HostGroup, step: int, entry: int, node: Node, *, whole: bool = False) -> None:
+        if copying and rank == corrupt:
+            group.partial(entry).entries[0].view(-1)[:1].mul_(1.5)
+        publish(group, step, entry, node, whole=whole)
+
+    Engine._rescue = rescue_late  # type: ignore[method-assign, assignment]
+    HostGroup.publish = publish_wrong  # type: ignore[method-assign, assignment]
+
+    def note(event: Event) -> None:
+        if isinstance(event, MicroBatchesCopied):
+            copied.append(asdict(event))
+
+    subject = armed(trainer(callbacks=[note], fault={"copies": "always"}, **options), strikes)
+    subject.probe(slow)
+    return {**asdict(subject.fit(12)), "copied": copied}
 
 
 def leave_the_program(rank: int, **options: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from unisono.comm.arena import Arena, DeviceMemory, Region
+from unisono.comm.copies import Copies
 from unisono.comm.group import Group
 from unisono.comm.hierarchical import Continuity, HierarchicalGroup
 from unisono.comm.host import HostGroup
@@ -237,6 +238,8 @@ def _worker(
     share, passages = _share(prepared, config, group, local)
     sampler = Sampler(feed.size, config.seed, config.global_batch_size, config.micro_batch_size)
     names = [name for name, _ in prepared.layout.flat.uses] + [spec.name for spec in prepared.layout.buffers]
+    if group is local and passages is None and tensor is None and _copies_pay(config, host.slots):
+        local.copies = Copies(local, host.entries, names)
     engine = Engine(
         group,
         replica,
@@ -248,6 +251,7 @@ def _worker(
         names,
         group.partial if tensor is None else _partials(prepared, local, tensor),
         passages,
+        local.copies,
     )
     if isinstance(group, HierarchicalGroup):
         group.continuity = Continuity(state.parts, versions)
@@ -258,6 +262,13 @@ def _worker(
             group, replica, held_out, config.micro_batch_size, config.validation.samples, objects.metrics, stopping
         )
     return Worker(prepared, group, state, snapshot, replica, engine, evaluator, shared, offload), step
+
+
+def _copies_pay(config: TrainingConfig, workers: int) -> bool:
+    """Whether workers that idle compute what others are late with: not where they would take those their cores."""
+    if config.fault.copies == "auto":
+        return 1 < workers * config.threads <= len(os.sched_getaffinity(0))
+    return config.fault.copies == "always"
 
 
 def _offload(prepared: Prepared, config: TrainingConfig, local: HostGroup) -> Offload | None:

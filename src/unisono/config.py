@@ -272,6 +272,11 @@ class FaultConfig(Section):
         description="Too few hosts are left to decide who goes on. wait: for the others, a witness, or unisono fence. "
         "stop: the run ends.",
     )
+    copies: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="Workers of a host that have nothing left to do in a step compute micro-batches of late ones too; "
+        "whichever copy comes first counts. auto: where each worker has a core of its own.",
+    )
     drain_s: float | None = Field(
         None,
         gt=0,

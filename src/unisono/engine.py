@@ -6,12 +6,12 @@ The engine executes a timetable (`plan.schedule`) and knows neither the policy n
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from unisono.comm.copies import Copies
 from unisono.comm.forms import LINE_BYTES, alike
 from unisono.comm.group import Group
-from unisono.comm.partial import Partial
+from unisono.comm.partial import Partial, same_bits
 from unisono.comm.passage import Arrived, Passages
 from unisono.comm.passage_layout import Way
 from unisono.data.feed import TrainingFeed
@@ -110,6 +110,7 @@ class Engine:
         names: of all entries of a partial.
         partial: this worker's buffers, by number.
         passages: to the other stages of a pipeline; None where there are none.
+        copies: what idle workers compute of this one's; None where they do not.
     """
 
     def __init__(
@@ -124,7 +125,9 @@ class Engine:
         names: list[str],
         partial: Callable[[int], Partial],
         passages: Passages | None = None,
+        copies: Copies | None = None,
     ) -> None:
+        self._copies = copies
         self._group = group
         self._replica = replica
         self._feed = feed
@@ -168,7 +171,7 @@ class Engine:
         share = self._share_of_step()
         first = share.actions[0].micro_batch if share.rounds else 0
         try:
-            self._work(step, share, first if check_purity else None)
+            self._work(step, share, self._copies, first if check_purity else None)
         except ReplicaBroken:  # what it has not published, others compute
             self._forget()
         outcome = self._policy.conclude(step, phases, lambda left: self._rescue(step, left))
@@ -189,25 +192,45 @@ class Engine:
         self._under_way.clear()
         self._first = None
 
-    def _work(self, step: int, share: WorkShare, checked: int | None = None) -> None:
+    def _work(self, step: int, share: WorkShare, copies: Copies | None = None, checked: int | None = None) -> None:
         """Compute and publish a share of the step.
 
         Arguments:
-            checked: the micro-batch that is computed twice.
+            copies: which others may make of it.
+            checked: the micro-batch that is computed twice here.
         """
         self._share = share
         self._left = dict.fromkeys(share.leaves, len(share.stages))
         self._last_micro_batch = max((action.micro_batch for action in share.actions), default=-1)
         for action in share.actions:
+            m = action.micro_batch
+            if copies is not None and action.kind is Kind.FORWARD and copies.has(step, m):
+                self._work_beside(step, copies, [later for later in share.leaves if later >= m])
+                return
             self._group.check()
             if self._passages is not None and action.stage != WHOLE:
                 self._passages.check()
             self._execute(step, action, action.micro_batch == checked)
 
+    def _work_beside(self, step: int, copies: Copies, micro_batches: Sequence[int]) -> None:
+        """The rest of this worker's share, from the first micro-batch that another worker computes too."""
+        copies.leave_the_rest(step, micro_batches[0])
+        for m in micro_batches:
+            if not copies.is_there(step, m):
+                copies.make(step, m, lambda m=m: self._rescue(step, [m]))  # type: ignore[misc]
+
     def _rescue(self, step: int, micro_batches: Sequence[int]) -> None:
-        """Compute what lost workers have not published."""
+        """Compute what other workers have not published: they are lost, or late.
+
+        An attempt whose step has closed is dropped whole: what it has read may have been the next step's state.
+        """
         stage = WHOLE if self._passages is not None else 0
-        self._work(step, lone_share(micro_batches, self._count, stage, self._group.published(step)))
+        try:
+            self._work(step, lone_share(micro_batches, self._count, stage, self._group.published(step)))
+        except Exception:
+            if self._copies is None or not self._copies.are_void(step):
+                raise
+            self._forget()
         self._phases.enter("wait")
 
     def _execute(self, step: int, action: Action, check_purity: bool) -> None:
@@ -318,7 +341,7 @@ class Engine:
     def _compare(self, step: int, first: "_LeafCopy", second: "_LeafCopy") -> None:
         """Micro-batch 0 was computed twice from the same state: compare bit by bit."""
         for name, a, b in zip(self._names, first.entries, second.entries, strict=True):
-            if not _same(a, b):
+            if not same_bits(a, b):
                 raise ImpureRunError(
                     f"the run is not pure: micro-batch 0 of step {step}, computed twice from the same state, gave two "
                     f"gradients of {name}; look for random numbers that torch does not draw, for state kept on the "
@@ -344,7 +367,7 @@ def _gradients(work: _UnderWay) -> Sequence[Tensor | None]:
 def _compare_made(step: int, stage: int, first: Forwarded, second: Forwarded) -> None:
     """A stage of a pipeline has computed micro-batch 0 twice."""
     for a, b in zip(first.made, second.made, strict=True):
-        if not _same(a, b):
+        if not same_bits(a, b):
             raise ImpureRunError(
                 f"the run is not pure: micro-batch 0 of step {step}, computed twice from the same state, gave two "
                 f"results in stage {stage}; with one worker (-n 1), the parameter is named"
@@ -354,10 +377,3 @@ def _compare_made(step: int, stage: int, first: Forwarded, second: Forwarded) ->
 def _copy(partial: Partial) -> _LeafCopy:
     entries = [entry.clone() if partial.counts[i] else None for i, entry in enumerate(partial.entries)]
     return _LeafCopy(partial.scalars[0], entries)
-
-
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    """Equal bit for bit."""
-    if a is None or b is None:
-        return a is b
-    return torch.equal(a.detach().reshape(-1).view(torch.uint8), b.detach().reshape(-1).view(torch.uint8))

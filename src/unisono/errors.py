@@ -30,6 +30,12 @@ class ImpureRunError(TrainingError):
     """The same micro-batch, computed twice from the same state, gave two results."""
 
 
+class SilentCorruption(TrainingError):
+    """Two workers computed the same micro-batch from the same state, and not the same gradient."""
+
+    exit_code = 1
+
+
 class CheckpointError(UnisonoError):
     """A checkpoint cannot be written, or none that is intact can be read."""
 

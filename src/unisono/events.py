@@ -96,6 +96,14 @@ class WorkerLost(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class MicroBatchesCopied(Event):
+    """Workers that had nothing left to do in ``step`` computed micro-batches of late ones, by rank."""
+
+    step: int
+    by: Mapping[int, Sequence[int]]
+
+
+@dataclass(frozen=True, slots=True)
 class ChiefChanged(Event):
     """The worker that kept the run's records is lost; that of ``rank`` does so from step ``step`` on, of ``steps``."""
 

@@ -19,6 +19,7 @@ from unisono.events import (
     HostsChanged,
     Listener,
     MembersChanged,
+    MicroBatchesCopied,
     Notice,
     StepFinished,
     ValidationFinished,
@@ -34,7 +35,7 @@ from unisono.state.writer import CheckpointWriter, Retention
 REMEMBERED = 64
 STARTING_S, SUCCEEDING_S = 1.0, 30.0
 """Until the children of workers that were ended, or a chief that leaves, have let go of the run's directory."""
-OF_A_STEP = (StepFinished, ValidationFinished, WorkerLost, MembersChanged, HostsChanged)
+OF_A_STEP = (StepFinished, ValidationFinished, WorkerLost, MembersChanged, HostsChanged, MicroBatchesCopied)
 TAIL_BYTES = 1 << 16
 
 

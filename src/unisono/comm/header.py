@@ -37,7 +37,18 @@ _HEADER_WORDS = _LOST + LOSSES_KEPT
 # Words of a slot.
 _DONE, _SEQUENCE, _FLAGS, _ACTIVITY, _LAYOUT, _MICRO_BATCH, _OPERATIONS, _HELLO = 0, 1, 2, 3, 4, 5, 6, 7
 UNDO_VERSION, UNDO_RUN, UNDO_PLACE = 8, 9, 10
-_SEEN, _HALTED, _READY, _ASKED, _BEATS, _ADMIT, _PACE, _LEFT, _PUBLISHED = 11, 12, 13, 14, 15, 16, 20, 21, 32
+_SEEN, _HALTED, _READY, _ASKED, _BEATS, _ADMIT, _PACE, _LEFT, _CLAIM, _PUBLISHED = (
+    11,
+    12,
+    13,
+    14,
+    15,
+    16,
+    20,
+    21,
+    22,
+    32,
+)
 ENTRIES = 256  # published subtrees: two a level of the largest tree, and one a round (see `comm.rounds`)
 SLOT_WORDS = _PUBLISHED + ENTRIES
 
@@ -461,6 +472,16 @@ class Header:
                 text = f"{activity} of step {step}" + ("" if micro_batch is None else f", micro-batch {micro_batch}")
             found.append(Operation(self._times[at], text))
         return found
+
+    def claim(self, slot: int) -> tuple[int, int]:
+        """(step, micro-batch) of which the slot's worker computes a copy; step 0 for none."""
+        step, micro_batch = divmod(self._word(slot, _CLAIM), MOST_MICRO_BATCHES)
+        return step, micro_batch
+
+    def set_claim(self, slot: int, step: int, micro_batch: int) -> None:
+        """This worker computes a copy, or with step 0 does no more."""
+        store_fence()
+        self._set_word(slot, _CLAIM, step * MOST_MICRO_BATCHES + micro_batch)
 
     def layout(self, slot: int) -> int:
         """A hash of the layout that the slot's worker computed, 0 before it has."""

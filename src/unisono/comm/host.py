@@ -10,6 +10,7 @@ from torch import Tensor
 
 from unisono.comm.arena import Arena, Region
 from unisono.comm.canonical import Cover
+from unisono.comm.copies import Copies
 from unisono.comm.header import Agreement, Course, Header, Publication
 from unisono.comm.host_layout import CAUSE_BYTES, KNOWN_BYTES, HostLayout
 from unisono.comm.mail import Mail
@@ -18,7 +19,7 @@ from unisono.comm.roll import Roll
 from unisono.comm.waiting import Waiter
 from unisono.comm.words import store_fence
 from unisono.errors import GroupError, LaunchError, ReplicaBroken
-from unisono.events import PHASES, Event
+from unisono.events import PHASES, Event, MicroBatchesCopied
 from unisono.plan.roster import Loss, Lot, consecutive
 from unisono.run.summation import Node, covering, missing
 
@@ -33,6 +34,7 @@ class HostGroup:
         waits_for_all: no step begins with fewer workers than are wanted.
         interruptible: waits for what needs other hosts too.
         patient: waits without a deadline: the launcher ends who hangs, and all together in the end.
+        copies: of late workers' micro-batches; None where none are made.
 
     Arguments:
         arena, layout: the shared memory and its division.
@@ -86,6 +88,9 @@ class HostGroup:
         self._views: dict[tuple[int, int], Partial] = {}
         self._mail = Mail(self.header, lambda box, number: arena.bytes(layout.mailbox(box, number)), slot)
         self.waits_for_all = False
+        self.copies: Copies | None = None
+        self._copied: MicroBatchesCopied | None = None
+        self._count = 0
         self._steps, self._joined = 0, False
         self._told = 0  # losses of the step that the policy has heard of
         self._versions = [arena.words(layout.versions(replica)) for replica in range(layout.replicas)]
@@ -219,7 +224,9 @@ class HostGroup:
         if self.waits_for_all:
             self.patient(lambda: True if self.roll.is_full else None, f"others before step {step}", self.doing)
         self.roll.begin(step, count)
-        self._told = 0
+        self._told, self._count = 0, count
+        if self.copies is not None:
+            self.copies.begin(count)
         self._mail.begin(step)
 
     def lot(self) -> Lot:
@@ -271,7 +278,9 @@ class HostGroup:
         return Partial(self.partials, self.memory("total"))
 
     def publish(self, step: int, entry: int, node: Node, *, whole: bool = False) -> None:
-        """One aligned store: the subtree is complete."""
+        """One aligned store: the subtree is complete. After the step is closed, it may have read what changes then."""
+        if self.header.closed >= step:
+            return
         self.header.publish(self.slot, entry, self._generation, step, node, whole=whole)
 
     def published(self, step: int) -> int:
@@ -281,17 +290,29 @@ class HostGroup:
     def collect(self, step: int, count: int, rescue: Callable[[Sequence[int]], None]) -> list[Cover]:
         """Wait for all micro-batches of the step, computing this worker's part of what others left; close it."""
         covers: list[Cover] = []
+        copies, copied = self.copies, -1
         waiter = self.waiter
         if self._joined and self._steps == 0:  # others may still evaluate
             waiter = self.patient
 
         def ready() -> list[int] | None:
+            nonlocal copied
+            copied = -1
             while len(covers) < len(self.teams):
                 cover = self._cover(step, len(covers), count)
                 if cover is None:
-                    return self.roll.take_over(lambda lot: self._published_of(step, lot)) or None
+                    return left_by_others()
                 covers.append(cover)
-            return [] if self.roll.all_have_begun else None
+            copying = copies is not None and copies.under_way(step)
+            return [] if self.roll.all_have_begun and not copying else None
+
+        def left_by_others() -> list[int] | None:
+            nonlocal copied
+            lost = self.roll.take_over(lambda lot: self._published_of(step, lot))
+            if lost or copies is None:
+                return lost or None
+            copied = copies.wanted(step)
+            return [copied] if copied >= 0 else None
 
         def absent() -> str:
             if len(covers) == len(self.teams):
@@ -301,10 +322,14 @@ class HostGroup:
             return f"micro-batches {_ranges(lost)} of step {step} are not published{whose}; {self.doing()}"
 
         while left := waiter(ready, f"collect of step {step}", absent):
-            rescue(left)
+            if copies is not None and copied >= 0:
+                copies.make(step, copied, lambda left=left: rescue(left))  # type: ignore[misc]
+            else:
+                rescue(left)
         if self.roll.step == step:
             self.roll.agree()
         self.header.closed = step
+        self._copied = copies.news(step) if copies is not None else None
         return covers
 
     def _cover(self, step: int, team: int, count: int) -> Cover | None:
@@ -458,8 +483,9 @@ class HostGroup:
         return None
 
     def news(self) -> list[Event]:
-        """Workers that were lost, have joined or left."""
-        return self.roll.news()
+        """Workers that were lost, have joined or left, and micro-batches that were copied."""
+        copied, self._copied = self._copied, None
+        return [*self.roll.news(), *([copied] if copied is not None else [])]
 
     def report(self, step: int, seconds: Sequence[float]) -> None:
         """Two rows in turn, so that a reader of the settled step is not overtaken."""
@@ -470,8 +496,7 @@ class HostGroup:
 
     def _note_pace(self, seconds: Sequence[float]) -> None:
         """How long a micro-batch takes this worker: its recent steps count most, its first one does not."""
-        roster = self.roll.roster
-        computed = sum(len(lot.micro_batches) for lot in roster.lots_of(self.slot)) if roster is not None else 0
+        computed = self._computed(self.slot)
         self._steps += 1
         if computed and self._steps > 1:
             pace = sum(seconds[PHASES.index(phase)] for phase in ("data", "compute")) / computed
@@ -484,9 +509,12 @@ class HostGroup:
 
     def work(self) -> Mapping[int, int]:
         """How many micro-batches each worker had in the last step, by slot."""
-        roster = self.roll.roster
-        slots = self.members if roster is not None else ()
-        return {slot: sum(len(lot.micro_batches) for lot in roster.lots_of(slot)) for slot in slots} if roster else {}
+        return {slot: self._computed(slot) for slot in self.members} if self.roll.roster is not None else {}
+
+    def _computed(self, slot: int) -> int:
+        """How many micro-batches a slot's worker has computed, and published, in the step."""
+        nodes = (p.node for p in self._publications(self.roll.step, (slot,)))
+        return sum(min(node.stop, self._count) - node.start for node in nodes)
 
     def gather_compression(self) -> dict[str, Tensor]:
         """Nothing is compressed."""

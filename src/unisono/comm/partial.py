@@ -173,3 +173,10 @@ def add_entry(chain: Sequence[Partial], entry: int, value: Tensor | None, count:
         else:
             count = 0
         value = target if partial.counts[entry] else None
+
+
+def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two tensors are equal bit for bit: -0.0 is not 0.0, and one NaN is another; None is like None alone."""
+    if a is None or b is None:
+        return a is b
+    return torch.equal(a.detach().reshape(-1).view(torch.uint8), b.detach().reshape(-1).view(torch.uint8))

@@ -128,6 +128,9 @@ def _membership(events: Sequence[Record]) -> list[tuple[int, str]]:
                 )
                 known.add(event["number"])
                 told += [(event["step"], "; ".join(said))] if said else []
+            case "MicroBatchesCopied":
+                made = [f"worker {rank}: {_listed(part)}" for rank, part in event["by"].items()]
+                told.append((event["step"], f"micro-batches of late workers computed by others ({'; '.join(made)})"))
             case "ChiefChanged":
                 told.append((event["step"], f"worker {event['rank']} keeps the records from here on"))
             case "MembersChanged":

@@ -65,12 +65,11 @@ class Copies:
         self._most = entries // 2  # the rest is for what lost workers leave
         self._group = group
         self._names = names
-        self._count = 0
         self._idle_since: float | None = None
 
-    def begin(self, count: int) -> None:
-        """A step of so many micro-batches begins."""
-        self._count, self._idle_since = count, None
+    def begin(self) -> None:
+        """A step begins."""
+        self._idle_since = None
 
     def wanted(self, step: int) -> int:
         """A worker that idles asks: the micro-batch to compute a copy of; -1 for none, or not yet."""
@@ -81,7 +80,7 @@ class Copies:
         late = pace_s > 0 and now - self._idle_since > PATIENCE * pace_s
         if not late or roster is None or group.published(step) >= self._most:
             return -1
-        there = {m for node, _, _ in self._leaves(step) for m in range(node.start, min(node.stop, self._count))}
+        there = {m for node, _, _ in self._leaves(step) for m in range(node.start, min(node.stop, group.roll.count))}
         found = copied_next(roster.lots, group.slot, dict(self._begun(step)), there, self._claimed(step))
         return -1 if found is None else found
 
@@ -124,7 +123,7 @@ class Copies:
         """Publish this worker's sums of what comes before a micro-batch, and are not published yet."""
         group = self._group
         first, start = group.published(step), group.lot().micro_batches[0]
-        for entry, node in list(enumerate(subtrees(start, micro_batch, self._count)))[first:]:
+        for entry, node in list(enumerate(subtrees(start, micro_batch, group.roll.count)))[first:]:
             group.publish(step, entry, node)
 
     def make(self, step: int, micro_batch: int, compute: Callable[[], None]) -> None:

@@ -90,7 +90,6 @@ class HostGroup:
         self.waits_for_all = False
         self.copies: Copies | None = None
         self._copied: MicroBatchesCopied | None = None
-        self._count = 0
         self._steps, self._joined = 0, False
         self._told = 0  # losses of the step that the policy has heard of
         self._versions = [arena.words(layout.versions(replica)) for replica in range(layout.replicas)]
@@ -224,9 +223,9 @@ class HostGroup:
         if self.waits_for_all:
             self.patient(lambda: True if self.roll.is_full else None, f"others before step {step}", self.doing)
         self.roll.begin(step, count)
-        self._told, self._count = 0, count
+        self._told = 0
         if self.copies is not None:
-            self.copies.begin(count)
+            self.copies.begin()
         self._mail.begin(step)
 
     def lot(self) -> Lot:
@@ -514,7 +513,7 @@ class HostGroup:
     def _computed(self, slot: int) -> int:
         """How many micro-batches a slot's worker has computed, and published, in the step."""
         nodes = (p.node for p in self._publications(self.roll.step, (slot,)))
-        return sum(min(node.stop, self._count) - node.start for node in nodes)
+        return sum(min(node.stop, self.roll.count) - node.start for node in nodes)
 
     def gather_compression(self) -> dict[str, Tensor]:
         """Nothing is compressed."""

@@ -30,7 +30,7 @@ class Roll:
     Attributes:
         members: who began this step; between two steps, who ended the last.
         chief: the slot of the worker that keeps the run's records.
-        step: the one under way, or the last.
+        step, count: the one under way, or the last, and its micro-batches.
         flags: everyone's requests of the step, joined, once it is closed.
         pace_s: seconds that a micro-batch takes this worker, to be said as it begins a step; 0 where it is not known.
         regained: called with the number of a replica that is whole again, before anyone begins the step with it.
@@ -42,7 +42,7 @@ class Roll:
         self._replicas = replicas
         self.members = tuple(members)
         self.chief = self.members[0]
-        self.step = 0
+        self.step = self.count = 0
         self.flags = 0
         self.regained: Callable[[int], None] = lambda replica: None
         self._seen = self._handled = 0  # losses that the members take account of, and those that this step does
@@ -63,7 +63,7 @@ class Roll:
         if self._agreed.step == step:
             self._note_change(self._agreed)
             self.members, self.chief, self._seen = self._agreed.members, self._agreed.chief, self._agreed.seen
-        self.step, self._handled = step, self._seen
+        self.step, self.count, self._handled = step, count, self._seen
         before = self.roster.first if self.roster is not None and self._paces else ()
         paces = self._paces if step % REBALANCE_STEPS == 0 else None
         self.roster = StepRoster(self._replicas, self.members, count, paces, before)

@@ -7,18 +7,31 @@ from unisono.comm.registration import register_with_torch
 if TYPE_CHECKING:
     from unisono.config import Layout, ScalingConfig, ScheduleConfig
     from unisono.errors import UnisonoError
-    from unisono.trainer import Result, Trainer
+    from unisono.predictions import read_predictions
+    from unisono.trainer import Predicted, Result, Trainer
 
 __version__ = "0.1.0"
-__all__ = ["Layout", "Result", "ScalingConfig", "ScheduleConfig", "Trainer", "UnisonoError", "__version__"]
+__all__ = [
+    "Layout",
+    "Predicted",
+    "Result",
+    "ScalingConfig",
+    "ScheduleConfig",
+    "Trainer",
+    "UnisonoError",
+    "__version__",
+    "read_predictions",
+]
 
 _ROOMS = {
     "Layout": "unisono.config",
+    "Predicted": "unisono.trainer",
     "Result": "unisono.trainer",
     "ScalingConfig": "unisono.config",
     "ScheduleConfig": "unisono.config",
     "Trainer": "unisono.trainer",
     "UnisonoError": "unisono.errors",
+    "read_predictions": "unisono.predictions",
 }
 
 

@@ -40,6 +40,10 @@ class CheckpointError(UnisonoError):
     """A checkpoint cannot be written, or none that is intact can be read."""
 
 
+class PredictionError(UnisonoError):
+    """Predictions cannot be written, or those that were are not whole."""
+
+
 class RecordError(UnisonoError):
     """The records of a run cannot be written."""
 

@@ -20,7 +20,7 @@ Metrics = Callable[[Any, Any], Mapping[str, Any]]
 
 Sums = dict[str, tuple[float, float]]
 
-_STOPPED = b"stopped"
+STOPPED = b"stopped"
 
 RANDOM_KEY = 1 << 62
 """Keeps the random numbers of evaluation apart from those of any training step."""
@@ -59,7 +59,7 @@ class Evaluator:
         Raises:
             ConfigurationError: where the metrics do not hold ``metric``.
         """
-        with self._replica.whole(), _evaluating(self._replica.model):
+        with self._replica.whole(), evaluating(self._replica.model):
             names = self._leaf(0)
         self._replica.buffers.invalidate()
         if metric not in names:
@@ -73,29 +73,24 @@ class Evaluator:
         """
         self._replica.buffers.invalidate()  # other workers may have committed some
         count = -(-self.samples // self._batch_size)
+        operation = f"validation after step {step}"
+        answers = shared_out(self._group, count, lambda mine: self._evaluated(step, mine, count), operation)
+        if answers is None:
+            return None
         total: dict[Node, Sums] = {}
-        left, among = list(range(count)), list(range(self._group.size))
-        while left:
-            shares = divided(left, among)
-            mine = self._evaluated(step, shares[self._group.rank], count)
-            answers = self._group.all_gather(mine, f"validation after step {step}")
-            if _STOPPED in answers:
-                return None
-            for answer in filter(None, answers):
-                for code, sums in json.loads(answer):
-                    total[Node.from_code(code)] = {name: (pair[0], pair[1]) for name, pair in sums.items()}
-            left = sorted(m for rank in among if not answers[rank] for m in shares[rank])
-            among = [rank for rank in among if answers[rank]]
+        for answer in answers:
+            for code, sums in json.loads(answer):
+                total[Node.from_code(code)] = {name: (pair[0], pair[1]) for name, pair in sums.items()}
         result = finish(total, count, _add)
         return {name: value / weight if weight else float("nan") for name, (value, weight) in result.items()}
 
     def _evaluated(self, step: int, batches: Sequence[int], count: int) -> bytes:
         """Sums over some of ``count`` batches, for the others."""
         leaves = {}
-        with self._replica.whole(), _evaluating(self._replica.model):
+        with self._replica.whole(), evaluating(self._replica.model):
             for m in batches:
                 if self._stopping():
-                    return _STOPPED
+                    return STOPPED
                 self._group.enter("validation", step, m)
                 leaves[m] = self._leaf(m)
         found = []
@@ -124,6 +119,32 @@ class Evaluator:
         return sums
 
 
+def shared_out(
+    group: Group, count: int, work: Callable[[Sequence[int]], bytes], operation: str, at_once: int | None = None
+) -> list[bytes] | None:
+    """What all workers answer that do ``count`` pieces of work; those of a lost worker are done by the others.
+
+    Arguments:
+        work: does some of them; what it answers is not empty, and is `STOPPED` where this worker was asked to stop.
+        at_once: pieces for each worker before all hear of each other; default: all.
+
+    Returns None where somebody was asked to stop.
+    """
+    found: list[bytes] = []
+    waiting, among = list(range(count)), list(range(group.size))
+    while waiting:
+        size = len(waiting) if at_once is None else at_once * len(among)
+        now, waiting = waiting[:size], waiting[size:]
+        shares = divided(now, among)
+        answers = group.all_gather(work(shares[group.rank]), operation)
+        if STOPPED in answers:
+            return None
+        found += filter(None, answers)
+        waiting = sorted(piece for rank in among if not answers[rank] for piece in shares[rank]) + waiting
+        among = [rank for rank in among if answers[rank]]
+    return found
+
+
 def _pair(name: str, value: Any, samples: int) -> tuple[float, float]:
     try:
         if isinstance(value, tuple):
@@ -138,7 +159,7 @@ def _add(a: Sums, b: Sums) -> Sums:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Put the model into evaluation mode, and every module back as it was."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

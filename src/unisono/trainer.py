@@ -1,6 +1,12 @@
 """The composition root: a user's objects and settings in, a trained model and its digest out."""
 
-from collections.abc import Callable, Sequence
+import copy
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,14 +18,20 @@ from unisono.data.feed import Collate, Dataset
 from unisono.errors import ConfigurationError
 from unisono.evaluation import Metrics
 from unisono.events import Listener
+from unisono.inference import Inference, Predicted
 from unisono.launch.possible import refuse_impossible
 from unisono.launch.process import keep_freed_memory
 from unisono.launch.scope import deterministic, interrupts, threads
 from unisono.launch.world import World, this_process
 from unisono.optim.schedules import Schedule
 from unisono.parallel.replicated import Loss
+from unisono.predictions import Post
 from unisono.preparation import Objects, OptimizerFactory
+from unisono.state.checkpoint import DIRECTORY, newest_intact
 from unisono.training import Job, Result, Training
+
+Weights = str | os.PathLike[str] | None
+"""Where a model's values are: as ``start_from``."""
 
 
 class Trainer:
@@ -146,9 +158,7 @@ class Trainer:
             schedule=self._schedule,
             stopping=lambda: self._stop,
         )
-        random_state = torch.random.fork_rng(devices=[])
-        stopping = interrupts(self.stop, watched=world.launcher == "unisono")
-        with random_state, threads(config.threads), stopping, deterministic(config.device):
+        with self._surroundings(config, world):
             training = Training(job, world)
             self.model = training.model
             try:
@@ -156,10 +166,86 @@ class Trainer:
             finally:
                 training.close()
 
+    def evaluate(
+        self, data: Dataset | None = None, *, weights: str | os.PathLike[str] | None = None
+    ) -> dict[str, float]:
+        """The mean loss and metrics on a dataset, on all workers: every sample counts once.
+
+        Arguments:
+            data: default: the validation dataset.
+            weights: of which model: a checkpoint, or any weights that ``start_from`` may name; default: of the one that
+                was trained, or else of the newest intact checkpoint in ``run_dir``.
+
+        Raises:
+            ConfigurationError: where there is no dataset, or no model.
+        """
+        with self._inference(data, weights) as inference:
+            return inference.evaluate()
+
+    def predict(
+        self,
+        data: Dataset,
+        directory: str | os.PathLike[str],
+        *,
+        weights: Weights = None,
+        post: Post | None = None,
+    ) -> Predicted:
+        """Write the model's outputs for all samples of a dataset, on all workers; see `read_predictions`.
+
+        Arguments:
+            data: map-style; of a pair (input, target) the input is used.
+            directory: new or empty.
+            weights: as of `evaluate`.
+            post: output -> what is kept of it, ``lambda output: output.argmax(-1)`` for example.
+
+        Raises:
+            ConfigurationError: where there is no model, or its outputs have no row for each sample.
+            PredictionError: where the directory holds anything, or cannot be written.
+        """
+        with self._inference(data, weights) as inference:
+            return inference.predict(Path(directory), post)
+
+    @contextmanager
+    def _inference(self, data: Dataset | None, weights: Weights) -> Iterator[Inference]:
+        data = self._objects.validation if data is None else data
+        if data is None:
+            raise ConfigurationError("there is nothing to evaluate: give data, or the trainer a validation dataset")
+        world, factory = this_process(), self._objects.model
+        trained = self.model
+        if weights is None and trained is not None:
+            factory = functools.partial(copy.deepcopy, trained)
+        elif weights is None:
+            if self.config.run_dir is None:
+                raise ConfigurationError("there is no model yet: call fit before, or give weights, or run_dir")
+            weights = newest_intact(Path(self.config.run_dir) / DIRECTORY)[0]
+        start_from = None if weights is None else os.fspath(weights)
+        alone = {"run_dir": None, "layout": Layout(), "init": "stream", "start_from": start_from}
+        config = self._possible(self.config.model_copy(update=alone), world)
+        objects = replace(self._objects, model=factory, data=data, validation=data)
+        self._stop = False
+        keep_freed_memory()
+        wake_on_time()
+        with self._surroundings(config, world), Inference(objects, config, world, lambda: self._stop) as inference:
+            yield inference
+
+    @contextmanager
+    def _surroundings(self, config: TrainingConfig, world: World) -> Iterator[None]:
+        """This process as the run needs it, and as it was afterwards."""
+        stopping = interrupts(self.stop, watched=world.launcher == "unisono")
+        with torch.random.fork_rng(devices=[]), threads(config.threads), stopping, deterministic(config.device):
+            yield
+
     def _checked(self, world: World, steps: int, resume: bool) -> TrainingConfig:
-        config = self.config
         if steps < 1:
             raise ConfigurationError(f"steps is {steps}; give a whole number from 1")
+        config = self._possible(self.config, world)
+        if config.run_dir is None and (resume or config.checkpoint.every is not None):
+            raise ConfigurationError("checkpoints and resume need a place: give run_dir")
+        return config
+
+    @staticmethod
+    def _possible(config: TrainingConfig, world: World) -> TrainingConfig:
+        """The configuration, where this process and the others can do it."""
         refuse_impossible(config, world.beginning)
         if (
             world.launcher == "torchrun"
@@ -185,9 +271,7 @@ class Trainer:
                 f"{world.local_size} workers on this host, which has {torch.cuda.device_count()} CUDA devices; "
                 "one worker a device is possible"
             )
-        if config.run_dir is None and (resume or config.checkpoint.every is not None):
-            raise ConfigurationError("checkpoints and resume need a place: give run_dir")
         return config
 
 
-__all__ = ["Result", "Trainer"]
+__all__ = ["Predicted", "Result", "Trainer"]

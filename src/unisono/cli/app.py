@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from unisono.cli import bench, chaos, checkpoint, looking, membership, runs
+from unisono.cli import bench, chaos, checkpoint, inference, looking, membership, runs
 from unisono.cli.options import INTERRUPTED
 from unisono.errors import UnisonoError
 
@@ -23,6 +23,8 @@ bench_app = typer.Typer(help="Measure speed and memory beside what one would use
 
 app.command()(runs.train)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(runs.run)
+app.command()(inference.evaluate)
+app.command()(inference.predict)
 app.command()(runs.scale)
 app.command()(membership.witness)
 app.command()(membership.fence)

@@ -178,6 +178,9 @@ class Group(Protocol):
     def conclude(self) -> None:
         """No step follows: agree on who is the chief from now on."""
 
+    def begin_work(self) -> None:
+        """From here on the others go on where a worker is lost, though no step begins."""
+
     def end(self) -> None:
         """Training is over: nobody joins any more, and nobody is replaced."""
 

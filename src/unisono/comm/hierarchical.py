@@ -550,6 +550,10 @@ class HierarchicalGroup:
     def conclude(self) -> None:
         """The first worker stays the chief: who is lost here ends this group."""
 
+    def begin_work(self) -> None:
+        """From here on the others go on where a worker is lost."""
+        self.local.begin_work()
+
     def end(self) -> None:
         """Training is over."""
         self.local.end()

@@ -185,6 +185,10 @@ class HostGroup:
         said = self.all_gather(self.header.losses.to_bytes(8, "little"), "agreement on the chief")
         self.roll.conclude([int.from_bytes(word, "little") for word in said if word])
 
+    def begin_work(self) -> None:
+        """From here on the others go on where a worker is lost, though no step begins."""
+        self.header.train()
+
     def end(self) -> None:
         """Training is over: nobody joins any more, and nobody is replaced."""
         self.header.course = Course.OVER

@@ -232,15 +232,20 @@ class Replica:
 
         ``key`` separates the random numbers that a model may draw while it is evaluated.
         """
-        self.buffers.reset()
-        self.random.enter(key, micro_batch)
-        inputs, target = split(batch)
+        output, target = self.output(key, micro_batch, batch), split(batch)[1]
         with self._precision():
-            output = call(self.model, inputs)
             result = self._loss(output, target)
         loss, weight = loss_and_weight(result)
         samples = 1.0 if isinstance(result, tuple) else float(rows(batch))
         return output, target, float(loss.item()) * samples, weight * samples
+
+    @torch.no_grad()
+    def output(self, key: int, micro_batch: int, batch: object) -> object:
+        """What the model makes of a batch; as `evaluate`."""
+        self.buffers.reset()
+        self.random.enter(key, micro_batch)
+        with self._precision():
+            return call(self.model, split(batch)[0])
 
     def backward(
         self,

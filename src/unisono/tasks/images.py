@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from torch.utils.data import TensorDataset
 
 from unisono.errors import ConfigurationError
+from unisono.tasks.task import no_split
 
 VALIDATION_SHARE = 5
 
@@ -44,6 +45,8 @@ class Images:
 
     def dataset(self, split: str) -> TensorDataset:
         """Every fifth image is held out."""
+        if split not in ("train", "validation"):
+            raise no_split(split)
         try:
             from sklearn.datasets import load_digits
         except ImportError as error:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from unisono.config import Config, OptimizerConfig, validate
+from unisono.data.feed import Dataset
 from unisono.errors import ConfigurationError
 from unisono.preparation import Objects
 from unisono.tasks.task import Task, make_task
@@ -70,3 +71,30 @@ def train(config: Mapping[str, Any], resume: bool = False, evaluate: bool = True
     trainer = Trainer.from_config(objects, settings)
     result = trainer.fit(settings.steps, resume=resume)
     return asdict(result)
+
+
+def evaluate(config: Mapping[str, Any], split: str, weights: str) -> dict[str, float]:
+    """The figures of a model on a split of its task, from this worker and all others.
+
+    Arguments:
+        config: a `Config`, as data.
+        weights: a checkpoint.
+    """
+    trainer, _, data = _looking(config, split)
+    return trainer.evaluate(data, weights=weights)
+
+
+def predict(config: Mapping[str, Any], split: str, weights: str, directory: str) -> dict[str, Any]:
+    """Write a model's outputs on a split of its task, from this worker and all others."""
+    trainer, task, data = _looking(config, split)
+    return asdict(trainer.predict(data, directory, weights=weights, post=getattr(task, "prediction", None)))
+
+
+def _looking(config: Mapping[str, Any], split: str) -> tuple[Trainer, Task, Dataset]:
+    settings = validate(Config, config, "configuration")
+    torch.set_num_threads(settings.threads)
+    task = make_task(settings.task, settings.options)
+    data = task.dataset(split)
+    if data is None:
+        raise ConfigurationError(f'task {settings.task} has no dataset("{split}"); give --split of one that it has')
+    return Trainer.from_config(objects_of(task, settings.optimizer), settings), task, data

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from unisono.data.text import Bytes, Windows, corpus
 from unisono.errors import ConfigurationError
 from unisono.run.rng import derive
+from unisono.tasks.task import no_split
 
 VOCABULARY = 256
 GENERATION_S = 10.0
@@ -129,12 +130,18 @@ class LanguageModel:
 
     def dataset(self, split: str) -> Windows:
         """Windows over the files of a split."""
+        if split not in ("train", "validation"):
+            raise no_split(split)
         files = self._corpus.train if split == "train" else self._corpus.validation
         return Windows(files, self._context, split)
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """Cross-entropy in nats a byte."""
         return F.cross_entropy(output.view(-1, VOCABULARY), target.reshape(-1))
+
+    def prediction(self, output: Tensor) -> Tensor:
+        """The likeliest byte at each place, (batch, time)."""
+        return output.argmax(-1).to(torch.uint8)
 
     def optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
         """AdamW; weight decay for matrices only."""

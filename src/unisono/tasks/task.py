@@ -21,7 +21,8 @@ class Task(Protocol):
     """What ``unisono train`` trains.
 
     Optional besides: ``metrics(output, target)``, ``collate(samples)``, ``definition()`` (facts to record with the
-    run), ``summary(model)`` (what to show at the end), ``tokens_per_sample``.
+    run), ``summary(model)`` (what to show at the end), ``prediction(output)`` (what ``unisono predict`` keeps),
+    ``tokens_per_sample``.
     """
 
     def model(self) -> nn.Module:
@@ -72,3 +73,8 @@ def make_task(name: str, options: Mapping[str, Any]) -> Task:
             f"task {name!r} has no {', '.join(lacking)}; a task has model, dataset, loss, optimizer"
         )
     return task
+
+
+def no_split(split: str) -> ConfigurationError:
+    """For a dataset that a ready-made task does not have."""
+    return ConfigurationError(f"there is no split {split!r} of this task's data; it has train and validation")

@@ -113,6 +113,25 @@ def test_an_operation_that_is_slow_by_nature_may_take_twenty_times_its_median() 
     assert [silence.limit_s for silence in watch.silent([0])] == [40.0]
 
 
+def test_what_a_lost_worker_took_does_not_count_for_the_one_in_its_place() -> None:
+    """It had hung in the operation: its successor, which hung in the same, was given 20 times as long."""
+    clock = Clock()
+    watch, header = watched(clock)
+    header.set_activity(1, "data", 5)
+    watch.silent([1])
+    clock.now += 3.0  # it hangs, and is ended
+    watch.lose(1, 9, hung=True)
+    clock.now += 1.0
+    header.set_activity(1, "wait", 5)
+    watch.silent([1])
+    clock.now += 0.1
+    header.set_activity(1, "data", 6)
+    watch.silent([1])
+    clock.now += 4.1
+    (silence,) = watch.silent([1])
+    assert silence.limit_s == 4.0  # its first step: twice the deadline
+
+
 def test_a_wall_clock_is_not_read() -> None:
     """Control code goes by a monotonic clock that tests replace."""
     source = Path(__file__).parents[2] / "src" / "unisono"

@@ -55,6 +55,7 @@ class Watch:
         self._memory = memoryview(self._mapping)
         self.header = Header(self._memory, rules.slots)
         self._progress: dict[int, _Progress] = {}
+        self._lost_at: dict[int, float] = {}
 
     @property
     def course(self) -> Course:
@@ -91,6 +92,7 @@ class Watch:
         self.header.lose(slot, cause, abs(code))
         self.header.set_activity(slot, "start", 0)  # whoever comes there next
         self._progress.pop(slot, None)
+        self._lost_at[slot] = self._clock()
 
     def silent(self, slots: Sequence[int]) -> list[Silence]:
         """Those who have given no sign for longer than they may; the longest first."""
@@ -117,8 +119,12 @@ class Watch:
         return sorted(found, key=lambda silence: -silence.seconds)
 
     def _median(self, slot: int, activity: str) -> float:
-        """Seconds that an operation of a kind has taken this worker, as its flight recorder shows."""
-        pairs = itertools.pairwise(self.header.flight(slot))
+        """Seconds that an operation of a kind has taken this worker, as its flight recorder shows.
+
+        What it shows of a lost one in the same place does not count: that may have hung in such an operation.
+        """
+        since = self._lost_at.get(slot, float("-inf"))
+        pairs = itertools.pairwise(o for o in self.header.flight(slot) if o.at_s >= since)
         took = [after.at_s - before.at_s for before, after in pairs if before.text.startswith(f"{activity} ")]
         return statistics.median(took) if took else 0.0
 

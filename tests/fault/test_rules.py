@@ -122,7 +122,7 @@ def test_what_a_lost_worker_took_does_not_count_for_the_one_in_its_place() -> No
     clock.now += 3.0  # it hangs, and is ended
     watch.lose(1, 9, hung=True)
     clock.now += 1.0
-    header.set_activity(1, "wait", 5)
+    header.set_activity(1, "wait", 6)  # it is let in
     watch.silent([1])
     clock.now += 0.1
     header.set_activity(1, "data", 6)

@@ -364,7 +364,7 @@ class HierarchicalGroup:
             local.header.committed = step if local.rank == 0 else local.header.committed
             local.barrier(f"state of step {step}")
         local.finish(step)
-        self.enter("wait", step)
+        self.enter("wait", step + 1)
         local.header.set_ready(local.slot, False)
         chiefs = [rank for rank, worker in enumerate(said) if worker["chief"]]
         self._chief = first if not chiefs or known["chief"] else chiefs[0]

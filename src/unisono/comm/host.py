@@ -163,7 +163,7 @@ class HostGroup:
         self.roll.join(agreement)
         prepare()
         self.roll.enter()
-        self.enter("wait", before)
+        self.enter("wait", before + 1)  # its first step, as whoever watches it sees
         self._joined = True
         return before
 

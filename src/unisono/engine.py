@@ -203,8 +203,8 @@ class Engine:
         self._left = dict.fromkeys(share.leaves, len(share.stages))
         self._last_micro_batch = max((action.micro_batch for action in share.actions), default=-1)
         for action in share.actions:
-            m = action.micro_batch
-            if copies is not None and action.kind is Kind.FORWARD and copies.has(step, m):
+            m, between = action.micro_batch, action.kind is Kind.FORWARD and not self._under_way
+            if copies is not None and between and copies.has(step, m):
                 self._work_beside(step, copies, [later for later in share.leaves if later >= m])
                 return
             self._group.check()

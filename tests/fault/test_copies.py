@@ -67,12 +67,14 @@ def expected(pool: LocalLauncher) -> str:
     return digest
 
 
-@pytest.mark.parametrize("workers", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("workers", "layout"), [(2, {}), (3, {}), (4, {}), (3, {"zero": 0}), (2, {"schedule": "gpipe"})]
+)
 def test_what_a_late_worker_has_not_begun_is_computed_by_those_who_idle(
-    pool: LocalLauncher, expected: str, workers: int
+    pool: LocalLauncher, expected: str, workers: int, layout: dict[str, Any]
 ) -> None:
     """(rank 1, step 5): 0.2 s more for each of its micro-batches."""
-    result = late(pool, workers)
+    result = late(pool, workers, layout=layout)
     assert result["digest"] == expected
     (copied,) = [event for event in result["copied"] if event["step"] == 5]
     assert 1 not in copied["by"] and sum(map(len, copied["by"].values())) >= 2

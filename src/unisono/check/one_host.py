@@ -41,7 +41,7 @@ class Order:
 
 
 def run(order: Order) -> dict[str, Any]:
-    """Train; the result, what workers told as they were struck, and the processes that ended meanwhile."""
+    """Train; the result, what workers told as they were struck, and the processes that trained and ended meanwhile."""
     where = Rendezvous(order.address, order.port, order.hosts, order.number, order.secret.encode(), 60.0, order.witness)
     nodes = Nodes(where, version("unisono"))
     strikes: list[dict[str, Any]] = []
@@ -53,7 +53,7 @@ def run(order: Order) -> dict[str, Any]:
         header = workers.survival.header
         if header is None or header.course is not Course.TRAINING:
             return
-        alive = {w.rank: w.process for w in workers.alive}
+        alive = {w.rank: w.process for w in workers.alive if workers.survival.trains(w.rank)}
         ended.update(process for rank, process in before.items() if alive.get(rank) != process)
         before.clear()
         before.update(alive)

@@ -102,6 +102,10 @@ def test_what_cannot_be_done_is_one_sentence(tmp_path: Path) -> None:
         trainer.predict(Samples(), tmp_path)
     with pytest.raises(PredictionError, match="no whole predictions"):
         read_predictions(tmp_path / "a")
+    trainer.predict(Samples(), tmp_path / "c")
+    (tmp_path / "c" / INDEX).unlink()
+    with pytest.raises(PredictionError, match="were not finished; remove it"):
+        trainer.predict(Samples(), tmp_path / "c")
 
 
 def test_a_damaged_file_is_found(tmp_path: Path) -> None:

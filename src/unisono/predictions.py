@@ -61,6 +61,8 @@ class Writer:
         """
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
+            if list(self.directory.glob("*.safetensors")) and not (self.directory / INDEX).exists():
+                raise PredictionError(f"{self.directory} holds predictions that were not finished; remove it first")
             if any(self.directory.iterdir()):
                 raise PredictionError(f"{self.directory} is not empty; give another directory for the predictions")
         except OSError as error:
@@ -139,7 +141,14 @@ class Writer:
         return [name for name, _, _ in files[0]["tensors"]] if files else []
 
     def finish(self, files: Sequence[Mapping[str, Any]]) -> None:
-        """Say what there is, once all of it is."""
+        """Say what there is, once all of it is.
+
+        Raises:
+            PredictionError: where it is not.
+        """
+        away = [file["file"] for file in files if not (self.directory / file["file"]).exists()]
+        if away:
+            raise PredictionError(f"{away[0]} is not in {self.directory}; all hosts have to see the same directory")
         index = {"format": FORMAT, "samples": self.feed.size, "files": list(files)}
         for leftover in self.directory.glob("*.part"):  # of workers that were lost
             leftover.unlink(missing_ok=True)

@@ -245,6 +245,26 @@ def test_changes_are_batched_into_at_most_ten_generations_a_second() -> None:
     assert net.current(0).of(1) == (0, 1) and net.current(2) == net.current(0)
 
 
+def test_hosts_that_have_yet_to_join_do_not_go_on_alone_when_the_others_have_ended() -> None:
+    """Host 1 has lost its workers, and new ones are ready, as host 0 ends: nobody is left who has the state."""
+    net = Net(2)
+    net.nodes[0].report = Report(step=8, done=True)
+    net.nodes[1].report = Report(step=0, joins=True)
+    net.run(2.0)
+    assert net.nodes[0].over and net.nodes[1].over
+    assert list(net.decided) == [1]
+
+
+def test_a_host_that_is_let_in_is_let_in_once() -> None:
+    net = Net(3)
+    net.nodes[2].report = Report(slots=(), joins=True)
+    net.run(1.0)
+    assert net.current(0).hosts == (0, 1)
+    net.nodes[2].report = Report(joins=True)
+    net.run(2.0)
+    assert net.current(0).hosts == (0, 1, 2) and net.current(0).number == 3
+
+
 def test_hosts_that_have_ended_are_no_loss() -> None:
     net = Net(3)
     net.run(1)

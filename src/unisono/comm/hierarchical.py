@@ -352,6 +352,8 @@ class HierarchicalGroup:
         far = [(w["step"], w["outcome"] is not None, w["evaluated"], w["chief"], -r) for r, w in enumerate(said)]
         first = max(range(len(said)), key=lambda rank: far[rank])
         known, step = said[first], said[first]["step"]
+        if step < 0:
+            raise GroupError("none of the hosts that go on has the state")
         self._known = known["known"].encode()
         self._flags = 0  # of which one that comes knows nothing
         steps = [max(w["step"] for w in said[self.place.hosts.rank(h, 0) :][:n]) for h, n in enumerate(self._sizes)]

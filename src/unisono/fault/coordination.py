@@ -35,12 +35,14 @@ class Report:
         slots: of its workers that can take part.
         stalled: the generation in which they have stopped, since they cannot go on in it; 0 for none.
         done: they have ended in good order.
+        joins: they have started again, and have no state until others give it to them.
     """
 
     step: int = 0
     slots: tuple[int, ...] = (0,)
     stalled: int = 0
     done: bool = False
+    joins: bool = False
 
     @classmethod
     def read(cls, message: Mapping[str, Any]) -> "Report":
@@ -342,7 +344,8 @@ class Coordination:
             return None  # they may come yet
         lost = set(current.hosts) - {number for number, r in reports.items() if r.slots or r.done}
         able = {number for number, r in reports.items() if r.slots and not r.done}
-        joining, staying = able - set(current.hosts), able & set(current.hosts)
+        staying = {number for number in able & set(current.hosts) if not reports[number].joins}
+        joining = able - set(current.hosts)
         others = any(reports[number].slots != current.of(number) for number in staying)
         working = [reports[number] for number in staying]
         stalled = bool(working) and all(r.stalled >= current.number for r in working)
@@ -356,13 +359,14 @@ class Coordination:
         return Generation(current.number + 1, hosts, slots, self.number, max(r.step for r in reports.values()))
 
     def _end_if_all_done(self, voters: set[int], now: float) -> None:
-        """Everyone has ended in good order; those who are lost by then are not waited for."""
+        """Everyone has ended in good order; those who are lost by then, or have yet to join, are not waited for."""
         here = set(self.current.hosts) & voters
         absent = [number for number in self.current.hosts if number not in voters]
         late = not self.decides or now - self._led_since < REACH_S or not self._electorate().is_quorum(voters)
         if self.over or not here or (absent and late):
             return
-        if all(self._report(number).done for number in here):
+        reports = [self._report(number) for number in here]
+        if any(r.done for r in reports) and all(r.done or r.joins for r in reports):
             self.over = True
             self._tell({"op": "end"})
 

@@ -200,7 +200,7 @@ class Nodes:
     def rejoin(self) -> None:
         """This host's workers are lost: the others go on, and new ones join them."""
         assert self.coordination is not None
-        self.report(replace(self.coordination.report, slots=()))
+        self.report(replace(self.coordination.report, slots=(), joins=True))
         self.poll()
 
     def take_decided(self) -> list[Generation]:

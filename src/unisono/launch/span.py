@@ -69,7 +69,8 @@ class Span:
         if header.course is Course.OVER:
             return
         stalled = max((header.left(slot) for slot in living), default=0)
-        nodes.report(Report(header.committed, tuple(self._able(living)), stalled))
+        joins = self.joins and header.course is Course.STARTING
+        nodes.report(Report(header.committed, tuple(self._able(living)), stalled, joins=joins))
         nodes.poll()
         for generation in nodes.take_decided():
             self._decided(generation)

@@ -150,12 +150,15 @@ class Writer:
         if away:
             raise PredictionError(f"{away[0]} is not in {self.directory}; all hosts have to see the same directory")
         index = {"format": FORMAT, "samples": self.feed.size, "files": list(files)}
-        for leftover in self.directory.glob("*.part"):  # of workers that were lost
-            leftover.unlink(missing_ok=True)
         path = self.directory / INDEX
         whole = path.with_suffix(".part")
-        whole.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-        whole.replace(path)
+        try:
+            for leftover in self.directory.glob("*.part"):  # of workers that were lost
+                leftover.unlink(missing_ok=True)
+            whole.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+            whole.replace(path)
+        except OSError as error:
+            raise PredictionError(f"cannot write {path}: {error.strerror}") from error
 
 
 def named(output: Any) -> dict[str, Tensor]:

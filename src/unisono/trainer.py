@@ -166,10 +166,10 @@ class Trainer:
             finally:
                 training.close()
 
-    def evaluate(
-        self, data: Dataset | None = None, *, weights: str | os.PathLike[str] | None = None
-    ) -> dict[str, float]:
+    def evaluate(self, data: Dataset | None = None, *, weights: Weights = None) -> dict[str, float]:
         """The mean loss and metrics on a dataset, on all workers: every sample counts once.
+
+        Where the key ``validation.samples`` is set, they are those of the first samples, as while it trains.
 
         Arguments:
             data: default: the validation dataset.

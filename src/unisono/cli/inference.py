@@ -28,6 +28,8 @@ def evaluate(
 ) -> None:
     """Say how good a trained model is: the mean loss and metrics of a dataset, the same bits on any number of workers.
 
+    All samples count, or the first validation.samples of them, where the configuration says so.
+
     Example: unisono evaluate configs/images.yaml -n 2
 
     Of one checkpoint: unisono evaluate configs/images.yaml --checkpoint runs/images-001/checkpoints/step-00000100

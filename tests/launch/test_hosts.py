@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -62,6 +63,18 @@ def finish(processes: list[subprocess.Popen[str]], deadline_s: float = 60.0) -> 
             raise
         results.append((process.returncode, output, errors))
     return results
+
+
+def wait_for_listener(process: subprocess.Popen[str]) -> None:
+    """Until somebody can connect to host 0."""
+    until = time.monotonic() + 20
+    while time.monotonic() < until and process.poll() is None:
+        try:
+            socket.create_connection(("127.0.0.1", PORT), 1).close()
+            return
+        except OSError:
+            time.sleep(0.05)
+    raise AssertionError("host 0 does not listen")
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +180,20 @@ def test_a_wrong_secret_is_refused_and_does_not_disturb_who_waits(tmp_path: Path
     (code, _, errors), *_ = finish([waiting], 20)
     assert code == 130 and "Traceback" not in errors
     assert "127.0.0.1 was refused" in errors and errors.count("refused") == 1
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGUSR1, 0)])
+def test_a_launcher_that_waits_for_others_ends_when_it_is_asked_to(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    """Started as shells start what runs in the background, too: with Ctrl-C ignored."""
+    words = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh", *command(0, 2, "127.0.0.1"), "-n", "1"]
+    waiting = start(words, tmp_path)
+    wait_for_listener(waiting)
+    waiting.send_signal(number)
+    (exit_code, _, errors), *_ = finish([waiting], 20)
+    assert exit_code == code and "Traceback" not in errors, errors
+    assert ("before any worker had begun" in errors) == (number != signal.SIGINT)
 
 
 def test_a_run_that_differs_between_hosts_is_refused(tmp_path: Path) -> None:

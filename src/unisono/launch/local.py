@@ -124,18 +124,23 @@ class LocalLauncher:
 
         Raises:
             UnisonoError: what the first failing worker raised; the others have been ended.
+            KeyboardInterrupt: for Ctrl-C before any worker has begun.
+            SystemExit: with code 0, for another signal that asks for an end, before any has.
         """
-        self._await_server()
-        room = elastic or Elastic(workers, workers)
-        board = Board()
-        placed, first = self._place(workers, room.most + room.spares if elastic else workers, hosts, together, board)
-        task = Task(target, placed, first, self._environment(placed), workers, room, together, show_all, output)
         previous = {s: signal.signal(s, self._on_signal) for s in STOPS}
         try:
+            self._await_server()
+            room = elastic or Elastic(workers, workers)
+            board = Board()
+            placed, first = self._place(
+                workers, room.most + room.spares if elastic else workers, hosts, together, board
+            )
+            task = Task(target, placed, first, self._environment(placed), workers, room, together, show_all, output)
             return self._run(task, board)
         except BaseException as error:
             if self._nodes is not None and not isinstance(error, HostLeaves):
-                self._nodes.fail(str(error) or "interrupted", getattr(error, "exit_code", 1))
+                text = str(error) if isinstance(error, Exception) else "it was asked to stop"
+                self._nodes.fail(text, getattr(error, "exit_code", 1))
             if sys.stdout.isatty():  # a worker that was killed could not give the cursor back
                 print("\x1b[?25h", end="", flush=True)
             raise
@@ -164,7 +169,10 @@ class LocalLauncher:
                 ) as self._set:
                     return self._set.run()
             except StartAgain as again:
-                restarts, joins = restarts + 1, again.joins
+                restarts, joins, ended = restarts + 1, again.joins, self._set
+                self._set = None
+                if ended is not None and ended.interrupts:
+                    raise ended.stopped() from None
                 if not joins:
                     board = Board()
                 elif self._nodes is not None:
@@ -173,6 +181,11 @@ class LocalLauncher:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._set is not None:
             self._set.interrupt(number)
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt
+        else:
+            print("unisono: asked to stop before any worker had begun", file=sys.stderr, flush=True)
+            raise SystemExit(0)
 
     def _place(self, workers: int, room: int, hosts: int, together: int, board: Board) -> tuple[Hosts, int]:
         """The workers that each host has room for, and the rank of the first that is started here."""

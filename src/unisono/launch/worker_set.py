@@ -484,6 +484,10 @@ class WorkerSet:
         else:
             self.kill()
 
+    def stopped(self) -> BaseException:
+        """What is raised where it was asked to stop before there was anything to end in good order."""
+        return SystemExit(0) if self._orderly else KeyboardInterrupt()
+
     def _drain(self, *, orderly: bool, why: str) -> None:
         """Let all workers end after their step, within the time that they have."""
         self._orderly = orderly
@@ -523,7 +527,7 @@ class WorkerSet:
         failed.sort(key=lambda w: (bool(w.error and w.error["consequence"]), w.error is None, w.rank))
         worker = failed[0]
         if worker.error is None and self.interrupts and os.waitstatus_to_exitcode(worker.status or 0) == INTERRUPTED:
-            raise KeyboardInterrupt
+            raise self.stopped()
         if worker.error is None:
             raise WorkerFailed(self._end_of(worker))
         if worker.error["leaves"]:

@@ -79,8 +79,7 @@ class Net:
             if number != WITNESS:
                 node.tick(self.now)
                 self._connect(number, node)
-            for receiver, message in node.outbox:
-                self.flying.append((number, receiver, message))
+            self.flying += [(number, receiver, message) for receivers, message in node.outbox for receiver in receivers]
             node.outbox.clear()
             for found in node.decided:
                 self.decided.setdefault(found.number, set()).add(found)
@@ -280,7 +279,7 @@ def test_hosts_that_have_ended_are_no_loss() -> None:
     st.booleans(),
     st.lists(
         st.tuples(
-            st.sampled_from(["cut", "heal", "stop", "go", "one way"]),
+            st.sampled_from(["cut", "heal", "stop", "go", "one way", "change"]),
             st.sets(st.integers(0, 4), min_size=1),
             st.floats(0.05, 4.0),
         ),
@@ -298,6 +297,9 @@ def test_never_two_generations_of_one_number_and_all_together_again(
             net.separate(chosen, others)
         elif kind == "one way":
             net.separate(chosen, others, one_way=True)
+        elif kind == "change":  # of workers, which makes generations without anybody being lost
+            for n in chosen:
+                net.nodes[n].report = Report(slots=(0, len(net.decided)))
         elif kind == "stop":
             net.stopped |= chosen
         elif kind == "go":
@@ -311,6 +313,50 @@ def test_never_two_generations_of_one_number_and_all_together_again(
     net.run(25)
     assert net.safe()
     assert {net.current(n).hosts for n in range(hosts)} == {tuple(range(hosts))}
+
+
+def test_a_coordinator_asks_for_promises_once_and_sends_only_what_changes() -> None:
+    """Five generations: one question more for the first, and nothing that grows with the number of hosts."""
+    net = Net(40)
+    net.run(1)
+    asked: list[str] = []
+    for turn in range(5):
+        net.nodes[3].report = Report(slots=(0, turn + 1))
+        net.nodes[3].hurry()
+        for _ in range(20):
+            net.turn()
+            mine = [message for sender, receiver, message in net.flying if (sender, receiver) == (0, 7)]
+            asked += [str(message["op"]) for message in mine if message["op"] != "beat"]
+            assert all(len(str(message)) < 300 for message in mine)
+    assert asked == ["prepare", *["accept", "decided"] * 5] and net.current(7) == net.current(0)
+    assert net.current(0).number == 6 and net.current(7).of(3) == (0, 5)
+
+
+@pytest.mark.parametrize(("votes", "first"), [(True, "accept"), (False, "prepare")])
+def test_a_quorum_of_the_new_hosts_must_have_voted_before_promises_are_left_out(votes: bool, first: str) -> None:
+    """Hosts 3 to 6 join 0 to 2. Where they could not keep their votes, three of seven are no quorum of the next."""
+
+    def full(record: dict[str, object]) -> None:
+        raise OSError("no space")
+
+    net = Net(3)
+    net.run(1)
+    joining = (3, 4, 5, 6)
+    for n in joining:
+        node = net.nodes[n] = net._node(n, net.current(0), witness=False)
+        node.acceptor.keep = node.acceptor.keep if votes else full
+        net.nodes[0].line_is_up(n, net.now)
+        node.begin([0], net.now)
+        net.lines.add(frozenset((0, n)))
+    net.run(2)
+    assert net.current(0).hosts == (0, 1, 2, *joining) and net.current(0).number == 2
+    net.nodes[1].report = Report(slots=(0, 1))
+    net.nodes[1].hurry()
+    asked: list[str] = []
+    while not asked:
+        net.turn()
+        asked += [str(m["op"]) for s, r, m in net.flying if (s, r) == (0, 2) and m["op"] in ("prepare", "accept")]
+    assert asked == [first]
 
 
 def test_what_may_have_been_decided_is_brought_to_its_end() -> None:

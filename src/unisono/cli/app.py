@@ -44,6 +44,7 @@ bench_app.command()(bench.pipeline)
 bench_app.command()(bench.sharding)
 bench_app.command()(bench.memory)
 bench_app.command()(bench.network)
+bench_app.command()(bench.control)
 
 
 def _version(wanted: bool) -> None:

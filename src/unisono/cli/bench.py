@@ -148,3 +148,21 @@ def network(
         typer.echo(json.dumps({"rows": rows}))
     elif rounds > 1:
         typer.echo("\n".join(["medians:", *(as_text(row, rows[0]) for row in rows)]))
+
+
+def control(
+    launchers: Annotated[int, typer.Option(min=1, help="Launchers that report to the coordinator.")] = 1250,
+    workers: Annotated[int, typer.Option(min=1, help="Of each of them.")] = 8,
+    events: Annotated[int, typer.Option(min=0, help="Workers that end or come, a second.")] = 100,
+    seconds: Annotated[float, typer.Option(min=1, help="To measure for.")] = 10.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure the coordinator of many hosts, on one core.
+
+    Example: unisono bench control --launchers 100
+    """
+    with launcher_here() as launcher:
+        from unisono.bench.control import as_text, bench
+
+        found = bench(launcher, launchers, workers, events, seconds)
+        typer.echo(json.dumps(found) if as_json else as_text(found))

@@ -10,11 +10,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from unisono.fault.generation import NO_BALLOT, WITNESS, Acceptor, Ballot, Electorate, Generation, Proposal, ballot
+from unisono.fault.generation import WITNESS, Acceptor, Ballot, Electorate, Generation, Proposal, ballot
 
 Message = dict[str, Any]
 
 BEAT_S = 0.25
+MOST_BEATS_A_SECOND = 1250
+"""That the coordinator hears: beats of more than 312 hosts are farther apart."""
+LOOK_S_A_HOST = 20e-6
+"""Between two looks of the coordinator at all of them: looking takes a tenth of it."""
 RETRY_S = 1.0
 """After which one that could not be reached is tried again."""
 REACH_S = 0.5
@@ -85,7 +89,7 @@ class Coordination:
         report: of this host; set by its launcher.
         follows: whom this launcher follows; itself where it coordinates, or would.
         fenced: hosts that are proven dead.
-        outbox: messages to be sent, each with whom it is for; taken away by whoever sends them.
+        outbox: messages to be sent, each with those whom it is for; taken away by whoever sends them.
         decided: generations to be acted on, in order; taken away too.
         over: all hosts have ended in good order.
         decides: whether anybody can be lost: before training, and in what is not survived, nobody can.
@@ -98,7 +102,7 @@ class Coordination:
         self.report = Report()
         self.follows: int | None = acceptor.current.coordinator
         self.fenced: set[int] = set()
-        self.outbox: list[tuple[int, Message]] = []
+        self.outbox: list[tuple[tuple[int, ...], Message]] = []
         self.decided: list[Generation] = []
         self.over = False
         self.decides = True
@@ -111,9 +115,14 @@ class Coordination:
         self._stalled_since: float | None = None
         self._changed_since: float | None = None
         self._proposed: tuple[Proposal, float] | None = None
+        self._carried: Proposal | None = None  # this launcher's last, where no other was begun since
+        self._looked = float("-inf")
+        self._missing: list[int] = []
         self._last_proposed = float("-inf")
         self._attempt = 0
         self._beaten = float("-inf")
+        self._learned = float("-inf")
+        self._silence_sought = float("-inf")
 
     @property
     def current(self) -> Generation:
@@ -124,6 +133,16 @@ class Coordination:
     def belongs(self) -> bool:
         """Whether this host is in it."""
         return self.number in self.current.hosts
+
+    @property
+    def beat_s(self) -> float:
+        """Seconds between two beats."""
+        return max(BEAT_S, len(self.current.hosts) / MOST_BEATS_A_SECOND)
+
+    @property
+    def patience_s(self) -> float:
+        """Seconds after which one that is not heard is lost: three beats at least."""
+        return max(self.limit_s, 3 * self.beat_s)
 
     def begin(self, peers: Iterable[int], now: float) -> None:
         """There are lines to these, who have just been heard."""
@@ -159,7 +178,9 @@ class Coordination:
 
     def silent_lines(self, now: float) -> list[int]:
         """Those whose lines carry nothing, though they are up."""
-        limit = 2 * self.limit_s
+        if now - self._silence_sought < self.beat_s:
+            return []
+        self._silence_sought, limit = now, 2 * self.patience_s
         return [n for n, peer in self._peers.items() if peer.up and n != WITNESS and now - peer.heard > limit]
 
     def hurry(self) -> None:
@@ -181,9 +202,10 @@ class Coordination:
             self.follows = None
         if self.follows is None:
             self._seek(now)
-        if self.follows == self.number:
+        if self.follows == self.number and now - self._looked >= LOOK_S_A_HOST * len(self.current.hosts):
+            self._looked = now
             self._lead(now)
-        if now - self._beaten >= BEAT_S:
+        if now - self._beaten >= self.beat_s:
             self._beaten = now
             self._beat(now)
 
@@ -203,25 +225,31 @@ class Coordination:
                 peer.report = Report.read(message["report"])
                 if peer.follows == self.number and not peer.hears:
                     self._beaten = float("-inf")
-                self._compare(number, message["generation"])
+                if now - self._learned > self.beat_s:  # until then it may be on its way
+                    self._compare(number, _whole(message["generation"]))
                 if number == self.follows and peer.follows not in (number, None):
                     self.follows, self._hint = None, peer.follows  # it follows another itself
             case "prepare":
-                self._asked_to_promise(number, Generation.read(message["current"]), ballot(message["ballot"]), now)
+                self._asked_to_promise(number, _whole(message["number"]), ballot(message["ballot"]), now)
             case "accept":
-                self._asked_to_accept(number, Generation.read(message["generation"]), ballot(message["ballot"]))
+                self._asked_to_accept(number, message["change"], ballot(message["ballot"]))
             case "promise":
                 told = message["accepted"]
-                accepted = None if told is None else (ballot(told["ballot"]), Generation.read(told["generation"]))
-                self._promised(number, message["number"], ballot(message["ballot"]), accepted)
+                if message["number"] == self.current.number + 1:
+                    accepted = None if told is None else (ballot(told["ballot"]), self.current.changed(told["change"]))
+                    self._promised(number, message["number"], ballot(message["ballot"]), accepted, now)
             case "accepted":
-                self._accepted(number, message["number"], ballot(message["ballot"]))
+                self._accepted(number, message["number"], ballot(message["ballot"]), now)
             case "refused":
-                self._attempt = max(self._attempt, ballot(message["promised"])[0])
-                if self._proposed is not None and message["number"] == self._proposed[0].wanted.number:
-                    self._proposed = None
+                self._refused(number, _whole(message["number"]), _whole(message["knows"]), ballot(message["promised"]))
+            case "decided":
+                mine, wanted = self.acceptor.accepted, (ballot(message["ballot"]), message["number"])
+                if mine is not None and (mine[0], mine[1].number) == wanted:
+                    self._learn(mine[1], now)
+                elif _whole(message["number"]) > self.current.number:
+                    self._refuse(number, message["number"])
             case "generation":
-                self._learn(Generation.read(message["generation"]))
+                self._learn(Generation.read(message["generation"]), now)
             case "end":
                 self.over = True
             case other:
@@ -229,21 +257,20 @@ class Coordination:
 
     def waits_for(self, now: float) -> list[int]:
         """Hosts without which nothing can be decided; none while it can, or where another decides."""
-        if not self.decides or self.follows != self.number or now - self._led_since < REACH_S:
-            return []
-        votes = self._voters(now)
-        electorate = self._electorate()
-        return [] if electorate.is_quorum(votes) else electorate.missing(votes)
+        leads = self.decides and self.follows == self.number and now - self._led_since >= REACH_S
+        return self._missing if leads else []
 
     def _peer(self, number: int) -> _Peer:
-        return self._peers.setdefault(number, _Peer())
+        if (peer := self._peers.get(number)) is None:
+            peer = self._peers[number] = _Peer()
+        return peer
 
     def _lives(self, number: int | None, now: float) -> bool:
         peer = self._peers.get(number) if number is not None else None
-        return peer is not None and peer.up and now - peer.heard <= self.limit_s
+        return peer is not None and peer.up and now - peer.heard <= self.patience_s
 
     def _hears(self, number: int, now: float) -> bool:
-        return now - self._peer(number).told <= self.limit_s
+        return now - self._peer(number).told <= self.patience_s
 
     def _electorate(self) -> Electorate:
         return Electorate(self.current.hosts, frozenset(self.fenced), self._witness)
@@ -287,8 +314,9 @@ class Coordination:
 
     def _voters(self, now: float) -> set[int]:
         """Those whose votes this launcher can have."""
-        mine = [n for n, peer in self._peers.items() if peer.follows == self.number and peer.hears]
-        followers = {n for n in mine if self._lives(n, now)}
+        since = now - self.patience_s
+        mine = ((n, peer) for n, peer in self._peers.items() if peer.follows == self.number and peer.hears)
+        followers = {n for n, peer in mine if peer.up and peer.heard >= since}
         witness = {WITNESS} if self._witness and self._peer(WITNESS).up else set()
         return followers | {self.number} | witness
 
@@ -299,10 +327,12 @@ class Coordination:
         self._end_if_all_done(voters, now)
         if not self.decides:
             return
-        if not self._electorate().is_quorum(voters):
-            self._proposed = None
+        electorate = self._electorate()
+        if not electorate.is_quorum(voters):
+            self._missing, self._proposed = electorate.missing(voters), None
             self._probe(now)
             return
+        self._missing = []
         if self._proposed is not None and now - self._proposed[1] > PROPOSAL_S:
             self._proposed = None
         wanted = self._wanted(voters, now)
@@ -311,8 +341,9 @@ class Coordination:
             return
         if self._changed_since is None:
             self._changed_since = now
-        quiet = any(now - self._peer(number).told > 2 * BEAT_S for number in voters - {self.number, WITNESS})
-        patience_s = self.limit_s if quiet else BATCH_S if len(voters) > 2 else 0.0
+        since = now - 2 * self.beat_s
+        quiet = any(self._peer(number).told < since for number in voters - {self.number, WITNESS})
+        patience_s = self.patience_s if quiet else BATCH_S if len(voters) > 2 else 0.0
         if self._absent(voters) and now - self._changed_since < patience_s:
             return  # more may be lost at the same time
         if now - self._last_proposed < BATCH_S:
@@ -346,12 +377,15 @@ class Coordination:
         able = {number for number, r in reports.items() if r.slots and not r.done}
         staying = {number for number in able & set(current.hosts) if not reports[number].joins}
         joining = able - set(current.hosts)
-        others = any(reports[number].slots != current.of(number) for number in staying)
+        slots_of = dict(zip(current.hosts, current.slots, strict=True))
+        others = any(reports[number].slots != slots_of[number] for number in staying)
         working = [reports[number] for number in staying]
         stalled = bool(working) and all(r.stalled >= current.number for r in working)
         self._stalled_since = (self._stalled_since or now) if stalled else None
-        heard = all(now - self._peer(number).told <= 2 * BEAT_S for number in staying - {self.number})
-        renewed = heard and self._stalled_since is not None and now - self._stalled_since > STALL_S
+        renewed = False
+        if self._stalled_since is not None and now - self._stalled_since > STALL_S:
+            since = now - 2 * self.beat_s
+            renewed = all(self._peer(number).told >= since for number in staying - {self.number})
         if not staying or not (lost or joining or others or renewed or current.coordinator != self.number):
             return None
         hosts = tuple(sorted(able))
@@ -371,77 +405,113 @@ class Coordination:
             self._tell({"op": "end"})
 
     def _propose(self, wanted: Generation, voters: set[int], now: float) -> None:
+        carried, self._carried = self._carried, None
+        electorate = self._electorate()
+        if (
+            carried is not None
+            and (carried.sent, carried.ballot) == (self.current, self.acceptor.promised)
+            and electorate.is_quorum(carried.voters)
+        ):
+            proposal = Proposal(wanted, carried.ballot, electorate, sent=wanted)
+            self._proposed = proposal, now
+            self._ask_to_accept(proposal, now)
+            return
         self._attempt = max(self._attempt, self.acceptor.promised[0]) + 1
         own: Ballot = (self._attempt, self.number)
-        proposal = Proposal(wanted, own, self._electorate())
-        self._proposed = proposal, now
-        for voter in sorted(voters - {self.number}):
-            self._send(voter, {"op": "prepare", "current": self.current.written(), "ballot": list(own)})
+        self._proposed = Proposal(wanted, own, electorate), now
+        self._send(voters - {self.number}, {"op": "prepare", "number": wanted.number, "ballot": list(own)})
         before = self.acceptor.accepted
         if self.acceptor.promise(wanted.number, own):
-            self._promised(self.number, wanted.number, own, before)
+            self._promised(self.number, wanted.number, own, before, now)
 
-    def _asked_to_promise(self, number: int, current: Generation, asked: Ballot, now: float) -> None:
-        self._learn(current)
+    def _asked_to_promise(self, number: int, wanted: int, asked: Ballot, now: float) -> None:
         elsewhere = self.follows not in (None, number) and self._lives(self.follows, now)
         before = self.acceptor.accepted
-        if self.decides and not elsewhere and self.acceptor.promise(current.number + 1, asked):
+        if self.decides and not elsewhere and self.acceptor.promise(wanted, asked):
             accepted = None
             if before is not None:
-                accepted = {"ballot": list(before[0]), "generation": before[1].written()}
-            answer = {"op": "promise", "number": current.number + 1, "ballot": list(asked), "accepted": accepted}
-            self._send(number, answer)
+                accepted = {"ballot": list(before[0]), "change": before[1].change(self.current)}
+            self._send([number], {"op": "promise", "number": wanted, "ballot": list(asked), "accepted": accepted})
         else:
-            self._refuse(number, current.number)
+            self._refuse(number, wanted)
 
-    def _asked_to_accept(self, number: int, generation: Generation, asked: Ballot) -> None:
-        if self.acceptor.accept(asked, generation):
-            self._send(number, {"op": "accepted", "number": generation.number, "ballot": list(asked)})
+    def _asked_to_accept(self, number: int, change: Mapping[str, Any], asked: Ballot) -> None:
+        wanted = _whole(change["number"])
+        if wanted == self.current.number + 1 and self.acceptor.accept(asked, self.current.changed(change)):
+            self._send([number], {"op": "accepted", "number": wanted, "ballot": list(asked)})
         else:
-            self._refuse(number, generation.number - 1)
+            self._refuse(number, wanted)
 
-    def _refuse(self, number: int, theirs: int) -> None:
-        self._compare(number, theirs)
-        promised = list(self.acceptor.promised)
-        self._send(number, {"op": "refused", "number": theirs + 1, "promised": promised})
+    def _refuse(self, number: int, wanted: int) -> None:
+        self._compare(number, wanted - 1)
+        knows, promised = self.current.number, list(self.acceptor.promised)
+        self._send([number], {"op": "refused", "number": wanted, "knows": knows, "promised": promised})
 
-    def _promised(self, voter: int, number: int, own: Ballot, accepted: tuple[Ballot, Generation] | None) -> None:
+    def _refused(self, voter: int, number: int, knows: int, promised: Ballot) -> None:
+        self._attempt = max(self._attempt, promised[0])
+        proposal = self._proposed[0] if self._proposed is not None else None
+        if proposal is None or number != proposal.wanted.number:
+            self._compare(voter, knows)
+        elif promised > proposal.ballot:
+            self._proposed = None
+        elif knows < number - 1:  # it is told, and may vote then; whose disk is full does not hold up the others
+            self._compare(voter, knows)
+            self._send([voter], self._question(proposal))
+
+    def _question(self, proposal: Proposal) -> Message:
+        """What voters are asked."""
+        own = list(proposal.ballot)
+        if proposal.sent is None:
+            return {"op": "prepare", "number": proposal.wanted.number, "ballot": own}
+        return {"op": "accept", "change": proposal.sent.change(self.current), "ballot": own}
+
+    def _ask_to_accept(self, proposal: Proposal, now: float) -> None:
+        assert proposal.sent is not None
+        self._tell(self._question(proposal))
+        if self.acceptor.accept(proposal.ballot, proposal.sent):
+            self._accepted(self.number, proposal.sent.number, proposal.ballot, now)
+
+    def _promised(
+        self, voter: int, number: int, own: Ballot, accepted: tuple[Ballot, Generation] | None, now: float
+    ) -> None:
         proposal = self._proposal(number, own)
         if proposal is None or not proposal.promised(voter, accepted):
             return
-        assert proposal.sent is not None
-        self._tell({"op": "accept", "generation": proposal.sent.written(), "ballot": list(own)})
-        if self.acceptor.accept(own, proposal.sent):
-            self._accepted(self.number, number, own)
+        self._ask_to_accept(proposal, now)
 
-    def _accepted(self, voter: int, number: int, own: Ballot) -> None:
+    def _accepted(self, voter: int, number: int, own: Ballot, now: float) -> None:
+        carried = self._carried
+        if carried is not None and (self.current.number, carried.ballot) == (number, own):
+            carried.accepted(voter)  # late, and counts for the next
+            return
         proposal = self._proposal(number, own)
-        if proposal is not None and proposal.accepted(voter):
-            assert proposal.sent is not None
-            self._proposed = None
-            self._learn(proposal.sent)
-            self._tell({"op": "generation", "generation": proposal.sent.written()})
+        if proposal is None or not proposal.accepted(voter):
+            return
+        assert proposal.sent is not None
+        self._learn(proposal.sent, now)
+        self._carried = proposal
+        self._tell({"op": "decided", "number": number, "ballot": list(own)})
 
     def _proposal(self, number: int, own: Ballot) -> Proposal | None:
         """The one under way, where that is what is spoken of."""
         proposal = self._proposed[0] if self._proposed is not None else None
         return proposal if proposal is not None and (proposal.wanted.number, proposal.ballot) == (number, own) else None
 
-    def _learn(self, generation: Generation) -> None:
+    def _learn(self, generation: Generation, now: float) -> None:
         """A generation is decided."""
         if not self.acceptor.learn(generation):
             return
+        self._learned = now
         self.decided.append(generation)
         self._stalled_since = self._changed_since = None
-        self._attempt = NO_BALLOT[0]
-        self._proposed = None
+        self._proposed = self._carried = None
         if self.follows == self.number and generation.coordinator != self.number:  # deposed
             self.follows, self._hint = None, generation.coordinator
 
     def _compare(self, number: int, theirs: int) -> None:
         """Tell one that is behind."""
         if theirs < self.current.number:
-            self._send(number, {"op": "generation", "generation": self.current.written()})
+            self._send([number], {"op": "generation", "generation": self.current.written()})
 
     def _beat(self, now: float) -> None:
         message = {
@@ -451,16 +521,28 @@ class Coordination:
             "report": asdict(self.report),
         }
         if self.follows == self.number:
-            others = [number for number, peer in self._peers.items() if peer.up and number != WITNESS]
+            others = {number for number, peer in self._peers.items() if peer.up and number != WITNESS}
         else:
-            others = [self.follows] if self.follows is not None else []
-        for number in others:
-            self._send(number, {**message, "hears": self._hears(number, now)})
+            others = {self.follows} if self.follows is not None else set()
+        since = now - self.patience_s
+        heard = {number for number in others if self._peer(number).told >= since}
+        self._send(heard, {**message, "hears": True})
+        self._send(others - heard, {**message, "hears": False})
 
     def _tell(self, message: Message) -> None:
-        for number, peer in self._peers.items():
-            if peer.up:
-                self._send(number, message)
+        self._send([number for number, peer in self._peers.items() if peer.up], message)
 
-    def _send(self, number: int, message: Message) -> None:
-        self.outbox.append((number, message))
+    def _send(self, numbers: Iterable[int], message: Message) -> None:
+        if receivers := tuple(sorted(numbers)):
+            self.outbox.append((receivers, message))
+
+
+def _whole(value: Any) -> int:
+    """A number of a message.
+
+    Raises:
+        ValueError: for what is none.
+    """
+    if type(value) is not int:
+        raise ValueError(f"not a number: {value!r}")
+    return value

@@ -1,4 +1,4 @@
-"""Which hosts train, as a numbered record that a majority of the ones before must hold: single-decree Paxos, no I/O.
+"""Which hosts train, as a numbered record that a majority of the ones before must hold: Paxos, no I/O.
 
 Each generation is decided by the hosts of the one before. A candidate asks them to promise that they heed no older
 ballot, and to tell what they have accepted before; then to accept its record, or the one that it was told of. What a
@@ -8,7 +8,7 @@ Source: Lamport, Paxos Made Simple (2001).
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
@@ -63,7 +63,48 @@ class Generation:
 
     def written(self) -> dict[str, Any]:
         """For a message or a file."""
-        return {**asdict(self), "hosts": list(self.hosts), "slots": [list(each) for each in self.slots]}
+        return {
+            "number": self.number,
+            "hosts": list(self.hosts),
+            "slots": [list(each) for each in self.slots],
+            "coordinator": self.coordinator,
+            "step": self.step,
+        }
+
+    def change(self, before: "Generation") -> dict[str, Any]:
+        """How it differs from the one before: what is sent to those who know that one."""
+        was, now = dict(zip(before.hosts, before.slots, strict=True)), dict(zip(self.hosts, self.slots, strict=True))
+        return {
+            "number": self.number,
+            "gone": [host for host in before.hosts if host not in now],
+            "slots": [[host, list(slots)] for host, slots in now.items() if was.get(host) != slots],
+            "coordinator": self.coordinator,
+            "step": self.step,
+        }
+
+    def changed(self, change: Mapping[str, Any]) -> "Generation":
+        """The one that follows it.
+
+        Raises:
+            ValueError: for what is no change of this one.
+
+        >>> before = Generation.first([1, 2, 1])
+        >>> after = Generation(2, (0, 1), ((0,), (1,)), 0, 7)
+        >>> before.changed(after.change(before)) == after
+        True
+        """
+        slots = dict(zip(self.hosts, self.slots, strict=True))
+        try:
+            for host in change["gone"]:
+                del slots[host]
+            slots |= {host: tuple(some) for host, some in change["slots"]}
+            rest = {key: change[key] for key in ("number", "coordinator", "step")}
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"no change of generation {self.number}: {change!r}") from error
+        if rest["number"] != self.number + 1 or not all(type(host) is int for host in slots):
+            raise ValueError(f"no change of generation {self.number}: {change!r}")
+        hosts = sorted(slots)
+        return Generation.read({**rest, "hosts": hosts, "slots": [slots[host] for host in hosts]})
 
     def of(self, host: int) -> tuple[int, ...]:
         """The slots of a host's workers; none where it takes no part."""
@@ -92,9 +133,7 @@ class Electorate:
 
     def is_quorum(self, votes: Collection[int]) -> bool:
         """Whether these votes decide: more than half of the hosts, half and the witness, or all that can be alive."""
-        count = len(set(votes) & set(self.hosts))
-        half_and_witness = self.witness and WITNESS in votes and 2 * count == len(self.hosts)
-        return 2 * count > len(self.hosts) or half_and_witness or set(self.hosts) - self.fenced <= set(votes)
+        return Tally(self).add(*votes)
 
     def missing(self, votes: Collection[int]) -> list[int]:
         """Hosts that may be alive and have not voted."""
@@ -102,15 +141,46 @@ class Electorate:
 
 
 @dataclass(slots=True)
+class Tally:
+    """Votes as they come in, each counted once and at once, however many hosts there are."""
+
+    electorate: Electorate
+    votes: set[int] = field(default_factory=set)
+    _hosts: frozenset[int] = field(init=False)
+    _count: int = 0
+    _fenced: int = 0  # of those that are counted
+    _living: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._hosts = frozenset(self.electorate.hosts)
+        self._living = len(self._hosts - self.electorate.fenced)
+
+    def add(self, *voters: int) -> bool:
+        """Count votes; whether all that came in so far decide."""
+        electorate = self.electorate
+        for voter in voters:
+            if voter not in self.votes:
+                self.votes.add(voter)
+                self._count += voter in self._hosts
+                self._fenced += voter in self._hosts and voter in electorate.fenced
+        half_and_witness = electorate.witness and WITNESS in self.votes and 2 * self._count == len(self._hosts)
+        return 2 * self._count > len(self._hosts) or half_and_witness or self._count - self._fenced == self._living
+
+
+@dataclass(slots=True)
 class Acceptor:
     """One voter.
+
+    A promise holds for all generations to come. One who accepts a ballot for a generation has thus promised it for the
+    next as well, and cannot have accepted anything for that one yet: a candidate whose generation has been accepted by
+    a quorum of the hosts that are in it need not ask again before it proposes the one after (Multi-Paxos).
 
     Arguments:
         current: the generation that it knows to be decided.
         keep: called with all of it before anything is answered; puts it on a disk, or raises OSError.
 
     Attributes:
-        promised: the ballot below which nothing is heeded, for the generation after the current one.
+        promised: the ballot below which nothing is heeded.
         accepted: what was accepted for it.
     """
 
@@ -155,8 +225,8 @@ class Acceptor:
         """A generation is decided; whether that is news."""
         if generation.number <= self.current.number:
             return False
-        self._becomes(generation, NO_BALLOT, None)
-        self.current, self.promised, self.accepted = generation, NO_BALLOT, None  # a fact, whatever a disk can hold
+        self._becomes(generation, self.promised, None)
+        self.current, self.accepted = generation, None  # a fact, whatever a disk can hold
         return True
 
     def _becomes(self, current: Generation, promised: Ballot, accepted: tuple[Ballot, Generation] | None) -> bool:
@@ -178,9 +248,9 @@ class Proposal:
         wanted: what it is to be, where nothing else has been accepted before.
         ballot: its own.
         electorate: who decides.
+        sent: what voters are asked to accept, once enough have promised; from the beginning, where they have before.
 
     Attributes:
-        sent: what voters are asked to accept, once enough have promised.
         decided: enough have accepted it.
     """
 
@@ -189,22 +259,30 @@ class Proposal:
     electorate: Electorate
     sent: Generation | None = None
     decided: bool = False
-    _promises: dict[int, tuple[Ballot, Generation] | None] = field(default_factory=dict)
-    _votes: set[int] = field(default_factory=set)
+    _promises: Tally = field(init=False)
+    _votes: Tally = field(init=False)
+    _before: list[tuple[Ballot, Generation]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._promises, self._votes = Tally(self.electorate), Tally(self.electorate)
+
+    @property
+    def voters(self) -> set[int]:
+        """Those who have accepted it."""
+        return self._votes.votes
 
     def promised(self, voter: int, accepted: tuple[Ballot, Generation] | None) -> bool:
         """A voter has promised; whether it is the one that makes them enough."""
-        self._promises[voter] = accepted
-        if self.sent is not None or not self.electorate.is_quorum(self._promises):
+        if accepted is not None:
+            self._before.append(accepted)
+        if not self._promises.add(voter) or self.sent is not None:
             return False
-        before = [told for told in self._promises.values() if told is not None]
-        self.sent = max(before, key=lambda told: told[0])[1] if before else self.wanted
+        self.sent = max(self._before, key=lambda told: told[0])[1] if self._before else self.wanted
         return True
 
     def accepted(self, voter: int) -> bool:
         """A voter has accepted; whether it is the one that decides."""
-        self._votes.add(voter)
-        if self.sent is None or self.decided or not self.electorate.is_quorum(self._votes):
+        if self.sent is None or not self._votes.add(voter) or self.decided:
             return False
         self.decided = True
         return True

@@ -1,21 +1,38 @@
 """Authenticated connections between launchers: made, accepted, read and dropped, without waiting for anyone."""
 
 import errno
+import resource
 import selectors
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from unisono.launch.channel import Channel, Role
 from unisono.launch.control import Message
 
 SEND_DEADLINE_S = 10.0
+BLOCKED_S = 0.01
+"""Between two attempts to send what could not be sent."""
+LAST_WORDS_S = 1.0
+OTHER_FILES = 512
+"""That a launcher needs besides."""
 HANDSHAKE_DEADLINE_S = 10.0
 MOST_STRANGERS = 64
 READ_BYTES = 1 << 16
 KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 20_000}
 """A host that does not answer for 20 s is lost: seconds idle, seconds between tries, tries, and milliseconds in all."""
+
+
+def allow_lines(count: int) -> None:
+    """Let this process have so many connections, as far as it may: the usual limit is 1024 files."""
+    least, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + OTHER_FILES
+    if least != resource.RLIM_INFINITY and least < wanted:
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (wanted if most == resource.RLIM_INFINITY else min(wanted, most), most)
+        )
 
 
 @dataclass(slots=True, eq=False)
@@ -27,32 +44,54 @@ class Line:
         workers: of the other's host.
         where: its listener, as others reach it.
         called: the number of the one that this end has called, until it is known to be there.
+        blocked: the lines, of all, on which something could not be sent yet.
+        blocked_since: when that began, on this one.
     """
 
     socket: socket.socket
     channel: Channel
     peer: str
     since: float
+    clock: Callable[[], float]
+    blocked: "set[Line]"
     number: int | None = None
     workers: int = 0
     where: tuple[str, int] | None = None
     called: int | None = None
+    blocked_since: float | None = None
 
     def flush(self) -> None:
-        """Send what is to be sent."""
-        data = self.channel.take()
-        if data:
-            try:
-                self.socket.settimeout(SEND_DEADLINE_S)
-                self.socket.sendall(data)
-            except OSError:  # half a frame may be on its way: nothing can follow, and reading finds the end
-                self.socket.shutdown(socket.SHUT_RDWR)
-                raise
-            finally:
-                self.socket.setblocking(False)
+        """Send what can be sent without waiting; the rest when `Lines.select` is called next.
 
-    def send(self, message: Message) -> None:
-        """Send a message."""
+        Raises:
+            OSError: where the other end is gone.
+        """
+        outgoing = self.channel.outgoing
+        if not outgoing:
+            return
+        try:
+            del outgoing[: self.socket.send(outgoing)]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.give_up()
+            raise
+        if outgoing and self.blocked_since is None:
+            self.blocked_since = self.clock()
+            self.blocked.add(self)
+        elif not outgoing and self.blocked_since is not None:
+            self.blocked_since = None
+            self.blocked.discard(self)
+
+    def give_up(self) -> None:
+        """Half a frame may be on its way, so nothing can follow; reading finds the end."""
+        self.channel.outgoing.clear()
+        self.blocked.discard(self)
+        with suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+
+    def send(self, message: Message | bytes) -> None:
+        """Send a message, as it is or encoded."""
         self.channel.send(message)
         self.flush()
 
@@ -74,14 +113,17 @@ class Lines:
     """This launcher's connections, and where it listens.
 
     Attributes:
-        all: those that are open, established or not.
+        all: those that are open, established or not, in the order in which they were made.
     """
 
     secret: bytes
     clock: Callable[[], float] = time.monotonic
-    all: list[Line] = field(default_factory=list)
+    all: dict[Line, None] = field(default_factory=dict)
     listener: socket.socket | None = None
     _selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
+    _strangers: dict[Line, None] = field(default_factory=dict)
+    _blocked: set[Line] = field(default_factory=set)
+    _to: dict[int, dict[Line, None]] = field(default_factory=dict)
 
     def fileno(self) -> int:
         """Readable when something has come in."""
@@ -101,16 +143,40 @@ class Lines:
 
     def select(self, timeout: float | None) -> list[Line]:
         """Lines on which something has come in; new ones are accepted."""
+        for line in list(self._blocked):
+            with suppress(OSError):
+                line.flush()
+            if line.blocked_since is not None and self.clock() - line.blocked_since > SEND_DEADLINE_S:
+                line.give_up()
+        if self._blocked:
+            timeout = BLOCKED_S if timeout is None else min(timeout, BLOCKED_S)
         found = []
         for key, _ in self._selector.select(timeout):
             if key.fileobj is self.listener:
                 self._accept()
             else:
                 found.append(key.data)
-        for line in [line for line in self.all if not line.channel.established]:
-            if self.clock() - line.since > HANDSHAKE_DEADLINE_S and line not in found:
+        for line in list(self._strangers):
+            if line.channel.established:
+                del self._strangers[line]
+            elif self.clock() - line.since > HANDSHAKE_DEADLINE_S and line not in found:
                 self.drop(line)
         return found
+
+    def know(self, line: Line, number: int) -> None:
+        """A line leads to this launcher."""
+        self._forget(line)
+        line.number = number
+        self._to.setdefault(number, {})[line] = None
+
+    def to(self, number: int | None) -> Line | None:
+        """The newest line to another launcher."""
+        lines = self._to.get(number) if number is not None else None
+        return next(reversed(lines)) if lines else None
+
+    def all_to(self, number: int) -> list[Line]:
+        """All lines to it."""
+        return list(self._to.get(number, ()))
 
     def add(self, connection: socket.socket, role: Role, peer: str) -> Line:
         """Take a connection over."""
@@ -120,8 +186,8 @@ class Lines:
         for option, value in KEEPALIVE.items():
             if hasattr(socket, option):
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-        line = Line(connection, Channel(self.secret, role), peer, self.clock())
-        self.all.append(line)
+        line = Line(connection, Channel(self.secret, role), peer, self.clock(), self.clock, self._blocked)
+        self.all[line] = self._strangers[line] = None
         self._selector.register(connection, selectors.EVENT_READ, line)
         line.flush()
         return line
@@ -137,13 +203,20 @@ class Lines:
 
     def drop(self, line: Line) -> None:
         """Close a connection."""
-        self.all.remove(line)
+        del self.all[line]
+        self._strangers.pop(line, None)
+        self._blocked.discard(line)
+        self._forget(line)
         self._selector.unregister(line.socket)
         line.socket.close()
 
     def close(self) -> None:
-        """Let go of all."""
+        """Let go of all; what could not be sent yet has a moment."""
         for line in list(self.all):
+            if line.channel.outgoing:
+                with suppress(OSError):
+                    line.socket.settimeout(LAST_WORDS_S)
+                    line.socket.sendall(line.channel.take())
             self.drop(line)
         if self.listener is not None:
             self._selector.unregister(self.listener)
@@ -151,13 +224,17 @@ class Lines:
             self.listener = None
         self._selector.close()
 
+    def _forget(self, line: Line) -> None:
+        if line.number is not None and (lines := self._to.get(line.number)) is not None:
+            lines.pop(line, None)
+
     def _accept(self) -> None:
         assert self.listener is not None
         try:
             connection, where = self.listener.accept()
         except OSError:
             return
-        if sum(not line.channel.established for line in self.all) >= MOST_STRANGERS:
+        if len(self._strangers) >= MOST_STRANGERS:
             connection.close()
             return
         try:

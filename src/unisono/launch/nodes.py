@@ -17,10 +17,10 @@ from pathlib import Path
 from unisono.errors import ConfigurationError, LaunchError
 from unisono.fault.coordination import Coordination, Report
 from unisono.fault.generation import WITNESS, Acceptor, Generation
-from unisono.launch.channel import Refused, Role
+from unisono.launch.channel import Refused, Role, encode
 from unisono.launch.control import Message
 from unisono.launch.ledger import Ledger
-from unisono.launch.lines import HANDSHAKE_DEADLINE_S, MOST_STRANGERS, SEND_DEADLINE_S, Dial, Line, Lines
+from unisono.launch.lines import HANDSHAKE_DEADLINE_S, MOST_STRANGERS, SEND_DEADLINE_S, Dial, Line, Lines, allow_lines
 from unisono.plan.hosts import Hosts
 
 SAY_AFTER_S = 5.0
@@ -239,6 +239,7 @@ class Nodes:
 
     def _listen(self) -> None:
         where = (self.rendezvous.address, self.rendezvous.port)
+        allow_lines(self.rendezvous.nodes)
         try:
             self._lines.listen(*where, backlog=self.rendezvous.nodes + MOST_STRANGERS)
         except OSError as error:
@@ -280,7 +281,7 @@ class Nodes:
         self._lines.listen(self.address, 0, backlog=self.rendezvous.nodes + MOST_STRANGERS)
         assert self._lines.listener is not None
         port = self._lines.listener.getsockname()[1]
-        line.number = 0
+        self._lines.know(line, 0)
         mine = {"number": self.number, "workers": self._workers, "version": self.version}
         line.send({"op": "join", **mine, "where": [self.address, port]})
 
@@ -315,7 +316,8 @@ class Nodes:
             self._lost(line)
             return
         if line.called is not None and line.channel.established:
-            line.number, line.called = line.called, None
+            self._lines.know(line, line.called)
+            line.called = None
             with suppress(OSError):
                 line.send({"op": "hail", "number": self.number, "run": self._run})
             self._is_up(line)
@@ -339,7 +341,7 @@ class Nodes:
         if line.number is None or self.over or self.failure is not None:
             return
         if self.survives and self.coordination is not None:
-            if self._line_to(line.number) is None:
+            if self._lines.to(line.number) is None:
                 self.coordination.line_is_down(line.number, self.clock())
             return
         self.failure = Failure(f"the connection to host {line.number} ({line.peer}) was lost", 1)
@@ -358,7 +360,7 @@ class Nodes:
             case "hail":
                 if message["run"] != self._run or message["number"] not in range(self.rendezvous.nodes):
                     raise ValueError("it belongs to another run")
-                line.number = message["number"]
+                self._lines.know(line, message["number"])
                 self._is_up(line)
             case "set":
                 self.on_set(message["key"], message["value"])
@@ -383,7 +385,8 @@ class Nodes:
             with suppress(OSError):
                 line.send({"op": "failed", "number": 0, "text": text, "exit_code": 2})
             return
-        line.number, line.workers = number, message["workers"]
+        self._lines.know(line, number)
+        line.workers = message["workers"]
         line.where = (line.peer, int(message["where"][1]))
         self._start_if_all_joined()
 
@@ -414,17 +417,17 @@ class Nodes:
         now = self.clock()
         coordination.tick(now)
         for number in coordination.silent_lines(now) if coordination.decides else ():
-            for line in [line for line in self._lines.all if line.number == number]:
+            for line in self._lines.all_to(number):
                 self._lines.drop(line)
             coordination.line_is_down(number, now)
         self._dial(coordination, now)
         outbox, coordination.outbox = coordination.outbox, []
-        for number, message in outbox:
-            target = self._line_to(number)
-            if target is not None:
+        for numbers, message in outbox:
+            encoded = encode(message)
+            for target in filter(None, map(self._lines.to, numbers)):
                 with suppress(OSError):  # its end is noticed when it is read next
-                    target.send(message)
-        if self._unsent and (self._hub == self.number or self._line_to(self._hub) is not None):
+                    target.send(encoded)
+        if self._unsent and (self._hub == self.number or self._lines.to(self._hub) is not None):
             unsent, self._unsent = self._unsent, []
             for message in unsent:
                 self._to_all(message)
@@ -457,10 +460,6 @@ class Nodes:
         if self.coordination is not None and line.number is not None:
             self.coordination.line_is_up(line.number, self.clock())
 
-    def _line_to(self, number: int | None) -> Line | None:
-        """The newest line to another."""
-        return next((line for line in reversed(self._lines.all) if line.number == number and number is not None), None)
-
     @property
     def _hub(self) -> int | None:
         """Whose launcher passes messages on to all."""
@@ -471,7 +470,7 @@ class Nodes:
         if self._hub == self.number:
             self._tell(message)
             return
-        line = self._line_to(self._hub)
+        line = self._lines.to(self._hub)
         try:
             if line is None:
                 raise ConnectionError("nobody passes it on now")
@@ -481,12 +480,11 @@ class Nodes:
 
     def _tell(self, message: Message, but: Line | None = None) -> None:
         """On all lines to other hosts."""
+        encoded = encode(message)
         for line in list(self._lines.all):
             if line.number not in (None, WITNESS) and line is not but:
-                try:
-                    line.send(message)
-                except (OSError, ValueError):  # its end is noticed when it is read next
-                    continue
+                with suppress(OSError, ValueError):  # its end is noticed when it is read next
+                    line.send(encoded)
 
     def _absent(self) -> str:
         if self.number:

@@ -85,15 +85,15 @@ class Witness:
     def _handle(self, line: Line, message: Message) -> None:
         if message["op"] == "hail":
             self._run_of[id(line)] = self._known(str(message["run"]))
-            line.number = int(message["number"])
+            self._lines.know(line, int(message["number"]))
             return
         run = self._run_of[id(line)]
         voter = self._runs[run]
         assert line.number is not None
         voter.heard(line.number, message, time.monotonic())
         outbox, voter.outbox = voter.outbox, []
-        for number, answer in outbox:
-            if number == line.number:
+        for numbers, answer in outbox:
+            if line.number in numbers:
                 with suppress(OSError):
                     line.send(answer)
         for generation in voter.decided:

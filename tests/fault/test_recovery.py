@@ -46,7 +46,11 @@ def struck(pool: LocalLauncher, workers: int, *strikes: tuple[int, int, str], **
     """Train with faults at (rank, step, moment), and compare with the digest of one worker."""
     layout, elastic = options.pop("layout", {}), options.pop("elastic", None)
     how, steps = options.pop("how", "kill"), options.pop("steps", STEPS)
+    pace_s = options.pop("pace_s", 0.0)  # that each micro-batch takes more: those who join come within a step or two
     faults = [{"rank": rank, "step": step, "moment": moment, "how": how} for rank, step, moment in strikes]
+    if pace_s:
+        slow = {"step": 0, "moment": "data", "how": "slow", "seconds": pace_s}
+        faults += [{"rank": rank, **slow} for rank in range(workers)]
     arguments = {"strikes": faults, "steps": steps, "layout": layout, "deadline_s": 20.0, **options}
     ending = pool.run({"call": "tests.jobs:struck", "arguments": arguments}, workers, elastic=elastic)
     pure = {key: value for key, value in options.items() if key not in ("fault", "run_dir", "checkpoint", "deadline_s")}
@@ -178,6 +182,19 @@ def test_the_records_go_on_when_the_chief_is_killed(pool: LocalLauncher, tmp_pat
         {"call": "tests.jobs:train", "arguments": {"steps": STEPS, "resume": True, "model": "mlp", **options}}, 2
     )
     assert again.result["digest"] == ending.result["digest"]
+
+
+@pytest.mark.parametrize("first", [5, 6])
+@pytest.mark.parametrize("second", [1, 2])
+def test_two_chiefs_are_killed_before_they_record_a_step(
+    pool: LocalLauncher, tmp_path: Path, first: int, second: int
+) -> None:
+    """(rank 0, step 5 or 6, mid-commit), (rank 1, one or two steps later, mid-commit): no step is left out.
+
+    By then rank 0 is there anew, and knows nothing of the steps that the two have taken with them; ranks 2 and 3 do.
+    """
+    struck(pool, 4, (0, first, "mid-commit"), (1, first + second, "mid-commit"), pace_s=0.1, run_dir=str(tmp_path))
+    assert [r["step"] for r in records_of(tmp_path) if r["event"] == "StepFinished"] == list(range(1, STEPS + 1))
 
 
 def test_a_worker_is_killed_in_an_evaluation(pool: LocalLauncher) -> None:

@@ -329,6 +329,8 @@ class Chaos:
         if whole:
             row.exactly_once = row.exactly_once and seen.losses == undisturbed.losses
             row.lost_steps += len(seen.losses) - len({step for step, _ in seen.losses})
+            if missing := sorted(dict(undisturbed.losses).keys() - dict(seen.losses).keys()):
+                row.note = f"steps {', '.join(map(str, missing))} are not on record; {row.note}".rstrip("; ")
         else:  # what was trained twice had the same losses
             row.exactly_once = row.exactly_once and dict(seen.losses) == dict(undisturbed.losses)
         struck = {note["process"] for note in seen.strikes}

@@ -37,7 +37,7 @@ _HEADER_WORDS = _LOST + LOSSES_KEPT
 # Words of a slot.
 _DONE, _SEQUENCE, _FLAGS, _ACTIVITY, _LAYOUT, _MICRO_BATCH, _OPERATIONS, _HELLO = 0, 1, 2, 3, 4, 5, 6, 7
 UNDO_VERSION, UNDO_RUN, UNDO_PLACE = 8, 9, 10
-_SEEN, _HALTED, _READY, _ASKED, _BEATS, _ADMIT, _PACE, _LEFT, _CLAIM, _PUBLISHED = (
+_SEEN, _HALTED, _READY, _ASKED, _BEATS, _ADMIT, _PACE, _LEFT, _CLAIM, _SINCE, _PUBLISHED = (
     11,
     12,
     13,
@@ -47,6 +47,7 @@ _SEEN, _HALTED, _READY, _ASKED, _BEATS, _ADMIT, _PACE, _LEFT, _CLAIM, _PUBLISHED
     20,
     21,
     22,
+    23,
     32,
 )
 ENTRIES = 256  # published subtrees: two a level of the largest tree, and one a round (see `comm.rounds`)
@@ -344,6 +345,14 @@ class Header:
         """Everything that this slot owns is at the state after ``step``."""
         store_fence()
         self._set_word(slot, _DONE, step)
+
+    def since(self, slot: int) -> int:
+        """The step in which a slot's worker began to train; 0 for one that was there from the start."""
+        return self._word(slot, _SINCE)
+
+    def set_since(self, slot: int, step: int) -> None:
+        """This slot's worker is to begin with ``step``."""
+        self._set_word(slot, _SINCE, step)
 
     def sequence(self, slot: int) -> int:
         """The number of the last message in a slot's mailbox."""

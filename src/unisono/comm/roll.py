@@ -6,7 +6,7 @@ of and who waits to be let in; when all micro-batches of the step are published,
 same conclusion. A loss that is not agreed on yet is handled inside the step.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from unisono.comm.group import LEAVE
 from unisono.comm.header import Agreement, Course, Header
@@ -164,7 +164,7 @@ class Roll:
         leaving = [slot for slot, value in flags.items() if value & LEAVE]
         members = next_members(self.members, lost, admitted, leaving)
         stay = [slot for slot in members if slot in self.members and slot not in lost]
-        chief = self.chief if self.chief in stay else (stay or list(members))[0]
+        chief = self.chief if self.chief in stay else self._successor(stay or members)
         self._agreed = Agreement(self.step + 1, seen, chief, members)
         self._paces = {slot: header.pace_s(slot) for slot in said} if members == self.members and not lost else {}
         if members != self.members or lost:
@@ -183,7 +183,11 @@ class Roll:
         most = max(seen)
         lost = {header.lost(number) for number in range(self._seen, most)}
         if self.chief in lost:
-            self.chief = min(set(self.members) - lost)
+            self.chief = self._successor(set(self.members) - lost)
+
+    def _successor(self, slots: Iterable[int]) -> int:
+        """The one who has trained for the longest: it knows of all steps that those before it did not record."""
+        return min(slots, key=lambda slot: (self._header.since(slot), slot))
 
     def find_admission(self) -> Agreement | None:
         """For a worker that waits to be let in: the agreement that does so.
@@ -202,6 +206,7 @@ class Roll:
 
     def join(self, agreement: Agreement) -> None:
         """This worker is to begin with the step that the agreement is for."""
+        self._header.set_since(self._slot, agreement.step)
         self._agreed, self.step = agreement, agreement.step - 1
         self.members, self.chief, self._seen = agreement.members, agreement.chief, agreement.seen
 

@@ -136,6 +136,7 @@ def assemble(
         names=place.local_name,
         teams=crews_of(mesh),
     )
+    local.survives = rules is not None and config.fault.on_loss != "stop"
     local.waits_for_all = rules is not None and config.fault.on_loss == "wait"
     made = _fingerprint(prepared, config, feed.size)
     if several or not world.joins:
@@ -474,8 +475,8 @@ def _policy(
     optimizer = BlockOptimizer(prepared.optimizer, prepared.update, state.python_state())
     joinable = state.memory.device.type == "cpu" and config.threads == 1
     owner = Owner(state, run_memory(local.slot), prepared.originals, prepared.teams, joinable)
-
-    holdings = Holdings(local.slot, prepared.owned, owner, optimizer, versions, local.header.slot, run_memory)
+    row, protects = local.header.slot, local.survives
+    holdings = Holdings(local.slot, prepared.owned, owner, optimizer, versions, row, run_memory, protects=protects)
     holdings.adopt(local.members)
     return EveryStep(
         group,

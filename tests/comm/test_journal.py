@@ -146,3 +146,15 @@ def test_nothing_to_recover() -> None:
     memory = Memory()
     assert memory.journal(Stores(None)).recover(memory.image) is None
     assert memory.state == OLD
+
+
+def test_where_nobody_would_go_on_old_bytes_are_kept_for_a_snapshot_alone() -> None:
+    memory, stores = Memory(), Stores(None)
+    journal = memory.journal(stores)
+    journal._protects = False
+    journal.commit(memory.image(), 5, memory.update(stores))
+    assert memory.versions == [5] * BLOCKS and memory.row[UNDO_VERSION] == 0
+    assert all((kept == -7.0).all() for kept in memory.undo) and all((kept == -8.0).all() for kept in memory.snapshot)
+    before = [tensor.clone() for tensor in memory.live]
+    journal.commit(memory.image(), 6, memory.update(stores), snapshot=True)
+    assert all(torch.equal(a, b) for a, b in zip(memory.snapshot, before, strict=True))

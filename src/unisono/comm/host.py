@@ -31,6 +31,7 @@ class HostGroup:
     """A `Group` over one arena.
 
     Attributes:
+        survives: the others go on where a worker is lost.
         waits_for_all: no step begins with fewer workers than are wanted.
         interruptible: waits for what needs other hosts too.
         patient: waits without a deadline: the launcher ends who hangs, and all together in the end.
@@ -87,7 +88,7 @@ class HostGroup:
         self.patient = replace(self.waiter, deadline_s=float("inf"))
         self._views: dict[tuple[int, int], Partial] = {}
         self._mail = Mail(self.header, lambda box, number: arena.bytes(layout.mailbox(box, number)), slot)
-        self.waits_for_all = False
+        self.survives = self.waits_for_all = False
         self.copies: Copies | None = None
         self._copied: MicroBatchesCopied | None = None
         self._steps, self._joined = 0, False

@@ -43,6 +43,7 @@ class Journal:
         row: the slot's words.
         versions: one word a block: the step after which its present bytes are the state.
         copy: how bytes are copied; replaced in tests that crash in the middle.
+        protects: others go on where this worker is killed. Else old bytes are kept for snapshots alone.
     """
 
     def __init__(
@@ -50,13 +51,20 @@ class Journal:
         row: memoryview,
         versions: memoryview,
         copy: Callable[[Sequence[Tensor], Sequence[Tensor]], None] = _copy,
+        *,
+        protects: bool = True,
     ) -> None:
         self._row = row
         self._versions = versions
         self._copy = copy
+        self._protects = protects
 
     def commit(self, image: Image, version: int, update: Callable[[], None], *, snapshot: bool = False) -> None:
         """Run ``update``, which overwrites ``image.live`` in place, as the step from ``version - 1`` to ``version``."""
+        if not (self._protects or snapshot):
+            update()
+            self.advance(image, version)
+            return
         self._copy(image.snapshot if snapshot else image.undo, image.live)
         self._row[UNDO_RUN] = (image.first << 32) | image.count
         self._row[UNDO_PLACE] = IN_SNAPSHOT if snapshot else IN_UNDO_AREA

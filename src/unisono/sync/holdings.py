@@ -23,6 +23,7 @@ class Holdings:
         optimizer: updates them.
         versions: one word a block.
         row, memory: of a slot: its words, and where runs lie with its undo area.
+        protects: others go on where this worker is killed in an update.
 
     Attributes:
         runs: this worker's.
@@ -39,6 +40,8 @@ class Holdings:
         versions: memoryview,
         row: Callable[[int], memoryview],
         memory: Callable[[int], RunMemory],
+        *,
+        protects: bool,
     ) -> None:
         self._slot = slot
         self._shares = shares
@@ -52,7 +55,7 @@ class Holdings:
         self._lost: list[int] = []
         self.runs: list[OwnedRun] = []
         self.buffers: OwnedBuffers | None = None
-        self.journal = Journal(row(slot), versions)
+        self.journal = Journal(row(slot), versions, protects=protects)
 
     def adopt(self, members: Sequence[int]) -> None:
         """These train now: what each of them updates follows."""

@@ -45,6 +45,7 @@ bench_app.command()(bench.sharding)
 bench_app.command()(bench.memory)
 bench_app.command()(bench.network)
 bench_app.command()(bench.control)
+bench_app.command()(bench.recovery)
 
 
 def _version(wanted: bool) -> None:

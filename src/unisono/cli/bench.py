@@ -166,3 +166,19 @@ def control(
 
         found = bench(launcher, launchers, workers, events, seconds)
         typer.echo(json.dumps(found) if as_json else as_text(found))
+
+
+def recovery(
+    against: Annotated[str | None, typer.Option(help="torchrun, torchft; default: all that are installed.")] = None,
+    repeat: Annotated[int, typer.Option(min=1, help="Kills of a worker, each in a run of its own.")] = 5,
+    as_json: JsonOption = False,
+) -> None:
+    """Kill a worker of four; compare what follows with torchrun's restart from a checkpoint, and with torchft.
+
+    Example: unisono bench recovery --against torchrun --repeat 3
+    """
+    from unisono.bench.recovery import bench
+
+    rows = bench(against.split(",") if against else None, repeat, None if as_json else typer.echo)
+    if as_json:
+        typer.echo(json.dumps({"rows": rows}))

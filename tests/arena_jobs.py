@@ -221,7 +221,7 @@ def mismatch() -> str:
 
 
 def fault(how: str, operation: str, timeout_s: float) -> dict[str, Any]:
-    """The last rank is killed or stopped before an operation; what the others meet with, and after how long."""
+    """The last rank is killed or stopped before an operation, or skips it; what the others meet with, and when."""
     torch.set_num_threads(1)
     dist.init_process_group("arena", timeout=timedelta(seconds=timeout_s))
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -229,6 +229,9 @@ def fault(how: str, operation: str, timeout_s: float) -> dict[str, Any]:
     if rank == world - 1:
         if how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if how == "skip":
+            time.sleep(timeout_s + 3)
+            return {"error": "", "seconds": 0.0}
         subprocess.Popen(["sh", "-c", f"sleep {timeout_s + 3}; kill -KILL {os.getpid()}"])
         os.kill(os.getpid(), signal.SIGSTOP)
     started = time.monotonic()

@@ -35,11 +35,11 @@ def test_ranks_that_call_different_operations_are_told(pool: LocalLauncher) -> N
 
 
 @pytest.mark.parametrize("operation", ["all_reduce", "async", "recv"])
-@pytest.mark.parametrize("how", ["kill", "stop"])
-def test_a_dead_or_stopped_peer_is_named(
+@pytest.mark.parametrize("how", ["kill", "stop", "skip"])
+def test_a_peer_that_is_dead_or_stopped_or_elsewhere_is_named(
     pool: LocalLauncher, monkeypatch: pytest.MonkeyPatch, how: str, operation: str
 ) -> None:
-    """(rank 2 of 3, before an operation): SIGKILL is noticed at once, SIGSTOP at the deadline."""
+    """(rank 2 of 3, before an operation): SIGKILL is noticed at once, what else keeps it away at the deadline."""
     monkeypatch.setattr(WorkerSet, "_failures", lambda self: (False, False))
     monkeypatch.setattr(WorkerSet, "_raise_failure", lambda self: None)
     results = run(pool, "fault", 3, how=how, operation=operation, timeout_s=1.0)

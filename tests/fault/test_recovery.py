@@ -123,22 +123,23 @@ def test_a_stage_is_killed(pool: LocalLauncher, workers: int, layout: dict[str, 
     struck(pool, workers, (rank, 4, moment), model="mlp", clip=0.5, layout=layout)
 
 
-@pytest.mark.parametrize("how", ["stop", "hang", "sleep"])
+@pytest.mark.parametrize(("how", "moment"), [("stop", "backward"), ("hang", "backward"), ("sleep", "data")])
 def test_a_worker_that_makes_no_progress_is_told_of_and_replaced(
-    pool: LocalLauncher, how: str, capfd: pytest.CaptureFixture[str], tmp_path: Path
+    pool: LocalLauncher, how: str, moment: str, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """(rank 1, step 4, backward): SIGSTOP, an endless loop, a system call; deadline 0.5 s."""
+    """(rank 1, step 4): SIGSTOP, an endless loop in the backward, data that do not come; deadline 0.5 s."""
+    phase = "data" if moment == "data" else "compute"
     started = time.monotonic()
-    struck(pool, 3, (1, 4, "backward"), how=how, model="mlp", deadline_s=0.5, run_dir=str(tmp_path))
+    struck(pool, 3, (1, 4, moment), how=how, model="mlp", deadline_s=0.5, run_dir=str(tmp_path))
     assert time.monotonic() - started < 5
     told = capfd.readouterr().err
     assert re.search(
-        r"worker 1 \(process \d+\) has made no progress for 0\.\d s .*compute of step 4, micro-batch", told
+        rf"worker 1 \(process \d+\) has made no progress for 0\.\d s .*{phase} of step 4, micro-batch", told
     )
     where = "its process is stopped" if how == "stop" else "check/strike.py"
     assert where in told and "stacks of worker 0" in told and "stacks of worker 2" in told
     report = (tmp_path / "hang-001.txt").read_text()
-    assert "last operations of worker 1:" in report and "compute of step 4, micro-batch" in report
+    assert "last operations of worker 1:" in report and f"{phase} of step 4, micro-batch" in report
 
 
 def test_shrink_goes_on_without(pool: LocalLauncher) -> None:

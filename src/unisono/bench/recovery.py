@@ -23,7 +23,7 @@ from unisono.bench.recovering import GROUP, LIGHTHOUSE, MICRO_BATCH, WAYS, WORKE
 from unisono.errors import ConfigurationError, WorkerFailed
 from unisono.launch.nodes import free_port
 
-STEPS, KILLED_AFTER = 60, 34
+STEPS, KILLED_AFTER = 40, 24
 """The worker is killed 4 steps after torchrun's newest checkpoint."""
 VICTIM, SURVIVOR = 1, 0
 HUB = -1

@@ -46,6 +46,7 @@ bench_app.command()(bench.memory)
 bench_app.command()(bench.network)
 bench_app.command()(bench.control)
 bench_app.command()(bench.recovery)
+bench_app.command()(bench.survival)
 
 
 def _version(wanted: bool) -> None:

@@ -182,3 +182,20 @@ def recovery(
     rows = bench(against.split(",") if against else None, repeat, None if as_json else typer.echo)
     if as_json:
         typer.echo(json.dumps({"rows": rows}))
+
+
+def survival(
+    models: Annotated[str, typer.Option(help="small, large, or both.")] = "small,large",
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 7,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure what it costs to survive the loss of workers, and to write checkpoints: 5 minutes.
+
+    Example: unisono bench survival --models small --rounds 5
+    """
+    with launcher_here() as launcher:
+        from unisono.bench.survival import bench
+
+        rows = bench(launcher, models.split(","), rounds, None if as_json else typer.echo)
+        if as_json:
+            typer.echo(json.dumps({"rows": rows}))

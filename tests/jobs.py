@@ -48,6 +48,7 @@ def trainer(
     loss: str = "mse",
     augment: bool = False,
     fail_at: int | None = None,
+    skewed: bool = False,
     **settings: Any,
 ) -> Trainer:
     """A trainer over toys; micro-batches are not a multiple of most numbers of workers."""
@@ -60,7 +61,7 @@ def trainer(
     return Trainer(
         model=toys.MODELS[model],
         loss=toys.LOSSES[loss],
-        data=toys.Samples(augment, fail_at),
+        data=(toys.SkewedSamples if skewed else toys.Samples)(augment, fail_at),
         optimizer=toys.OPTIMIZERS[optimizer],
         **{**defaults, **settings},
     )

@@ -269,3 +269,12 @@ def test_torchrun_is_said_to_survive_nothing(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("unisono.trainer.this_process", lambda: World(0, Hosts((2,)), None, "torchrun"))
     with pytest.raises(ConfigurationError, match=r"torchrun ends all workers .* unisono run -n 2, or set"):
         jobs.trainer(fault={"on_loss": "replace"}).fit(1)
+
+
+def test_a_cost_that_is_no_positive_number_is_refused_by_the_sample() -> None:
+    class Free(toys.Samples):
+        def cost(self, index: int) -> float:
+            return 0.0
+
+    with pytest.raises(DataError, match=r"cost\(\d+\) of the training dataset is 0; give a positive number"):
+        jobs.small_trainer(data=Free()).fit(2)

@@ -241,10 +241,13 @@ def _worker(
     names = [name for name, _ in prepared.layout.flat.uses] + [spec.name for spec in prepared.layout.buffers]
     if group is local and passages is None and tensor is None and _copies_pay(config, host.slots):
         local.copies = Copies(local, host.entries, names)
+    training = TrainingFeed(feed, sampler)
+    if group is local:
+        local.roll.costs = training.costs
     engine = Engine(
         group,
         replica,
-        TrainingFeed(feed, sampler),
+        training,
         policy,
         config.micro_batches,
         share,

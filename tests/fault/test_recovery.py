@@ -142,6 +142,14 @@ def test_a_worker_that_makes_no_progress_is_told_of_and_replaced(
     assert "last operations of worker 1:" in report and f"{phase} of step 4, micro-batch" in report
 
 
+@pytest.mark.parametrize("workers", [2, 3, 4])
+def test_shares_that_follow_what_samples_cost_change_no_bit(pool: LocalLauncher, workers: int) -> None:
+    """(rank 1, step 5, forward): and whoever takes its place comes to the same shares as the others."""
+    expected = undisturbed(pool, json.dumps({"model": "norm", "augment": True}), 16)
+    ending = struck(pool, workers, (1, 5, "forward"), model="norm", augment=True, skewed=True, steps=16)
+    assert ending.result["digest"] == expected
+
+
 def test_shrink_goes_on_without(pool: LocalLauncher) -> None:
     ending = struck(pool, 3, (2, 4, "forward"), model="mlp", fault={"on_loss": "shrink"}, steps=30)
     assert [result and result["reason"] for result in ending.results] == ["finished", "finished", None]

@@ -14,6 +14,7 @@ from unisono.plan.assignment import (
     owners,
     paced_micro_batches,
     runs,
+    shares_by_cost,
 )
 from unisono.plan.blocks import ALIGNMENT_ELEMENTS, BLOCK_ELEMENTS, FlatLayout, ParameterSpec, TensorSpec, flat_layout
 from unisono.plan.mesh import Mesh
@@ -51,6 +52,23 @@ def test_contiguous_shares_are_the_best_there_are(costs: list[int], workers: int
         return min(max(sum(costs[start:cut]), best(cut, left - 1)) for cut in range(start, len(costs) + 1))
 
     assert max(sum(costs[i] for i in share) for share in shares) == best(0, workers)
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=9), st.lists(st.integers(1, 5), min_size=1, max_size=4))
+def test_shares_by_cost_are_the_best_there_are(costs: list[int], paces: list[int]) -> None:
+    shares = shares_by_cost(costs, paces)
+    assert len(shares) == len(paces) and [i for share in shares for i in share] == list(range(len(costs)))
+
+    def best(start: int, worker: int) -> float:
+        if worker == len(paces) - 1:
+            return sum(costs[start:]) * paces[worker]
+        cuts = range(start, len(costs) + 1)
+        return min(max(sum(costs[start:cut]) * paces[worker], best(cut, worker + 1)) for cut in cuts)
+
+    latest = max(sum(costs[i] for i in share) * pace for share, pace in zip(shares, paces, strict=True))
+    assert latest <= best(0, 0) * (1 + 1e-6)
+    if len(costs) >= len(paces) and len({*costs}) == len({*paces}) == 1:
+        assert all(shares)
 
 
 @given(sizes, st.integers(1, 5), st.sampled_from(list(UpdateClass)))

@@ -71,3 +71,11 @@ def test_a_worker_that_died_before_it_was_let_in_is_not() -> None:
     assert next_members([0, 1, 2], [2, 2], [2], []) == (0, 1)
     assert next_members([0, 1, 2], [], [], [1]) == (0, 2)
     assert next_members([0, 1, 2], [0], [], [1, 2]) == (1, 2)  # somebody has to go on
+
+
+def test_shares_follow_what_micro_batches_cost_and_the_workers_paces() -> None:
+    costs = [1.0, 1.0, 1.0, 1.0, 1.0, 7.0]
+    alike = first_lots([(0,), (1,)], [0, 1], 6, costs=costs)
+    assert [lot.micro_batches for lot in alike] == [(0, 1, 2, 3, 4), (5,)]
+    slower = first_lots([(0,), (1,)], [0, 1], 6, {0: 3.0, 1: 1.0}, before=alike, costs=costs)
+    assert [lot.micro_batches for lot in slower] == [(0, 1, 2), (3, 4, 5)]

@@ -500,7 +500,7 @@ class HostGroup:
 
     def _note_pace(self, seconds: Sequence[float]) -> None:
         """How long a micro-batch takes this worker: its recent steps count most, its first one does not."""
-        computed = self._computed(self.slot)
+        computed = self._cost(self.slot)
         self._steps += 1
         if computed and self._steps > 1:
             pace = sum(seconds[PHASES.index(phase)] for phase in ("data", "compute")) / computed
@@ -514,6 +514,14 @@ class HostGroup:
     def work(self) -> Mapping[int, int]:
         """How many micro-batches each worker had in the last step, by slot."""
         return {slot: self._computed(slot) for slot in self.members} if self.roll.roster is not None else {}
+
+    def _cost(self, slot: int) -> float:
+        """What the micro-batches that a slot's worker has computed in the step come to: 1 each, or what they cost."""
+        if self.roll.costs is None:
+            return self._computed(slot)
+        costs = self.roll.costs(self.roll.step)
+        nodes = (p.node for p in self._publications(self.roll.step, (slot,)))
+        return sum(sum(costs[node.start : node.stop]) for node in nodes)
 
     def _computed(self, slot: int) -> int:
         """How many micro-batches a slot's worker has computed, and published, in the step."""

@@ -33,6 +33,7 @@ class Roll:
         step, count: the one under way, or the last, and its micro-batches.
         flags: everyone's requests of the step, joined, once it is closed.
         pace_s: seconds that a micro-batch takes this worker, to be said as it begins a step; 0 where it is not known.
+        costs: of the micro-batches of a step, 1 on the average, where it is known that they differ.
         regained: called with the number of a replica that is whole again, before anyone begins the step with it.
     """
 
@@ -44,12 +45,14 @@ class Roll:
         self.chief = self.members[0]
         self.step = self.count = 0
         self.flags = 0
+        self.costs: Callable[[int], Sequence[float]] | None = None
         self.regained: Callable[[int], None] = lambda replica: None
         self._seen = self._handled = 0  # losses that the members take account of, and those that this step does
         self._agreed = Agreement(0, 0, self.chief, self.members)
         self.roster: StepRoster | None = None
         self._news: list[Event] = []
         self._paces: dict[int, float] = {}  # agreed on; none where others than before begin: those who join know none
+        self._in_force: dict[int, float] = {}  # the paces that shares follow until they are looked at again
         self.pace_s = 0.0
 
     def renew(self, members: Sequence[int]) -> None:
@@ -65,8 +68,14 @@ class Roll:
             self.members, self.chief, self._seen = self._agreed.members, self._agreed.chief, self._agreed.seen
         self.step, self.count, self._handled = step, count, self._seen
         before = self.roster.first if self.roster is not None and self._paces else ()
-        paces = self._paces if step % REBALANCE_STEPS == 0 else None
-        self.roster = StepRoster(self._replicas, self.members, count, paces, before)
+        if step % REBALANCE_STEPS == 0 or not self._paces:
+            self._in_force = self._paces
+        if self.costs is not None:
+            costs = self.costs(step)
+            self.roster = StepRoster(self._replicas, self.members, count, self._in_force, costs=costs)
+        else:
+            paces = self._paces if step % REBALANCE_STEPS == 0 else None
+            self.roster = StepRoster(self._replicas, self.members, count, paces, before)
         header = self._header
         seen = header.losses
         dead = {header.lost(number) for number in range(self._handled, seen)}

@@ -1,5 +1,7 @@
 """Micro-batches of a map-style dataset, the same whoever loads them."""
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -14,7 +16,10 @@ from unisono.run.sampling import Sampler
 
 
 class Dataset(Protocol):
-    """A map-style dataset: ``dataset[i]`` is a sample, usually a pair (input, target)."""
+    """A map-style dataset: ``dataset[i]`` is a sample, usually a pair (input, target).
+
+    One whose samples differ in what they take may have ``cost(i)`` too: workers' shares follow it.
+    """
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -61,6 +66,23 @@ class Feed:
         self._collate = collate or default_collate
         self.device = device
         self._isolation = Isolation()
+
+    @property
+    def cost(self) -> Callable[[int], float] | None:
+        """Of a sample, where the dataset has a ``cost(index)``: what it takes, in any unit, tokens for example."""
+        given = getattr(self._dataset, "cost", None)
+        if not callable(given):
+            return None
+
+        def checked(index: int) -> float:
+            found = float(given(index))
+            if not 0 < found < math.inf:
+                raise DataError(
+                    f"cost({index}) of the {self._role} dataset is {found:g}; give a positive number for every sample"
+                )
+            return found
+
+        return checked
 
     def load(self, indices: Sequence[int], epoch_key: int, where: str) -> object:
         """The batch of the given samples; ``where`` says for an error what needed it."""
@@ -115,6 +137,24 @@ class TrainingFeed:
         first = (step - 1) * self._sampler.global_batch_size + micro_batch * self._sampler.micro_batch_size
         where = f"step {step}, micro-batch {micro_batch}"
         return self._feed.load(self._indices(first), first // self._sampler.size, where)
+
+    @property
+    def costs(self) -> Callable[[int], Sequence[float]] | None:
+        """Of the micro-batches of a step, 1 on the average; None where the dataset does not say that samples differ."""
+        cost = self._feed.cost
+        if cost is None:
+            return None
+
+        @functools.lru_cache(maxsize=2)  # a step is asked for as it begins, and as its pace is noted
+        def of_step(step: int) -> Sequence[float]:
+            sampler = self._sampler
+            start = (step - 1) * sampler.global_batch_size
+            firsts = range(start, start + sampler.global_batch_size, sampler.micro_batch_size)
+            sums = [math.fsum(cost(index) for index in self._indices(first)) for first in firsts]
+            mean = math.fsum(sums) / len(sums)
+            return [each / mean for each in sums]
+
+        return of_step
 
     def load_ahead(self, step: int, micro_batch: int) -> None:
         """Load a micro-batch now that will be asked for next."""

@@ -1,5 +1,6 @@
 """Who does what: micro-batches -> workers, blocks -> owners. Pure functions, so that everyone computes the same."""
 
+import bisect
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ def micro_batches(count: int, workers: int) -> tuple[range, ...]:
     return tuple(range(w * count // workers, (w + 1) * count // workers) for w in range(workers))
 
 
+HALVINGS = 40
+"""Of an interval of time, to its last micro-second in a week."""
 WORTH = 1.1
 """How many times quicker another assignment has to be for workers to change to it."""
 
@@ -87,6 +90,47 @@ def _paced_sizes(count: int, paces: Sequence[float], least: int) -> list[int]:
         latest = max((w for w in range(len(paces)) if sizes[w] > least), key=lambda w: sizes[w] * paces[w])
         sizes[latest] -= 1
     return sizes
+
+
+def shares_by_cost(costs: Sequence[float], paces: Sequence[float]) -> tuple[range, ...]:
+    """Contiguous shares of micro-batches that differ in what they take: all are done as early as can be.
+
+    Where that makes nobody later, everyone has at least one, so that nobody's speed is forgotten.
+
+    Arguments:
+        costs: of each micro-batch, positive.
+        paces: seconds that each worker takes for a cost of 1; 0 where that is not known: then all are taken as alike.
+
+    >>> shares_by_cost([1, 1, 1, 1, 4], [1.0, 1.0])
+    (range(0, 4), range(4, 5))
+    >>> shares_by_cost([1, 1, 1, 1, 4], [3.0, 1.0])
+    (range(0, 2), range(2, 5))
+    >>> shares_by_cost([1, 1, 1, 1, 1], [1.0] * 4)
+    (range(0, 2), range(2, 3), range(3, 4), range(4, 5))
+    """
+    count, workers = len(costs), len(paces)
+    known = paces if all(paces) else [1.0] * workers
+    until = [0.0, *itertools.accumulate(costs)]
+
+    def stops(seconds: float) -> list[int]:
+        """Where shares end that are done by then, each as large as can be; the last micro-batches may be left."""
+        found, start = [], 0
+        for pace in known:
+            start = bisect.bisect_right(until, until[start] + seconds / pace * (1 + 1e-9)) - 1
+            found.append(start)
+        return found
+
+    early, late = 0.0, until[-1] * max(known)
+    for _ in range(HALVINGS):
+        middle = (early + late) / 2
+        early, late = (early, middle) if stops(middle)[-1] == count else (middle, late)
+    bounds = [0, *stops(late)]
+    for worker in range(workers - 1, 0, -1):
+        end = bounds[worker + 1]
+        if bounds[worker] >= end:  # it idles; those before it have one each without their last
+            takes = end > worker and costs[end - 1] * known[worker] <= late * (1 + 1e-9)
+            bounds[worker] = end - takes
+    return tuple(range(a, b) for a, b in itertools.pairwise(bounds))
 
 
 def contiguous_shares(costs: Sequence[int], workers: int) -> tuple[range, ...]:

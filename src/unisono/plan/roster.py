@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from unisono.plan.assignment import micro_batches, paced_micro_batches
+from unisono.plan.assignment import micro_batches, paced_micro_batches, shares_by_cost
 
 T = TypeVar("T")
 
@@ -70,6 +70,7 @@ def first_lots(
     count: int,
     paces: Mapping[int, float] | None = None,
     before: Sequence[Lot] = (),
+    costs: Sequence[float] | None = None,
 ) -> list[Lot]:
     """How ``count`` micro-batches are divided as a step begins.
 
@@ -80,6 +81,7 @@ def first_lots(
         replicas: the slots of each.
         paces: seconds a micro-batch, by slot, as far as they are known.
         before: how they were divided in the step before.
+        costs: of each micro-batch, where they differ: then what was before does not matter.
 
     >>> first_lots([(0, 1), (2, 3)], [0, 1, 2], 2)
     [Lot(holders=(0, 1), micro_batches=(0, 1))]
@@ -89,6 +91,8 @@ def first_lots(
     whole = whole_replicas(replicas, members)
     holders = [tuple(replicas[number]) for number in whole] or [(member,) for member in members]
     known = [max((paces or {}).get(slot, 0.0) for slot in slots) for slots in holders]
+    if costs is not None:
+        return [Lot(slots, tuple(share)) for slots, share in zip(holders, shares_by_cost(costs, known), strict=True)]
     same = [lot.holders for lot in before] == holders
     current = [range(lot.micro_batches[0], lot.micro_batches[-1] + 1) for lot in before if lot.micro_batches]
     shares = paced_micro_batches(count, known, current if same and len(current) == len(before) else None)
@@ -102,7 +106,7 @@ class StepRoster:
         replicas: the slots of each.
         members: who begins the step, in order.
         count: micro-batches of the step.
-        paces, before: as of `first_lots`; without paces, it is as before.
+        paces, before, costs: as of `first_lots`; without paces and costs, it is as before.
 
     Attributes:
         first: the lots as the step began.
@@ -115,10 +119,12 @@ class StepRoster:
         count: int,
         paces: Mapping[int, float] | None = None,
         before: Sequence[Lot] = (),
+        costs: Sequence[float] | None = None,
     ) -> None:
         self.members = tuple(members)
         self.living = list(members)
-        self.first = list(before) if before and not paces else first_lots(replicas, members, count, paces, before)
+        as_before = before and not paces and costs is None
+        self.first = list(before) if as_before else first_lots(replicas, members, count, paces, before, costs)
         self.lots = list(self.first)
         self.losses: list[Loss] = []
 

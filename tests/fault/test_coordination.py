@@ -359,6 +359,26 @@ def test_a_quorum_of_the_new_hosts_must_have_voted_before_promises_are_left_out(
     assert asked == [first]
 
 
+def test_a_launcher_that_does_not_know_its_votes_gives_none_until_it_is_no_member() -> None:
+    """Host 2 is killed and comes back without what it had promised; the others have not seen that it was gone."""
+    net = Net(3)
+    net.run(1)
+    node = net.nodes[2] = net._node(2, net.current(0), witness=False)
+    node.abstains, node.report = True, Report(slots=(), joins=True)
+    node.begin([0], net.now)
+    net.nodes[0].hurry()
+    while net.current(0).number == 1:
+        net.turn()
+        asked = {str(m["op"]) for s, r, m in net.flying if (s, r) == (2, 0)}
+        assert not asked & {"promise", "accepted"}
+    assert net.current(0).hosts == (0, 1)
+    net.run(1)
+    assert not node.abstains and net.current(2) == net.current(0)
+    node.report = Report(joins=True)
+    net.run(1)
+    assert net.current(2).hosts == (0, 1, 2) and net.safe()
+
+
 def test_what_may_have_been_decided_is_brought_to_its_end() -> None:
     electorate = Electorate((0, 1, 2))
     mine, theirs = generation(2, (1, 2), 1), generation(2, (0, 1), 0)

@@ -46,7 +46,7 @@ def struck(fault: str, workers: int = 1, repeat: int = 1) -> Row:
 SLOW = [pytest.param("coordinator-stopped", marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize("fault", ["host-worker", "host-workers", "host", "coordinator", *SLOW])
+@pytest.mark.parametrize("fault", ["host-worker", "host-workers", "host", "host-again", "coordinator", *SLOW])
 def test_the_others_go_on_with_the_same_bits(fault: str) -> None:
     of_workers = fault.startswith("host-worker")
     row = struck(fault, workers=2 if of_workers else 1, repeat=2 if of_workers else 1)
@@ -122,15 +122,32 @@ def test_a_witness_stands_by_its_vote_after_it_has_started_again(tmp_path: Path)
         witness.close()
         return answers
 
-    prepare = {"op": "prepare", "current": first.written(), "ballot": [1, 0]}
-    accept = {"op": "accept", "generation": second.written(), "ballot": [1, 0]}
-    assert [answer["op"] for answer in ask(0, prepare, accept)] == ["promise", "accepted"]
-    other = {"op": "prepare", "current": first.written(), "ballot": [2, 1]}
-    (answer,) = ask(1, other)
-    assert answer["accepted"] == {"ballot": [1, 0], "generation": second.written()}, "host 1 must bring this about"
+    known = {"op": "generation", "generation": first.written()}
+    prepare = {"op": "prepare", "number": 2, "ballot": [1, 0]}
+    accept = {"op": "accept", "change": second.change(first), "ballot": [1, 0]}
+    answers = ask(0, prepare, known, prepare, accept)
+    assert [answer["op"] for answer in answers] == ["refused", "promise", "accepted"]
+    assert answers[0]["knows"] == 0, "it has not heard of the run before, and is told"
+    (answer,) = ask(1, {"op": "prepare", "number": 2, "ballot": [2, 1]})
+    assert answer["accepted"] == {"ballot": [1, 0], "change": second.change(first)}, "host 1 must bring this about"
     assert [path.name for path in tmp_path.iterdir()] == [f"{run}.json"]
     assert ask(0, {"op": "what"}) == []  # no launcher says that: the line is closed, and the vote stands
     assert json.loads((tmp_path / f"{run}.json").read_text())["promised"] == [2, 1]
+
+
+def test_a_launcher_stands_by_the_votes_of_the_one_before_and_of_no_other_run(tmp_path: Path) -> None:
+    path, first, second = tmp_path / "host-1.json", Generation.first([1, 1, 1]), Generation(2, (1, 2), ((0,), (0,)), 1)
+    before = Acceptor(first, Ledger(path, "a"))
+    assert before.promise(2, (3, 1)) and before.accept((3, 1), second)
+    assert Ledger(run="b").read(path) is None and Ledger(run="a").read(tmp_path / "none.json") is None
+    record = Ledger(run="a").read(path)
+    assert record is not None
+    again = Acceptor(first, Ledger(run="a"))
+    again.resume(Acceptor.read(record, again.keep))
+    assert again.accepted == ((3, 1), second) and not again.promise(2, (2, 0))
+    later = Acceptor(second, Ledger(run="a"))  # the others have told it of what was decided meanwhile
+    later.resume(Acceptor.read(record, later.keep))
+    assert later.current == second and later.accepted is None and later.promised == (3, 1)
 
 
 def test_a_vote_that_cannot_be_kept_is_not_given(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ FAULTS = {
     "host-worker": 2,
     "host-workers": 2,
     "host": 3,
+    "host-again": 3,
     "coordinator": 3,
     "coordinator-stopped": 3,
     "host-witness": 2,
@@ -74,6 +75,7 @@ class Hosts:
     run_dir: Path
     processes: list[subprocess.Popen[str]] = field(default_factory=list)
     killed: set[int] = field(default_factory=set)
+    _orders: list[str] = field(default_factory=list)
     _open: ExitStack = field(default_factory=ExitStack)
 
     def __enter__(self) -> "Hosts":
@@ -94,13 +96,18 @@ class Hosts:
         voter = self._start_witness(secret) if self.witness else None
         for number in range(self.count):
             order = Order(number, self.count, self.workers, self._address(0), port, voter, secret, arguments)
-            words = self._words(number, [sys.executable, "-m", "unisono.check.one_host"])
-            log = self._open.enter_context((self.run_dir / f"host-{number}.log").open("w"))
-            process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
-            self.processes.append(process)
-            assert process.stdin is not None
-            process.stdin.write(json.dumps(asdict(order)) + "\n")
-            process.stdin.flush()
+            self._orders.append(json.dumps(asdict(order)))
+            self.processes.append(self._begin(number))
+
+    def _begin(self, number: int) -> subprocess.Popen[str]:
+        """A launcher."""
+        words = self._words(number, [sys.executable, "-m", "unisono.check.one_host"])
+        log = self._open.enter_context((self.run_dir / f"host-{number}.log").open("a"))
+        process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+        assert process.stdin is not None
+        process.stdin.write(self._orders[number] + "\n")
+        process.stdin.flush()
+        return process
 
     def _start_witness(self, secret: str) -> tuple[str, int]:
         port = WITNESS_PORT if self.network is not None else free_port(LOOPBACK)
@@ -128,6 +135,12 @@ class Hosts:
         """A whole host: its launcher, and with it all that it has started."""
         self.killed.add(number)
         self.processes[number].kill()
+
+    def again(self, number: int) -> None:
+        """Start the launcher of a host that was killed."""
+        self.processes[number].communicate()
+        self.processes[number] = self._begin(number)
+        self.killed.discard(number)
 
     def send(self, number: int, what: signal.Signals) -> None:
         """A signal to a host's launcher alone."""
@@ -238,6 +251,18 @@ class HostChaos:
     def _host(self, row: Row) -> None:
         """The last of three is killed."""
         self._kill(row, 3, 2)
+
+    def _host_again(self, row: Row) -> None:
+        """The last of three is killed, and started again a little later."""
+
+        def fault(run: Hosts, watch: "Watching") -> None:
+            run.kill(2)
+            row.recovery_s.append(watch.next_commit())
+            watch.rest(HELD_S)
+            run.again(2)
+
+        self._again_and_again(row, 3, fault)
+        row.bound_s = CUT_BOUND_S
 
     def _coordinator(self, row: Row) -> None:
         """The first of three, which coordinates and keeps the records."""

@@ -92,6 +92,7 @@ class Coordination:
         outbox: messages to be sent, each with those whom it is for; taken away by whoever sends them.
         decided: generations to be acted on, in order; taken away too.
         over: all hosts have ended in good order.
+        abstains: it may have voted before, and does not know: it does not vote until it is no member.
         decides: whether anybody can be lost: before training, and in what is not survived, nobody can.
     """
 
@@ -106,6 +107,7 @@ class Coordination:
         self.decided: list[Generation] = []
         self.over = False
         self.decides = True
+        self.abstains = False
         self._witness = witness
         self._peers: dict[int, _Peer] = {}
         self._seeking: tuple[int, float] | None = None  # whom, since when
@@ -280,7 +282,7 @@ class Coordination:
         hosts = [number for number in self.current.hosts if number not in self.fenced]
         if not self.belongs:
             return sorted(hosts, key=lambda number: number != self.current.coordinator)
-        return [number for number in hosts if number <= self.number]
+        return [number for number in hosts if number < self.number or (number == self.number and not self.abstains)]
 
     def _seek(self, now: float) -> None:
         """Find whom to follow."""
@@ -427,7 +429,8 @@ class Coordination:
     def _asked_to_promise(self, number: int, wanted: int, asked: Ballot, now: float) -> None:
         elsewhere = self.follows not in (None, number) and self._lives(self.follows, now)
         before = self.acceptor.accepted
-        if self.decides and not elsewhere and self.acceptor.promise(wanted, asked):
+        votes = self.decides and not self.abstains
+        if votes and not elsewhere and self.acceptor.promise(wanted, asked):
             accepted = None
             if before is not None:
                 accepted = {"ballot": list(before[0]), "change": before[1].change(self.current)}
@@ -437,7 +440,8 @@ class Coordination:
 
     def _asked_to_accept(self, number: int, change: Mapping[str, Any], asked: Ballot) -> None:
         wanted = _whole(change["number"])
-        if wanted == self.current.number + 1 and self.acceptor.accept(asked, self.current.changed(change)):
+        next_one = wanted == self.current.number + 1
+        if next_one and not self.abstains and self.acceptor.accept(asked, self.current.changed(change)):
             self._send([number], {"op": "accepted", "number": wanted, "ballot": list(asked)})
         else:
             self._refuse(number, wanted)
@@ -502,6 +506,7 @@ class Coordination:
         if not self.acceptor.learn(generation):
             return
         self._learned = now
+        self.abstains = self.abstains and self.belongs
         self.decided.append(generation)
         self._stalled_since = self._changed_since = None
         self._proposed = self._carried = None

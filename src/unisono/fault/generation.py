@@ -209,6 +209,13 @@ class Acceptor:
         accepted = None if told is None else {"ballot": list(told[0]), "generation": told[1].written()}
         return {"current": self.current.written(), "promised": list(self.promised), "accepted": accepted}
 
+    def resume(self, before: "Acceptor") -> None:
+        """Stand by what this voter's earlier process has promised and accepted."""
+        if before.current.number > self.current.number:
+            self.current = before.current
+        self.promised = max(self.promised, before.promised)
+        self.accepted = before.accepted if before.current.number == self.current.number else None
+
     def promise(self, number: int, asked: Ballot) -> bool:
         """Whether it will heed nothing below a ballot for generation ``number``."""
         if number != self.current.number + 1 or asked <= self.promised:

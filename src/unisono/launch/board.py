@@ -9,6 +9,11 @@ class Board:
     def __init__(self) -> None:
         self._values: dict[str, str] = {}
 
+    @property
+    def values(self) -> dict[str, str]:
+        """All that was left."""
+        return dict(self._values)
+
     def answer(self, request: Message) -> Message:
         """The reply to ``{"op": "set", "key", "value"}`` or ``{"op": "get", "key"}``."""
         if request["op"] == "set":

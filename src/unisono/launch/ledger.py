@@ -9,9 +9,14 @@ from typing import Any
 
 @dataclass(slots=True)
 class Ledger:
-    """Called with a voter's record; nothing is kept until it is told of a file."""
+    """Called with a voter's record; nothing is kept until it is told of a file.
+
+    Attributes:
+        run: whose votes they are.
+    """
 
     path: Path | None = None
+    run: str = ""
 
     def __call__(self, record: dict[str, Any]) -> None:
         """Keep it, whole or not at all.
@@ -23,10 +28,18 @@ class Ledger:
             return
         temporary = self.path.with_suffix(".tmp")
         with temporary.open("w", encoding="utf-8") as file:
-            json.dump(record, file)
+            json.dump({**record, "run": self.run}, file)
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(self.path)
+
+    def read(self, path: Path | None) -> dict[str, Any] | None:
+        """What a launcher before this one has kept of the same run; None where nothing can be read."""
+        try:
+            record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
+        except (OSError, ValueError):
+            return None
+        return record if record.get("run") == self.run else None
 
     def keep_in(self, path: Path | None, record: dict[str, Any]) -> None:
         """From now on in a file, and what holds already too.

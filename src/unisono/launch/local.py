@@ -151,9 +151,11 @@ class LocalLauncher:
 
     def _run(self, task: Task, board: Board) -> Ending:
         """Run a task, and start it again where a worker is lost before anything was trained."""
-        restarts, joins = 0, False
+        restarts, joins = 0, self._nodes is not None and self._nodes.rejoined
         deaths: list[Death] = []
         while True:
+            if joins and self._nodes is not None:
+                self._nodes.rejoin()
             try:
                 with WorkerSet(
                     task,
@@ -175,8 +177,6 @@ class LocalLauncher:
                     raise ended.stopped() from None
                 if not joins:
                     board = Board()
-                elif self._nodes is not None:
-                    self._nodes.rejoin()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._set is not None:
@@ -191,7 +191,7 @@ class LocalLauncher:
         """The workers that each host has room for, and the rank of the first that is started here."""
         if self._nodes is None:
             return Hosts(evenly(room, hosts, together)), 0
-        self._nodes.on_set = board.set
+        self._nodes.on_set, self._nodes.known = board.set, lambda: board.values
         placed = self._nodes.join(workers)
         return placed, placed.rank(self._nodes.number, 0)
 

@@ -9,7 +9,7 @@ import selectors
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -94,6 +94,8 @@ class Nodes:
         run_dir: where the run's records go, as host 0 says.
         failure: why another host has failed.
         on_set: called with what a worker of another host has left for all.
+        known: all that workers have left so far.
+        rejoined: the others train already; a launcher before this one was lost.
         coordination: who trains, once all have met.
     """
 
@@ -101,6 +103,8 @@ class Nodes:
     version: str
     clock: Callable[[], float] = time.monotonic
     on_set: Callable[[str, str], None] = lambda key, value: None
+    known: Callable[[], Mapping[str, str]] = dict
+    rejoined: bool = False
     hosts: Hosts | None = None
     address: str = ""
     master_port: int = 0
@@ -181,6 +185,9 @@ class Nodes:
         """
         assert self.coordination is not None
         path = directory / f"host-{self.number}.json" if directory is not None else None
+        self._ledger.run = self._run
+        if self.rejoined:
+            self._stand_by_votes(path)
         try:
             self._ledger.keep_in(path, self.coordination.acceptor.written())
         except OSError as error:
@@ -351,9 +358,11 @@ class Nodes:
         match message["op"]:
             case "join":
                 self._welcome(line, message)
-            case "start":
-                self._start(tuple(message["sizes"]), message["master_port"], message["run"])
-                self.run_dir = message["run_dir"]
+            case "start" if self.hosts is None:
+                generation = message.get("generation")
+                first = None if generation is None else Generation.read(generation)
+                self._start(tuple(message["sizes"]), message["master_port"], message["run"], first)
+                self.run_dir, self.rejoined = message["run_dir"], first is not None
                 found = {int(number): (where[0], where[1]) for number, where in message["where"].items()}
                 self._addresses |= {number: where for number, where in found.items() if number != self.number}
                 self._addresses[0] = (self.rendezvous.address, self.rendezvous.port)
@@ -362,6 +371,10 @@ class Nodes:
                     raise ValueError("it belongs to another run")
                 self._lines.know(line, message["number"])
                 self._is_up(line)
+            case "where":
+                self._addresses[message["number"]] = message["where"][0], int(message["where"][1])
+                if self._hub == self.number:
+                    self._tell(message, but=line)
             case "set":
                 self.on_set(message["key"], message["value"])
                 if self._hub == self.number:
@@ -380,6 +393,8 @@ class Nodes:
             problem = f"it has unisono {message['version']}, host 0 has {self.version}"
         elif number in taken or not 0 < number < self.rendezvous.nodes:
             problem = f"--node-rank {number} is taken, or not below --nnodes {self.rendezvous.nodes}"
+        elif self.hosts is not None:
+            problem = self._not_back(number, message["workers"])
         if problem:
             text = f"the host at {line.peer} was refused: {problem}"
             with suppress(OSError):
@@ -388,7 +403,10 @@ class Nodes:
         self._lines.know(line, number)
         line.workers = message["workers"]
         line.where = (line.peer, int(message["where"][1]))
-        self._start_if_all_joined()
+        if self.hosts is None:
+            self._start_if_all_joined()
+        else:
+            self._welcome_back(line, number)
 
     def _start_if_all_joined(self) -> None:
         known = [line for line in self._lines.all if line.number is not None]
@@ -396,16 +414,54 @@ class Nodes:
         if len(joined) == self.rendezvous.nodes - 1:
             sizes = (self._workers, *(line.workers for line in joined))
             self._addresses |= {line.number or 0: line.where for line in joined if line.where is not None}
-            others = {str(number): list(where) for number, where in self._addresses.items() if number >= 0}
             run, port = secrets.token_hex(8), free_port(self.rendezvous.address)
             about = {"sizes": list(sizes), "master_port": port, "run": run, "run_dir": self.run_dir}
-            self._tell({"op": "start", **about, "where": others})
+            self._tell({"op": "start", **about, "where": self._where()})
             self._start(sizes, port, run)
 
-    def _start(self, sizes: tuple[int, ...], master_port: int, run: str) -> None:
-        """All are there."""
+    def _where(self) -> dict[str, list[str | int]]:
+        """Where each host's launcher listens, as far as it is known."""
+        return {str(number): list(where) for number, where in self._addresses.items() if number >= 0}
+
+    def _not_back(self, number: int, workers: int) -> str:
+        """Why a host cannot come back into the run; empty where it can."""
+        assert self.hosts is not None
+        if not self.survives:
+            return "the run has begun, and hosts cannot join it"
+        if self.hosts.sizes[number] != workers:
+            return f"it has {workers} workers, and host {number} had {self.hosts.sizes[number]} when the run began (-n)"
+        return ""
+
+    def _welcome_back(self, line: Line, number: int) -> None:
+        """The launcher of a host that was lost has started again: it learns what the others know, and joins them."""
+        assert self.hosts is not None and self.coordination is not None and line.where is not None
+        self._addresses[number] = line.where
+        self._to_all({"op": "where", "number": number, "where": list(line.where)})
+        about = {"sizes": list(self.hosts.sizes), "master_port": self.master_port, "run": self._run}
+        current = self.coordination.current.written()
+        with suppress(OSError, ValueError):  # its end is noticed when it is read next
+            line.send({"op": "start", **about, "run_dir": self.run_dir, "where": self._where(), "generation": current})
+            for key, value in self.known().items():
+                line.send({"op": "set", "key": key, "value": value})
+        self._is_up(line)
+
+    def _stand_by_votes(self, path: Path | None) -> None:
+        """Go on as the voter that this host's launcher was; without its votes, abstain while it counts as that one."""
+        assert self.coordination is not None
+        record = self._ledger.read(path)
+        try:
+            before = None if record is None else Acceptor.read(record, self._ledger)
+        except ValueError:
+            before = None
+        if before is not None:
+            self.coordination.acceptor.resume(before)
+        else:
+            self.coordination.abstains = self.coordination.belongs
+
+    def _start(self, sizes: tuple[int, ...], master_port: int, run: str, generation: Generation | None = None) -> None:
+        """All are there, or were: then they are at a later ``generation``."""
         self.hosts, self.master_port, self._run = Hosts(sizes), master_port, run
-        acceptor = Acceptor(Generation.first(sizes), self._ledger)
+        acceptor = Acceptor(generation or Generation.first(sizes), self._ledger)
         witness = self.rendezvous.witness is not None
         self.coordination = Coordination(self.number, acceptor, float("inf"), witness=witness)
         self.coordination.decides = False

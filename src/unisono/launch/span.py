@@ -61,7 +61,7 @@ class Span:
         """
         nodes, header = self.nodes, self.header
         if not nodes.survives:
-            if header.course is not Course.TRAINING:
+            if header.course is not Course.TRAINING and not self.joins:
                 return
             nodes.survive(self.run_dir / DIRECTORY if self.run_dir else None, self.rules.host_deadline_s)
         if nodes.over and header.course is Course.STARTING:

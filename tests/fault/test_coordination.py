@@ -264,6 +264,25 @@ def test_a_host_that_is_let_in_is_let_in_once() -> None:
     assert net.current(0).hosts == (0, 1, 2) and net.current(0).number == 3
 
 
+def test_what_a_host_said_before_its_launcher_was_lost_does_not_let_it_in() -> None:
+    net = Net(3)
+    net.run(1)
+    net.kill(2)
+    net.run(2)
+    assert net.current(0).hosts == (0, 1) and net.current(0).number == 2
+    net.dead.clear()
+    node = net.nodes[2] = net._node(2, net.current(0), witness=False)
+    node.report = Report(slots=(), joins=True)
+    net.lines.add(frozenset((0, 2)))
+    net.nodes[0].line_is_up(2, net.now)
+    node.begin([0], net.now)
+    net.run(2)
+    assert net.current(0).number == 2, "its workers are not ready"
+    node.report = Report(joins=True)
+    net.run(1)
+    assert net.current(0).hosts == (0, 1, 2) and net.current(0).number == 3
+
+
 def test_hosts_that_have_ended_are_no_loss() -> None:
     net = Net(3)
     net.run(1)

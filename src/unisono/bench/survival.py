@@ -5,15 +5,16 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import mean, median
 from typing import Any
 
-from unisono.bench.variants import SHAPES, PeakMemory, seconds_of_steps
+from unisono.bench.variants import PeakMemory, seconds_of_steps
 from unisono.config import CheckpointConfig
 from unisono.errors import ConfigurationError
 from unisono.launch.launcher import Launcher
 from unisono.launch.task import STANDARD_ERROR
 from unisono.state.interval import best_interval_s
 
-WORKERS, MICRO_BATCH, MICRO_BATCHES, WARMUP = 2, 2, 4, 5
-STEPS = {"small": 60, "large": 10}
+WORKERS, MICRO_BATCHES, WARMUP = 2, 4, 5
+STEPS = {"lm": 40, "small": 40, "large": 10}
+MICRO_BATCH = {"lm": 8, "small": 2, "large": 2}
 EVERY = 10
 VARIANTS: dict[str, dict[str, Any]] = {
     "unprotected": {"fault": {"on_loss": "stop", "copies": "never"}},
@@ -30,8 +31,8 @@ def bench(
     Raises:
         ConfigurationError: for a model that is not known.
     """
-    if unknown := [model for model in models if model not in SHAPES]:
-        raise ConfigurationError(f"--models {unknown[0]!r} is not known; use {', '.join(SHAPES)}")
+    if unknown := [model for model in models if model not in STEPS]:
+        raise ConfigurationError(f"--models {unknown[0]!r} is not known; use {', '.join(STEPS)}")
     rows = []
     for model in models:
         rows.append(_row(launcher, model, rounds))
@@ -81,8 +82,8 @@ def measure(variant: str, shape: str, steps: int, memory: bool) -> dict[str, Any
             shape,
             steps,
             WARMUP,
-            global_batch_size=MICRO_BATCH * MICRO_BATCHES,
-            micro_batch_size=MICRO_BATCH,
+            global_batch_size=MICRO_BATCH[shape] * MICRO_BATCHES,
+            micro_batch_size=MICRO_BATCH[shape],
             **settings,
         )
     return {"step_s": mean(seconds) if seconds else 0.0, "peak_bytes": peak.peak_bytes}

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
-from unisono.bench.variants import SHAPES, available
+from unisono.bench.variants import available
 from unisono.errors import ConfigurationError
 from unisono.launch.launcher import Launcher
 from unisono.launch.task import STANDARD_ERROR
@@ -34,8 +34,8 @@ def bench(
     if against is not None:
         names = [name for name in names if name in (*against, "unisono")]
     for model in models:
-        if model not in SHAPES:
-            raise ConfigurationError(f"--models {model!r} is not known; use {', '.join(SHAPES)}")
+        if model not in STEPS:
+            raise ConfigurationError(f"--models {model!r} is not known; use {', '.join(STEPS)}")
     rows = []
     for model in models:
         for micro_batch in MICRO_BATCHES[model]:

@@ -19,6 +19,7 @@ from unisono.tasks.lm import GPT, VOCABULARY
 from unisono.trainer import Trainer
 
 SHAPES = {
+    "lm": {"layers": 4, "width": 128, "heads": 4},  # of configs/lm.yaml
     "small": {"layers": 4, "width": 256, "heads": 4},
     "large": {"layers": 8, "width": 512, "heads": 8},
 }

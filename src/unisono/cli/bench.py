@@ -185,13 +185,13 @@ def recovery(
 
 
 def survival(
-    models: Annotated[str, typer.Option(help="small, large, or both.")] = "small,large",
+    models: Annotated[str, typer.Option(help="lm (that of configs/lm.yaml), small, large; several.")] = "lm,large",
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 7,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure what it costs to survive the loss of workers, and to write checkpoints: 5 minutes.
+    """Measure what it costs to survive the loss of workers, and to write checkpoints: 12 minutes.
 
-    Example: unisono bench survival --models small --rounds 5
+    Example: unisono bench survival --models lm --rounds 5
     """
     with launcher_here() as launcher:
         from unisono.bench.survival import bench

@@ -174,9 +174,10 @@ class Coordination:
         peer.up, peer.heard, peer.shunned = True, now, float("-inf")
 
     def line_is_down(self, number: int, now: float) -> None:
-        """The last line to another is gone, or could not be made."""
+        """The last line to another is gone, or could not be made: what it has said before may be of one that ended."""
         peer = self._peer(number)
         peer.up, peer.shunned = False, now + RETRY_S
+        peer.follows, peer.hears = None, False
 
     def silent_lines(self, now: float) -> list[int]:
         """Those whose lines carry nothing, though they are up."""

@@ -363,7 +363,7 @@ def test_a_quorum_of_the_new_hosts_must_have_voted_before_promises_are_left_out(
     joining = (3, 4, 5, 6)
     for n in joining:
         node = net.nodes[n] = net._node(n, net.current(0), witness=False)
-        node.acceptor.keep = node.acceptor.keep if votes else full
+        node.voting.acceptor.keep = node.voting.acceptor.keep if votes else full
         net.nodes[0].line_is_up(n, net.now)
         node.begin([0], net.now)
         net.lines.add(frozenset((0, n)))
@@ -383,7 +383,7 @@ def test_a_launcher_that_does_not_know_its_votes_gives_none_until_it_is_no_membe
     net = Net(3)
     net.run(1)
     node = net.nodes[2] = net._node(2, net.current(0), witness=False)
-    node.abstains, node.report = True, Report(slots=(), joins=True)
+    node.voting.abstains, node.report = True, Report(slots=(), joins=True)
     node.begin([0], net.now)
     net.nodes[0].hurry()
     while net.current(0).number == 1:
@@ -392,7 +392,7 @@ def test_a_launcher_that_does_not_know_its_votes_gives_none_until_it_is_no_membe
         assert not asked & {"promise", "accepted"}
     assert net.current(0).hosts == (0, 1)
     net.run(1)
-    assert not node.abstains and net.current(2) == net.current(0)
+    assert not node.voting.abstains and net.current(2) == net.current(0)
     node.report = Report(joins=True)
     net.run(1)
     assert net.current(2).hosts == (0, 1, 2) and net.safe()

@@ -10,9 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from unisono.fault.generation import WITNESS, Acceptor, Ballot, Electorate, Generation, Proposal, ballot
-
-Message = dict[str, Any]
+from unisono.fault.generation import WITNESS, Acceptor, Electorate, Generation
+from unisono.fault.voting import Message, Voting, whole
 
 BEAT_S = 0.25
 MOST_BEATS_A_SECOND = 1250
@@ -23,7 +22,6 @@ RETRY_S = 1.0
 """After which one that could not be reached is tried again."""
 REACH_S = 0.5
 """How long it is tried, and how long a new candidate waits for others to follow it."""
-PROPOSAL_S = 1.0
 STALL_S = 0.6
 """All have stopped: who has caused it, and is lost, should be known by then."""
 BATCH_S = 0.1
@@ -92,13 +90,12 @@ class Coordination:
         outbox: messages to be sent, each with those whom it is for; taken away by whoever sends them.
         decided: generations to be acted on, in order; taken away too.
         over: all hosts have ended in good order.
-        abstains: it may have voted before, and does not know: it does not vote until it is no member.
         decides: whether anybody can be lost: before training, and in what is not survived, nobody can.
     """
 
     def __init__(self, number: int, acceptor: Acceptor, limit_s: float, *, witness: bool = False) -> None:
         self.number = number
-        self.acceptor = acceptor
+        self.voting = Voting(number, acceptor, self._send, self._learned)
         self.limit_s = limit_s
         self.report = Report()
         self.follows: int | None = acceptor.current.coordinator
@@ -107,7 +104,6 @@ class Coordination:
         self.decided: list[Generation] = []
         self.over = False
         self.decides = True
-        self.abstains = False
         self._witness = witness
         self._peers: dict[int, _Peer] = {}
         self._seeking: tuple[int, float] | None = None  # whom, since when
@@ -116,20 +112,16 @@ class Coordination:
         self._probed: list[int] = []
         self._stalled_since: float | None = None
         self._changed_since: float | None = None
-        self._proposed: tuple[Proposal, float] | None = None
-        self._carried: Proposal | None = None  # this launcher's last, where no other was begun since
         self._looked = float("-inf")
         self._missing: list[int] = []
         self._last_proposed = float("-inf")
-        self._attempt = 0
         self._beaten = float("-inf")
-        self._learned = float("-inf")
         self._silence_sought = float("-inf")
 
     @property
     def current(self) -> Generation:
         """The generation that is known to be decided."""
-        return self.acceptor.current
+        return self.voting.acceptor.current
 
     @property
     def belongs(self) -> bool:
@@ -228,35 +220,14 @@ class Coordination:
                 peer.report = Report.read(message["report"])
                 if peer.follows == self.number and not peer.hears:
                     self._beaten = float("-inf")
-                if now - self._learned > self.beat_s:  # until then it may be on its way
-                    self._compare(number, _whole(message["generation"]))
+                self.voting.compare(number, whole(message["generation"]), now - self.beat_s)
                 if number == self.follows and peer.follows not in (number, None):
                     self.follows, self._hint = None, peer.follows  # it follows another itself
-            case "prepare":
-                self._asked_to_promise(number, _whole(message["number"]), ballot(message["ballot"]), now)
-            case "accept":
-                self._asked_to_accept(number, message["change"], ballot(message["ballot"]))
-            case "promise":
-                told = message["accepted"]
-                if message["number"] == self.current.number + 1:
-                    accepted = None if told is None else (ballot(told["ballot"]), self.current.changed(told["change"]))
-                    self._promised(number, message["number"], ballot(message["ballot"]), accepted, now)
-            case "accepted":
-                self._accepted(number, message["number"], ballot(message["ballot"]), now)
-            case "refused":
-                self._refused(number, _whole(message["number"]), _whole(message["knows"]), ballot(message["promised"]))
-            case "decided":
-                mine, wanted = self.acceptor.accepted, (ballot(message["ballot"]), message["number"])
-                if mine is not None and (mine[0], mine[1].number) == wanted:
-                    self._learn(mine[1], now)
-                elif _whole(message["number"]) > self.current.number:
-                    self._refuse(number, message["number"])
-            case "generation":
-                self._learn(Generation.read(message["generation"]), now)
             case "end":
                 self.over = True
-            case other:
-                raise ValueError(f"no launcher sends {other!r}")
+            case _:
+                elsewhere = self.follows not in (None, number) and self._lives(self.follows, now)
+                self.voting.heard(number, message, now, promises=self.decides and not elsewhere)
 
     def waits_for(self, now: float) -> list[int]:
         """Hosts without which nothing can be decided; none while it can, or where another decides."""
@@ -283,7 +254,8 @@ class Coordination:
         hosts = [number for number in self.current.hosts if number not in self.fenced]
         if not self.belongs:
             return sorted(hosts, key=lambda number: number != self.current.coordinator)
-        return [number for number in hosts if number < self.number or (number == self.number and not self.abstains)]
+        able = self.number if self.voting.abstains else self.number + 1
+        return [number for number in hosts if number < able]
 
     def _seek(self, now: float) -> None:
         """Find whom to follow."""
@@ -332,14 +304,13 @@ class Coordination:
             return
         electorate = self._electorate()
         if not electorate.is_quorum(voters):
-            self._missing, self._proposed = electorate.missing(voters), None
+            self._missing = electorate.missing(voters)
+            self.voting.give_up()
             self._probe(now)
             return
         self._missing = []
-        if self._proposed is not None and now - self._proposed[1] > PROPOSAL_S:
-            self._proposed = None
-        wanted = self._wanted(voters, now)
-        if wanted is None or self._proposed is not None:
+        proposes, wanted = self.voting.proposes(now), self._wanted(voters, now)
+        if wanted is None or proposes:
             self._changed_since = self._changed_since if wanted is not None else None
             return
         if self._changed_since is None:
@@ -352,7 +323,7 @@ class Coordination:
         if now - self._last_proposed < BATCH_S:
             return
         self._changed_since, self._last_proposed = None, now
-        self._propose(wanted, voters, now)
+        self.voting.propose(wanted, voters, electorate, now)
 
     def _probe(self, now: float) -> None:
         """See whether those who are missing can be reached again: they may know more, or are to be followed."""
@@ -405,119 +376,7 @@ class Coordination:
         reports = [self._report(number) for number in here]
         if any(r.done for r in reports) and all(r.done or r.joins for r in reports):
             self.over = True
-            self._tell({"op": "end"})
-
-    def _propose(self, wanted: Generation, voters: set[int], now: float) -> None:
-        carried, self._carried = self._carried, None
-        electorate = self._electorate()
-        if (
-            carried is not None
-            and (carried.sent, carried.ballot) == (self.current, self.acceptor.promised)
-            and electorate.is_quorum(carried.voters)
-        ):
-            proposal = Proposal(wanted, carried.ballot, electorate, sent=wanted)
-            self._proposed = proposal, now
-            self._ask_to_accept(proposal, now)
-            return
-        self._attempt = max(self._attempt, self.acceptor.promised[0]) + 1
-        own: Ballot = (self._attempt, self.number)
-        self._proposed = Proposal(wanted, own, electorate), now
-        self._send(voters - {self.number}, {"op": "prepare", "number": wanted.number, "ballot": list(own)})
-        before = self.acceptor.accepted
-        if self.acceptor.promise(wanted.number, own):
-            self._promised(self.number, wanted.number, own, before, now)
-
-    def _asked_to_promise(self, number: int, wanted: int, asked: Ballot, now: float) -> None:
-        elsewhere = self.follows not in (None, number) and self._lives(self.follows, now)
-        before = self.acceptor.accepted
-        votes = self.decides and not self.abstains
-        if votes and not elsewhere and self.acceptor.promise(wanted, asked):
-            accepted = None
-            if before is not None:
-                accepted = {"ballot": list(before[0]), "change": before[1].change(self.current)}
-            self._send([number], {"op": "promise", "number": wanted, "ballot": list(asked), "accepted": accepted})
-        else:
-            self._refuse(number, wanted)
-
-    def _asked_to_accept(self, number: int, change: Mapping[str, Any], asked: Ballot) -> None:
-        wanted = _whole(change["number"])
-        next_one = wanted == self.current.number + 1
-        if next_one and not self.abstains and self.acceptor.accept(asked, self.current.changed(change)):
-            self._send([number], {"op": "accepted", "number": wanted, "ballot": list(asked)})
-        else:
-            self._refuse(number, wanted)
-
-    def _refuse(self, number: int, wanted: int) -> None:
-        self._compare(number, wanted - 1)
-        knows, promised = self.current.number, list(self.acceptor.promised)
-        self._send([number], {"op": "refused", "number": wanted, "knows": knows, "promised": promised})
-
-    def _refused(self, voter: int, number: int, knows: int, promised: Ballot) -> None:
-        self._attempt = max(self._attempt, promised[0])
-        proposal = self._proposed[0] if self._proposed is not None else None
-        if proposal is None or number != proposal.wanted.number:
-            self._compare(voter, knows)
-        elif promised > proposal.ballot:
-            self._proposed = None
-        elif knows < number - 1:  # it is told, and may vote then; whose disk is full does not hold up the others
-            self._compare(voter, knows)
-            self._send([voter], self._question(proposal))
-
-    def _question(self, proposal: Proposal) -> Message:
-        """What voters are asked."""
-        own = list(proposal.ballot)
-        if proposal.sent is None:
-            return {"op": "prepare", "number": proposal.wanted.number, "ballot": own}
-        return {"op": "accept", "change": proposal.sent.change(self.current), "ballot": own}
-
-    def _ask_to_accept(self, proposal: Proposal, now: float) -> None:
-        assert proposal.sent is not None
-        self._tell(self._question(proposal))
-        if self.acceptor.accept(proposal.ballot, proposal.sent):
-            self._accepted(self.number, proposal.sent.number, proposal.ballot, now)
-
-    def _promised(
-        self, voter: int, number: int, own: Ballot, accepted: tuple[Ballot, Generation] | None, now: float
-    ) -> None:
-        proposal = self._proposal(number, own)
-        if proposal is None or not proposal.promised(voter, accepted):
-            return
-        self._ask_to_accept(proposal, now)
-
-    def _accepted(self, voter: int, number: int, own: Ballot, now: float) -> None:
-        carried = self._carried
-        if carried is not None and (self.current.number, carried.ballot) == (number, own):
-            carried.accepted(voter)  # late, and counts for the next
-            return
-        proposal = self._proposal(number, own)
-        if proposal is None or not proposal.accepted(voter):
-            return
-        assert proposal.sent is not None
-        self._learn(proposal.sent, now)
-        self._carried = proposal
-        self._tell({"op": "decided", "number": number, "ballot": list(own)})
-
-    def _proposal(self, number: int, own: Ballot) -> Proposal | None:
-        """The one under way, where that is what is spoken of."""
-        proposal = self._proposed[0] if self._proposed is not None else None
-        return proposal if proposal is not None and (proposal.wanted.number, proposal.ballot) == (number, own) else None
-
-    def _learn(self, generation: Generation, now: float) -> None:
-        """A generation is decided."""
-        if not self.acceptor.learn(generation):
-            return
-        self._learned = now
-        self.abstains = self.abstains and self.belongs
-        self.decided.append(generation)
-        self._stalled_since = self._changed_since = None
-        self._proposed = self._carried = None
-        if self.follows == self.number and generation.coordinator != self.number:  # deposed
-            self.follows, self._hint = None, generation.coordinator
-
-    def _compare(self, number: int, theirs: int) -> None:
-        """Tell one that is behind."""
-        if theirs < self.current.number:
-            self._send([number], {"op": "generation", "generation": self.current.written()})
+            self._send(None, {"op": "end"})
 
     def _beat(self, now: float) -> None:
         message = {
@@ -535,20 +394,15 @@ class Coordination:
         self._send(heard, {**message, "hears": True})
         self._send(others - heard, {**message, "hears": False})
 
-    def _tell(self, message: Message) -> None:
-        self._send([number for number, peer in self._peers.items() if peer.up], message)
+    def _learned(self, generation: Generation) -> None:
+        """A generation is decided."""
+        self.decided.append(generation)
+        self._stalled_since = self._changed_since = None
+        if self.follows == self.number and generation.coordinator != self.number:  # deposed
+            self.follows, self._hint = None, generation.coordinator
 
-    def _send(self, numbers: Iterable[int], message: Message) -> None:
-        if receivers := tuple(sorted(numbers)):
+    def _send(self, numbers: Iterable[int] | None, message: Message) -> None:
+        """To some, or to all."""
+        chosen = numbers if numbers is not None else [number for number, peer in self._peers.items() if peer.up]
+        if receivers := tuple(sorted(chosen)):
             self.outbox.append((receivers, message))
-
-
-def _whole(value: Any) -> int:
-    """A number of a message.
-
-    Raises:
-        ValueError: for what is none.
-    """
-    if type(value) is not int:
-        raise ValueError(f"not a number: {value!r}")
-    return value

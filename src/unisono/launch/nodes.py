@@ -189,7 +189,7 @@ class Nodes:
         if self.rejoined:
             self._stand_by_votes(path)
         try:
-            self._ledger.keep_in(path, self.coordination.acceptor.written())
+            self._ledger.keep_in(path, self.coordination.voting.acceptor.written())
         except OSError as error:
             _say(f"votes on which hosts go on cannot be kept in {path}: {error}; none is given until they can")
         self.coordination.limit_s = limit_s
@@ -454,9 +454,9 @@ class Nodes:
         except ValueError:
             before = None
         if before is not None:
-            self.coordination.acceptor.resume(before)
+            self.coordination.voting.acceptor.resume(before)
         else:
-            self.coordination.abstains = self.coordination.belongs
+            self.coordination.voting.abstains = self.coordination.belongs
 
     def _start(self, sizes: tuple[int, ...], master_port: int, run: str, generation: Generation | None = None) -> None:
         """All are there, or were: then they are at a later ``generation``."""

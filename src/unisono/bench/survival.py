@@ -42,7 +42,8 @@ def bench(
 
 
 def _row(launcher: Launcher, model: str, rounds: int) -> dict[str, Any]:
-    seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}  # a run's median step
+    whole: dict[str, list[float]] = {variant: [] for variant in VARIANTS}  # its mean one, which pays for checkpoints
     memory: dict[str, int] = {}
     for number in range(rounds + 1):  # memory first: to look at it takes time
         for variant in VARIANTS:
@@ -52,9 +53,11 @@ def _row(launcher: Launcher, model: str, rounds: int) -> dict[str, Any]:
             if number == 0:
                 memory[variant] = sum(result["peak_bytes"] for result in results)
             else:
-                seconds[variant].append(results[0]["step_s"])
+                seconds[variant].append(median(results[0]["step_s"]))
+                whole[variant].append(mean(results[0]["step_s"]))
     step_s = {variant: median(times) for variant, times in seconds.items()}
-    checkpoint_s = max(0.0, EVERY * (step_s["checkpoints"] - step_s["protected"]))
+    mean_s = {variant: median(times) for variant, times in whole.items()}
+    checkpoint_s = max(0.0, EVERY * (mean_s["checkpoints"] - mean_s["protected"]))
     interval_s = best_interval_s(checkpoint_s, 3600 * CheckpointConfig().mtbf_h) if checkpoint_s else None
     return {
         "model": model,
@@ -64,7 +67,7 @@ def _row(launcher: Launcher, model: str, rounds: int) -> dict[str, Any]:
         "protection_by_round": [
             round(a / b - 1, 4) for a, b in zip(seconds["protected"], seconds["unprotected"], strict=True)
         ],
-        "checkpoints_every_10": round(step_s["checkpoints"] / step_s["protected"] - 1, 4),
+        "checkpoints_every_10": round(mean_s["checkpoints"] / mean_s["protected"] - 1, 4),
         "checkpoint_s": round(checkpoint_s, 4),
         "interval_s": None if interval_s is None else round(interval_s, 1),
         "checkpoints_at_interval": 0.0 if interval_s is None else round(checkpoint_s / interval_s, 5),
@@ -73,7 +76,7 @@ def _row(launcher: Launcher, model: str, rounds: int) -> dict[str, Any]:
 
 
 def measure(variant: str, shape: str, steps: int, memory: bool) -> dict[str, Any]:
-    """In a worker: the mean step, since a checkpoint is paid for by some of them alone."""
+    """In a worker: what its steps take, and its peak of memory."""
     with tempfile.TemporaryDirectory(prefix="unisono-bench-") as directory, PeakMemory(on=memory) as peak:
         settings = dict(VARIANTS[variant])
         if "checkpoint" in settings:
@@ -86,7 +89,7 @@ def measure(variant: str, shape: str, steps: int, memory: bool) -> dict[str, Any
             micro_batch_size=MICRO_BATCH[shape],
             **settings,
         )
-    return {"step_s": mean(seconds) if seconds else 0.0, "peak_bytes": peak.peak_bytes}
+    return {"step_s": seconds, "peak_bytes": peak.peak_bytes}
 
 
 def as_text(row: Mapping[str, Any]) -> str:

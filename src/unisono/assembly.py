@@ -16,6 +16,7 @@ from unisono.comm.copies import Copies
 from unisono.comm.group import Group
 from unisono.comm.hierarchical import Continuity, HierarchicalGroup
 from unisono.comm.host import HostGroup
+from unisono.comm.memos import Memos
 from unisono.comm.offload import Offload
 from unisono.comm.partial import Partial, item_size
 from unisono.comm.passage import Passages, clear_lane
@@ -65,6 +66,7 @@ class Worker:
     Attributes:
         shared: the state, where hosts share it and this is the first worker of one.
         offload: what of it lies on a disk.
+        memos: where it leaves what others may have to tell for it; None where none would be left.
     """
 
     prepared: Prepared
@@ -76,6 +78,7 @@ class Worker:
     evaluator: Evaluator | None
     shared: SharedState | None = None
     offload: Offload | None = None
+    memos: Memos | None = None
     released: bool = False
 
     def release(self, cause: BaseException | None = None) -> None:
@@ -265,7 +268,8 @@ def _worker(
         evaluator = Evaluator(
             group, replica, held_out, config.micro_batch_size, config.validation.samples, objects.metrics, stopping
         )
-    return Worker(prepared, group, state, snapshot, replica, engine, evaluator, shared, offload), step
+    memos = Memos(local.arena.bytes(host.memos()), local.slot) if local.survives else None
+    return Worker(prepared, group, state, snapshot, replica, engine, evaluator, shared, offload, memos), step
 
 
 def _copies_pay(config: TrainingConfig, workers: int) -> bool:

@@ -1,15 +1,17 @@
 """What the chief keeps of a run: its directory, its observers, its checkpoints; the next one's when it is lost.
 
-All workers come to the same events; those of the others are remembered for a few steps, in case they become chief.
+All workers come to the same events. Each leaves its last ones in the arena, where they outlive it: whoever becomes the
+chief tells what those before could not, though none of those who knew may be left.
 """
 
 import json
 import os
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
 
+from unisono.comm.memos import Memos
 from unisono.config import TrainingConfig, to_yaml
 from unisono.errors import ConfigurationError, RecordError
 from unisono.events import (
@@ -21,6 +23,7 @@ from unisono.events import (
     MembersChanged,
     MicroBatchesCopied,
     Notice,
+    RunStarted,
     StepFinished,
     ValidationFinished,
     WorkerLost,
@@ -32,11 +35,14 @@ from unisono.observe.records import EVENTS
 from unisono.state.checkpoint import DIRECTORY, remove_leftovers, steps_in
 from unisono.state.writer import CheckpointWriter, Retention
 
-REMEMBERED = 64
 STARTING_S, SUCCEEDING_S = 1.0, 30.0
 """Until the children of workers that were ended, or a chief that leaves, have let go of the run's directory."""
 OF_A_STEP = (StepFinished, ValidationFinished, WorkerLost, MembersChanged, HostsChanged, MicroBatchesCopied)
-TAIL_BYTES = 1 << 16
+_BY_NAME: dict[str, type[Event]] = {kind.__name__: kind for kind in OF_A_STEP}
+_ORDER = {"StepFinished": 1, "ValidationFinished": 2}
+"""Of what comes of a step; the rest is before."""
+TAIL_BYTES = 1 << 22
+"""Of the record, in which all that may still have to be told would be found."""
 
 
 class Records:
@@ -49,6 +55,7 @@ class Records:
     Attributes:
         writer: of checkpoints; None where there is no directory for them, or this worker is not the chief.
         observed: whether anybody but callbacks listens.
+        memos: where events are left for a successor; None where there is none.
     """
 
     def __init__(self, config: TrainingConfig, callbacks: Sequence[Listener]) -> None:
@@ -60,7 +67,8 @@ class Records:
         self._emit: Emitter | None = None
         self._observers: list[Observer] = []
         self._failing: list[Observer] = []
-        self._unsaid: deque[Event] = deque(maxlen=REMEMBERED)
+        self.memos: Memos | None = None
+        self._ahead: set[tuple[str, int, int | None]] = set()  # what others had left, and this worker comes to yet
         self._open = ExitStack()
 
     @property
@@ -69,13 +77,25 @@ class Records:
         return self._emit is not None
 
     def __call__(self, event: Event) -> None:
-        """Tell listeners, or remember it."""
+        """Tell listeners, and leave it for whoever becomes the chief before it is told."""
+        if self.memos is not None and isinstance(event, OF_A_STEP):
+            self._leave(self.memos, event)
+        if _key(event) not in self._ahead:
+            self._say(event)
+
+    def _say(self, event: Event) -> None:
         if self._emit is not None:
             for observer in self._observers:
                 self._tell(observer, event)
             self._emit(event)
-        elif isinstance(event, OF_A_STEP):
-            self._unsaid.append(event)
+
+    @staticmethod
+    def _leave(memos: Memos, event: Event) -> None:
+        kept = memos.keep(_written(event))
+        if not kept and isinstance(event, StepFinished):
+            memos.keep(_written(replace(event, phases=[])))
+        elif not kept and isinstance(event, WorkerLost):
+            memos.keep(_written(replace(event, taken_over={})))
 
     def begin(self, *, resume: bool) -> None:
         """This worker is the chief from the start.
@@ -105,12 +125,21 @@ class Records:
         """
         said = self._said()
         self._keep(SUCCEEDING_S)
-        unsaid, self._unsaid = self._unsaid, deque(maxlen=REMEMBERED)
-        self(ChiefChanged(step, steps, rank))
-        for event in unsaid:
-            known = json.dumps(_key(event)) in said if self.run_dir is not None else _key(event)[1] < step - 1
+        self._say(ChiefChanged(step, steps, rank))
+        for event in self._left():
+            name = json.dumps(_key(event))
+            known = name in said if self.run_dir is not None else _key(event)[1] < step - 1
             if not known:
-                self(event)
+                said.add(name)  # others have left it too
+                self._say(event)
+                if _key(event)[1] >= step:
+                    self._ahead.add(_key(event))
+
+    def _left(self) -> Iterator[Event]:
+        """What all workers of this host have left, those of a step after those of the one before."""
+        found = [json.loads(data) for data in self.memos.all()] if self.memos is not None else []
+        for name, fields in sorted(found, key=lambda memo: (memo[1]["step"], _ORDER.get(memo[0], 0))):
+            yield _BY_NAME[name](**fields)
 
     def _keep(self, patience_s: float) -> None:
         if self.run_dir is not None:
@@ -156,6 +185,9 @@ class Records:
             for line in file.read().splitlines():
                 try:
                     record = json.loads(line)
+                    if record["event"] == RunStarted.__name__:
+                        found.clear()  # what was said before is of the run that this one resumes
+                        continue
                     found.add(json.dumps([record["event"], record["step"], record.get("number")]))
                 except (ValueError, KeyError, TypeError):  # a line that was cut off, or that is of no step
                     continue
@@ -169,6 +201,10 @@ class Records:
     def close(self) -> None:
         """Let go of everything, in whatever state."""
         self._open.close()
+
+
+def _written(event: Event) -> bytes:
+    return json.dumps([type(event).__name__, asdict(event)]).encode()
 
 
 def _key(event: Event) -> tuple[str, int, int | None]:

@@ -137,6 +137,7 @@ class Training:
         several = isinstance(self._worker.group, HierarchicalGroup)  # where others wait for it, to end together
         if self._world.joins and self._start >= self._steps and not several:
             raise RunOver("training was over before this worker could take part")
+        self._records.memos = self._worker.memos
         prepared = self._worker.prepared
         self._saving = Saving(
             self._config, self._records, self._worker, lambda: self._definition(prepared), self._fingerprint

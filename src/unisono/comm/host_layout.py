@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from unisono.comm.arena import PAGE, Region, Regions
 from unisono.comm.header import ENTRIES, MOST_SLOTS, header_bytes
 from unisono.comm.meeting import MeetingLayout, meeting_layout
+from unisono.comm.memos import memos_bytes
 from unisono.comm.passage_layout import PassageLayout
 from unisono.events import PHASES
 
@@ -63,6 +64,10 @@ class HostLayout:
         size_bytes = _paged(self.crew.regions.size_bytes)
         return self.crew.within(self.regions.named["meetings"].part(crew * size_bytes, size_bytes))
 
+    def memos(self) -> Region:
+        """What workers leave for those after them."""
+        return self.regions.named["memos"]
+
     def undo(self, slot: int) -> Region:
         """A slot's undo area."""
         return self.regions.named["undo"].part(slot * _paged(self.undo_bytes), self.undo_bytes)
@@ -112,6 +117,7 @@ def host_layout(
     regions.add("partials", slots * entries * _paged(partial_bytes), PAGE)
     regions.add("cause", CAUSE_BYTES)
     regions.add("known", KNOWN_BYTES)
+    regions.add("memos", memos_bytes(slots), PAGE)
     if buckets:
         regions.add("ready", 8 * slots * buckets)
         regions.add("summed", 8 * (buckets + 2))

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.proxy import proxy
+from unisono.bench.control import bench
 from unisono.errors import UnisonoError
 from unisono.launch.local import LocalLauncher
 from unisono.launch.namespaces import Namespaces, unavailable
@@ -194,6 +195,13 @@ def test_a_launcher_that_waits_for_others_ends_when_it_is_asked_to(
     (exit_code, _, errors), *_ = finish([waiting], 20)
     assert exit_code == code and "Traceback" not in errors, errors
     assert ("before any worker had begun" in errors) == (number != signal.SIGINT)
+
+
+def test_a_crowd_of_launchers_reports_to_one_coordinator(pool: LocalLauncher) -> None:
+    """What ``unisono bench control`` measures, small: nobody is taken for lost, and changes are told in batches."""
+    found = bench(pool, launchers=70, workers=2, events=20, seconds=2.0)
+    assert found["reports"] >= 2 * 70 and found["changes"] > 10
+    assert 0 < found["generations_a_second"] <= 10
 
 
 def test_a_run_that_differs_between_hosts_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import secrets
 import selectors
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,11 +101,8 @@ def _coordinate(meeting: Rendezvous, seconds: float) -> dict[str, Any]:
         nodes.close()
     if hosts != meeting.nodes:
         raise RuntimeError(f"{meeting.nodes - hosts} hosts that were well were taken for lost")
-    late_s.sort()
     return {
-        "reports": len(late_s),
-        "report_p50_s": round(late_s[len(late_s) // 2], 4),
-        "report_p99_s": round(late_s[int(0.99 * len(late_s))], 4),
+        **_spread("report", late_s),
         "generations_a_second": round(len(generations) / seconds, 2),
         "coordinator_busy": round(used_s / seconds, 3),
     }
@@ -180,14 +177,7 @@ class Crowd:
                     self._hear(key.data)
                 except ConnectionError:
                     self._over = True  # it has seen enough
-        known = sorted(self._known_s)
-        if not known:
-            return {"changes": 0}
-        return {
-            "changes": len(known),
-            "change_p50_s": round(known[len(known) // 2], 4),
-            "change_p99_s": round(known[int(0.99 * len(known))], 4),
-        }
+        return _spread("change", self._known_s)
 
     def _connect(self) -> socket.socket:
         until = time.monotonic() + DEADLINE_S
@@ -238,6 +228,16 @@ class Crowd:
             one.waiting = None
 
 
+def _spread(what: str, seconds: Sequence[float]) -> dict[str, Any]:
+    """How many, their median and their 99th percentile; zeros where there are none."""
+    ordered = sorted(seconds) or [0.0]
+    return {
+        f"{what}s": len(seconds),
+        f"{what}_p50_s": round(ordered[len(ordered) // 2], 4),
+        f"{what}_p99_s": round(ordered[int(0.99 * len(ordered))], 4),
+    }
+
+
 def as_text(found: Mapping[str, Any]) -> str:
     """For a reader."""
     return (
@@ -245,8 +245,8 @@ def as_text(found: Mapping[str, Any]) -> str:
         f"end or come in a second:\n"
         f"  a report is heard after {1000 * found['report_p50_s']:.1f} ms, 99% within "
         f"{1000 * found['report_p99_s']:.1f} ms ({found['reports']} of them)\n"
-        f"  a change is known after {1000 * found.get('change_p50_s', 0):.0f} ms, 99% within "
-        f"{1000 * found.get('change_p99_s', 0):.0f} ms ({found['changes']} of them), in "
+        f"  a change is known after {1000 * found['change_p50_s']:.0f} ms, 99% within "
+        f"{1000 * found['change_p99_s']:.0f} ms ({found['changes']} of them), in "
         f"{found['generations_a_second']} generations a second\n"
         f"  the coordinator is busy for {100 * found['coordinator_busy']:.0f}% of one core"
     )

@@ -30,11 +30,13 @@ HUB = -1
 """The number of torchft's lighthouse among what is started."""
 DEADLINE_S = 180.0
 LOOK_S = 0.002
+END_S = 10.0
+"""For what is still running to end when it is asked to."""
 
 
 def available() -> list[str]:
     """The ways whose libraries are installed."""
-    return [way for way in WAYS if way == "unisono" or importlib.util.find_spec(way.replace("torchrun", "torch"))]
+    return [way for way in WAYS if way != "torchft" or importlib.util.find_spec(way)]
 
 
 def bench(against: Sequence[str] | None, repeat: int, say: Callable[[str], None] | None) -> list[dict[str, Any]]:
@@ -192,9 +194,13 @@ def _started(way: str, directory: Path) -> Iterator[Callable[[], bool]]:
         yield tend
     finally:
         for process in processes.values():
-            if process.poll() is None:
+            process.terminate()  # torchrun's workers are in sessions of their own, and ended by it alone
+        for process in processes.values():
+            try:
+                process.wait(END_S)
+            except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+                process.wait()
         log.close()
 
 

@@ -172,6 +172,12 @@ def struck(strikes: list[dict[str, Any]], steps: int = 12, **options: Any) -> di
     return {**asdict(subject.fit(steps)), "process": os.getpid()}
 
 
+def struck_in_the_second_of_two(strikes: list[dict[str, Any]], **options: Any) -> str:
+    """Train toys, and others in the same process, which is struck meanwhile."""
+    trainer(model="norm", **options).fit(5)
+    return armed(trainer(model="norm", **options), strikes).fit(10).digest
+
+
 def struck_in_the_first_of_two(strikes: list[dict[str, Any]], **options: Any) -> list[str]:
     """Train toys, be struck, and train others in the same processes; both digests."""
     first = armed(trainer(**options), strikes).fit(60)

@@ -31,7 +31,7 @@ from unisono.events import Emitter
 from unisono.filling import Load, Restored, fill
 from unisono.footprint import chosen_recomputation, machine_bytes, refuse_what_cannot_fit
 from unisono.launch.membership import join_hosts, place_of
-from unisono.launch.possible import survives, survives_hosts
+from unisono.launch.possible import rolls_back, survives, survives_hosts
 from unisono.launch.world import World
 from unisono.optim.blockwise import BlockOptimizer
 from unisono.optim.schedules import Schedule, scale
@@ -49,6 +49,7 @@ from unisono.preparation import Objects, Prepared, crews_of, prepare, rehearse, 
 from unisono.run.rng import ModuleRandom
 from unisono.run.sampling import Sampler
 from unisono.state.shared import SharedState
+from unisono.state.snapshots import Snapshots, snapshots_bytes
 from unisono.state.training_state import TrainingState
 from unisono.sync.every_step import EveryStep, GatheredSquares, Rates
 from unisono.sync.holdings import Holdings
@@ -64,6 +65,7 @@ class Worker:
     """A worker ready to train.
 
     Attributes:
+        snapshots: copies of the state that outlive this worker; None where the state does, or nothing is survived.
         shared: the state, where hosts share it and this is the first worker of one.
         offload: what of it lies on a disk.
         memos: where it leaves what others may have to tell for it; None where none would be left.
@@ -76,6 +78,7 @@ class Worker:
     replica: Replica
     engine: Engine
     evaluator: Evaluator | None
+    snapshots: Snapshots | None
     shared: SharedState | None = None
     offload: Offload | None = None
     memos: Memos | None = None
@@ -93,6 +96,8 @@ class Worker:
                 raise
             finally:
                 self.group.close(cause)
+                if self.snapshots is not None:
+                    self.snapshots.close()
                 self.replica.buffers.invalidate()
                 self.replica.buffers.reset()
                 self.replica.close()
@@ -108,10 +113,13 @@ def assemble(
     listeners: Emitter | None,
     restore: Callable[[Prepared, Load], Restored],
     stopping: Callable[[], bool],
+    *,
+    trains: bool = True,
 ) -> tuple[Worker, int]:
     """Share memory with the other workers, fill it, and build the engine.
 
     Arguments:
+        trains: the state changes, and is lost with whoever has it alone.
         stopping: whether this worker was asked to stop.
         restore: called by rank 0 once the state holds its initial values; may load a checkpoint.
 
@@ -123,8 +131,9 @@ def assemble(
     prepared = prepare(objects, config, place, feed)
     refuse_what_cannot_fit(prepared, config, machine_bytes())
     host, mesh = prepared.host, prepared.mesh
-    rules = _rules(prepared, config, world) if world.launcher == "unisono" else None
+    rules = _rules(prepared, config, world, trains=trains) if world.launcher == "unisono" else None
     alone = host.slots == 1 and rules is None
+    goes_on = rules is not None and rules["on_loss"] != "stop" and not rules["rolls_back"]
     arena = _map(world.arena(host.size_bytes, alone=alone, rules=rules), host.size_bytes)
     memory = DeviceMemory(device) if device.type != "cpu" else lambda region: arena.tensor(region, torch.uint8)
     local = HostGroup(
@@ -139,8 +148,8 @@ def assemble(
         names=place.local_name,
         teams=crews_of(mesh),
     )
-    local.survives = rules is not None and config.fault.on_loss != "stop"
-    local.waits_for_all = rules is not None and config.fault.on_loss == "wait"
+    local.survives = goes_on
+    local.waits_for_all = goes_on and config.fault.on_loss == "wait"
     made = _fingerprint(prepared, config, feed.size)
     if several or not world.joins:
         local.assemble(made)
@@ -171,6 +180,7 @@ def assemble(
             listeners,
             None if world.joins else restore,
             stopping,
+            world if rules is not None and rules["rolls_back"] else None,
         )
         if world.joins and isinstance(group, HierarchicalGroup):
             step = group.enter_run()
@@ -182,19 +192,22 @@ def assemble(
         raise
 
 
-def _rules(prepared: Prepared, config: TrainingConfig, world: World) -> dict[str, Any] | None:
-    """What the launcher is to do about lost workers and hosts; None where nothing can be survived."""
+def _rules(prepared: Prepared, config: TrainingConfig, world: World, *, trains: bool) -> dict[str, Any] | None:
+    """What the launcher is to do about lost workers and hosts; None where hosts survive nothing."""
     slots, several = prepared.host.slots, len(prepared.place.hosts.sizes) > 1
     if several and not (world.spans and survives_hosts(config)):
         return None
-    if not several and not survives(config, slots):
-        return None
+    again = not several and trains and world.trainings == 1 and rolls_back(config, slots)
+    given = config.fault.model_dump()
+    if not (several or again or survives(config, slots)):
+        given["on_loss"] = "stop"
     return {
-        **config.fault.model_dump(),
+        **given,
+        "rolls_back": again,
         "several_hosts": several,
         "deadline_s": config.deadline_s,
         "slots": slots,
-        "together": config.layout.model_workers,
+        "together": 1 if again else config.layout.model_workers,  # one ends, and then all are ended
         "run_dir": config.run_dir,
     }
 
@@ -211,11 +224,13 @@ def _worker(
     listeners: Emitter | None,
     restore: Callable[[Prepared, Load], Restored] | None,
     stopping: Callable[[], bool],
+    keeper: World | None,
 ) -> tuple[Worker, int]:
     """A worker over its group, and the step from which it starts.
 
     Arguments:
         restore: as of `assemble`; None where the state is there already.
+        keeper: the way to the memory of snapshots; None where there are none.
     """
     host, device = prepared.host, feed.device
     mine = prepared.mesh.coordinates(local.slot)["data"] if host.replicas > 1 else 0
@@ -226,9 +241,10 @@ def _worker(
     by_name = config.init == "by_name"
     bound = bind(prepared.model, prepared.layout.flat, state.values) if by_name else None
     shared = _shared(prepared, config, group, local, state)
+    snapshots = _snapshots(config, group, state, keeper) if keeper is not None else None
     step = 0
     if restore is not None:
-        step = fill(prepared, config, group, local, state, shared, memory, versions, restore)
+        step = fill(prepared, config, group, local, state, shared, memory, versions, restore, snapshots)
     bound = bound or bind(prepared.model, prepared.layout.flat, state.values)
     recompute = _chosen(prepared, objects, config, feed)
     sharded = _sharded(prepared, objects, config, group, local, state, feed)
@@ -269,7 +285,16 @@ def _worker(
             group, replica, held_out, config.micro_batch_size, config.validation.samples, objects.metrics, stopping
         )
     memos = Memos(local.arena.bytes(host.memos()), local.slot) if local.survives else None
-    return Worker(prepared, group, state, snapshot, replica, engine, evaluator, shared, offload, memos), step
+    worker = Worker(prepared, group, state, snapshot, replica, engine, evaluator, snapshots, shared, offload, memos)
+    return worker, step
+
+
+def _snapshots(config: TrainingConfig, group: Group, state: TrainingState, keeper: World) -> Snapshots:
+    """Where copies of the state are kept that outlive this worker."""
+    parts = state.parts()
+    size_bytes = snapshots_bytes(parts, group.size)
+    arena = _map(keeper.snapshots(size_bytes), size_bytes)
+    return Snapshots(arena, parts, group.rank, group.size, config.fault.snapshot_every)
 
 
 def _copies_pay(config: TrainingConfig, workers: int) -> bool:

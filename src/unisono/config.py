@@ -264,6 +264,12 @@ class FaultConfig(Section):
         "one takes its place. shrink: they go on without it. wait: they finish the step, and wait for the new one. "
         "stop: the run ends.",
     )
+    snapshot_every: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto",
+        description="Where a worker's state ends with it (on a device, in layers that several divide, with one worker "
+        "alone): steps from one copy of it, in memory that outlives workers, to the next. When one is lost, all start "
+        "again from the newest, so that at most so many steps are done again. auto: as often as takes 1% of the time.",
+    )
     host_deadline_s: float = Field(
         1.5, ge=0.5, description="Seconds after which a host that is not heard is lost, where there are several."
     )

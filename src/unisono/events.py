@@ -169,6 +169,17 @@ class Resumed(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class RolledBack(Event):
+    """A worker was lost whose state ended with it: all go on from the snapshot of the state after ``step``.
+
+    ``lost_steps`` had been done after it, and are done again.
+    """
+
+    step: int
+    lost_steps: int
+
+
+@dataclass(frozen=True, slots=True)
 class RunFinished(Event):
     """Training ended in good order; ``reason`` is "finished", "stopped" or "early stop"."""
 

@@ -16,6 +16,7 @@ from unisono.errors import CheckpointError, UnisonoError
 from unisono.parallel.initial import initialise, initialisers, shares
 from unisono.preparation import Prepared
 from unisono.state.shared import SharedState
+from unisono.state.snapshots import Snapshots
 from unisono.state.training_state import TrainingState
 from unisono.state.weights import matched, weights
 
@@ -41,8 +42,12 @@ def fill(
     memory: Callable[[Region], Tensor],
     versions: memoryview,
     restore: Callable[[Prepared, Load], Restored],
+    snapshots: Snapshots | None = None,
 ) -> int:
-    """Initial values, or those of a checkpoint; the first state's, of which all others are copies. Returns the step."""
+    """Initial values, or those of a checkpoint; the first state's, of which all others are copies. Returns the step.
+
+    Where a snapshot is found, that is what training goes on from.
+    """
     step, failure, compression = 0, "", Restored().compression
     if config.init == "by_name":
         _initialise(prepared, config, local, shared)
@@ -54,9 +59,14 @@ def fill(
             for value, (_, buffer) in zip(state.buffers, prepared.tensors.buffers, strict=True):
                 value.copy_(buffer)
         try:
-            if config.start_from is not None:
-                _take_weights(prepared, Path(config.start_from), state)
-            restored = restore(prepared, state.load if shared is None else shared.load)
+            found = snapshots.found if snapshots is not None else None
+            if snapshots is not None and found is not None:
+                snapshots.restore(found)
+                restored = Restored(found.step)
+            else:
+                if config.start_from is not None:
+                    _take_weights(prepared, Path(config.start_from), state)
+                restored = restore(prepared, state.load if shared is None else shared.load)
             step, compression = restored.step, restored.compression
             if shared is not None:
                 shared.loaded()

@@ -55,7 +55,8 @@ class Inference:
         device = device_of(config, world)
         self._feed = Feed(held_out, config.seed, "validation", objects.collate, device)
         self._worker, _ = assemble(
-            objects, config, world, device, lambda step: 1.0, None, lambda prepared, load: Restored(), stopping
+            *(objects, config, world, device, lambda step: 1.0, None, lambda prepared, load: Restored(), stopping),
+            trains=False,
         )
         self._open = ExitStack()
         self._open.callback(world.release_arena)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from unisono.assembly import Worker, assemble
-from unisono.comm.group import LEAVE, SNAPSHOT, STOP
+from unisono.comm.group import KEEP, LEAVE, SNAPSHOT, STOP
 from unisono.comm.hierarchical import HierarchicalGroup
 from unisono.comm.wire_state import PREFIX
 from unisono.config import TrainingConfig
@@ -23,6 +23,7 @@ from unisono.events import (
     Listener,
     Notice,
     Resumed,
+    RolledBack,
     RunFinished,
     RunStarted,
     StepFinished,
@@ -128,7 +129,7 @@ class Training:
         job, device, world = self._job, self._device, self._world
         world.begin_training()
         if world.host == 0 and world.local_rank == min(world.present) and not world.joins:
-            self._records.begin(resume=job.resume)
+            self._records.begin(resume=job.resume or world.rolled_back is not None)
         probes = Emitter(job.probes) if job.probes else None
         plan = job.schedule or schedule(self._config.schedule, job.steps)
         self._worker, self._start = assemble(
@@ -145,6 +146,10 @@ class Training:
         group = self._worker.group
         if several and self._world.joins:
             self._saving.take(group.known())
+        snapshots = self._worker.snapshots
+        if snapshots is not None and snapshots.found is not None:
+            done = max(world.rolled_back or 0, self._start)
+            self._notices.append(RolledBack(self._start, done - self._start))
         if isinstance(group, HierarchicalGroup) and group.continuity is not None:
             group.continuity = replace(group.continuity, say=self._say, idle=self._records.let_go)
 
@@ -202,6 +207,8 @@ class Training:
         no_better = every is not None and step % every == 0 and self._validate(step)
         if worker.prepared.shards is not None and saving.may_be_saved(step):
             saving.save_together(step)
+        if outcome.flags & KEEP and worker.snapshots is not None:
+            worker.snapshots.take(step, saving.as_bytes())
         if no_better:
             return step, "early stop"
         if outcome.flags & STOP or self._interrupted:
@@ -253,8 +260,14 @@ class Training:
         saving.possible = self._records.run_dir is not None and self._records.kept_here
         saving.best, saving.worse = best.get("value"), int(best.get("worse", 0))
         saving.best_steps = [best["step"]] if best.get("step") is not None else []
+        snapshots = self._assembled.snapshots
+        if snapshots is not None and snapshots.found is not None:
+            saving.take(snapshots.found.known)
+            saving.take_over(self._start)
         saving.take(group.all_gather(saving.as_bytes(), "start")[0])
         self._leave_known()
+        if snapshots is not None and snapshots.found is None:
+            snapshots.take(self._start, saving.as_bytes())
         parameters = sum(spec.tensor.numel for spec in prepared.layout.flat.parameters)
         run_dir = str(self._records.run_dir) if self._records.run_dir else None
         tell = self._records
@@ -287,6 +300,9 @@ class Training:
         flags = STOP if self._job.stopping() else 0
         if self._assembled.group.asked_to_leave:
             flags |= LEAVE
+        snapshots = self._assembled.snapshots
+        if snapshots is not None and self._assembled.group.chief and snapshots.is_due(step):
+            flags |= KEEP
         return flags | self._saving.flags(step)
 
     def _after_step(self, step: int, outcome: Outcome, seconds: float) -> None:

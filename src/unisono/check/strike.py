@@ -109,6 +109,8 @@ class Armed:
         mine = [s for s in strikes if s.rank == world.rank]
         self._left = list(mine)
         self._joins = world.joins
+        if world.rolled_back is not None:  # it does steps again in which it was struck
+            self._left = [fault for fault in self._left if fault.step == 0 or fault.step > world.rolled_back + 1]
         self.step = 0
         self._more_s = 0.0
         self._computed: set[tuple[int, int | None]] = set()

@@ -25,6 +25,9 @@ SNAPSHOT = 2
 PACKED = 4
 """Flag: the next step's gradients travel packed, as `comm.packing` does."""
 
+KEEP = 16
+"""Flag: a snapshot of the state after this step is taken, in memory that outlives workers."""
+
 LEAVE = 8
 """Flag: this worker leaves after the step; the others go on."""
 

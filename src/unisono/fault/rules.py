@@ -21,6 +21,7 @@ class Verdict(Enum):
     RESTART = "restart"  # nothing was trained yet: all workers start again
     REJOIN = "rejoin"  # all workers of this host start again, and join the other hosts
     LEAVE = "leave"  # this host ends, the others go on
+    ROLL_BACK = "roll back"  # all workers start again, from the newest snapshot
     REPLACE = "replace"  # the others take over, and another takes its place
     SHRINK = "shrink"  # the others take over
 
@@ -37,6 +38,7 @@ class Rules:
         run_dir: where reports go; None for nowhere.
         drain_s, notice_file, notice_command, host_deadline_s, on_tie: as of `config.FaultConfig`.
         several_hosts: other hosts go on where this one is lost.
+        rolls_back: a worker's state ends with it, and there are snapshots.
     """
 
     on_loss: str
@@ -50,6 +52,7 @@ class Rules:
     host_deadline_s: float = 1.5
     on_tie: str = "wait"
     several_hosts: bool = False
+    rolls_back: bool = False
 
     @classmethod
     def read(cls, message: Mapping[str, Any]) -> "Rules":
@@ -109,6 +112,8 @@ def decide(
         return Verdict.RESTART if restarts < MOST_RESTARTS else Verdict.FAIL
     if poisoned(death, before, rules.together) is not None:
         return Verdict.FAIL
+    if rules.rolls_back:
+        return Verdict.FAIL if _gets_nowhere(death, before) else Verdict.ROLL_BACK
     early = _early_ends(death, before)
     if rules.on_loss == "wait" and early >= MOST_EARLY_ENDS:
         return Verdict.FAIL
@@ -131,6 +136,12 @@ def _early_ends(death: Death, before: Sequence[Death]) -> int:
                 break
             early += 1
     return early
+
+
+def _gets_nowhere(death: Death, before: Sequence[Death]) -> bool:
+    """Whether the last few, from whatever place, have ended without getting farther than the one before them."""
+    last = [death, *reversed(before)][:MOST_EARLY_ENDS]
+    return len(last) == MOST_EARLY_ENDS and len({other.step for other in last}) == 1
 
 
 def poisoned(death: Death, before: Sequence[Death], together: int) -> Death | None:

@@ -21,6 +21,9 @@ HOSTS, ADDRESS = "UNISONO_HOSTS", "UNISONO_ADDRESS"
 MEMBERS, JOINS = "UNISONO_MEMBERS", "UNISONO_JOINS"
 """Environment: how many of a host's workers begin, where there is room for more; set for one that joins later."""
 
+ROLLED_BACK = "UNISONO_ROLLED_BACK"
+"""Environment: the step that was committed when a worker was lost, for those who start again from a snapshot."""
+
 SPANS = "UNISONO_SPANS"
 """Environment: set where several launchers are at work, each on a host of its own."""
 
@@ -59,9 +62,13 @@ class ArenaKeeper:
     def __init__(self) -> None:
         self._kept: dict[str, tuple[int, int]] = {}
         self._released: set[str] = set()
+        self._outlives: set[str] = set()
 
     def answer(self, connection: socket.socket, request: Message) -> None:
-        """Reply to ``{"op": "arena", "name": ..., "size_bytes": ..., "rules": ...}``."""
+        """Reply to ``{"op": "arena", "name": ..., "size_bytes": ..., "rules": ..., "outlives": ...}``.
+
+        ``outlives``: it is kept where all workers start again.
+        """
         name, size_bytes = str(request["name"]), int(request["size_bytes"])
         if name in self._released:
             send(connection, {"over": True})
@@ -69,6 +76,7 @@ class ArenaKeeper:
         try:
             if name not in self._kept:
                 self._kept[name] = (create_descriptor(size_bytes), size_bytes)
+                self._outlives |= {name} if request.get("outlives") else set()
             descriptor, made = self._kept[name]
             if made != size_bytes:
                 raise LaunchError(
@@ -90,8 +98,13 @@ class ArenaKeeper:
             os.close(self._kept.pop(name)[0])
             self._released.add(name)
 
-    def close(self) -> None:
-        """Let go of all."""
-        for name in list(self._kept):
+    def renew(self) -> None:
+        """All workers start again: let go of all but what outlives them."""
+        for name in set(self._kept) - self._outlives:
             self.release(name)
         self._released.clear()
+
+    def close(self) -> None:
+        """Let go of all."""
+        self._outlives.clear()
+        self.renew()

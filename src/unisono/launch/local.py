@@ -15,7 +15,7 @@ from unisono.launch.control import ADDRESS, HOSTS, SPANS, ArenaKeeper, Message, 
 from unisono.launch.nodes import Nodes, free_port
 from unisono.launch.survival import POLL_S
 from unisono.launch.task import STANDARD_OUTPUT, Elastic, Ending, Task
-from unisono.launch.worker_set import END_DEADLINE_S, StartAgain, WorkerSet
+from unisono.launch.worker_set import END_DEADLINE_S, Attempt, StartAgain, WorkerSet
 from unisono.plan.hosts import Hosts, evenly
 
 LOOPBACK = "127.0.0.1"
@@ -146,15 +146,16 @@ class LocalLauncher:
             raise
         finally:
             self._set = None
+            self._keeper.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
     def _run(self, task: Task, board: Board) -> Ending:
-        """Run a task, and start it again where a worker is lost before anything was trained."""
-        restarts, joins = 0, self._nodes is not None and self._nodes.rejoined
+        """Run a task, and start it again where a worker is lost before anything was trained, or its state with it."""
+        attempt = Attempt(joins=self._nodes is not None and self._nodes.rejoined)
         deaths: list[Death] = []
         while True:
-            if joins and self._nodes is not None:
+            if attempt.joins and self._nodes is not None:
                 self._nodes.rejoin()
             try:
                 with WorkerSet(
@@ -163,19 +164,18 @@ class LocalLauncher:
                     self._keeper,
                     self._nodes,
                     board,
-                    restarts,
-                    joins,
+                    attempt,
                     deaths,
                     self.each_turn,
                     self.turn_s,
                 ) as self._set:
                     return self._set.run()
             except StartAgain as again:
-                restarts, joins, ended = restarts + 1, again.joins, self._set
+                attempt, ended = again.attempt, self._set
                 self._set = None
                 if ended is not None and ended.interrupts:
                     raise ended.stopped() from None
-                if not joins:
+                if not attempt.joins:
                     board = Board()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

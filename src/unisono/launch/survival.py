@@ -12,7 +12,7 @@ from typing import Any
 from unisono.comm.header import Course, Header
 from unisono.errors import HostLeaves, WorkerFailed
 from unisono.fault.notice import Notices
-from unisono.fault.rules import Death, Rules, Verdict, decide, poisoned
+from unisono.fault.rules import MOST_EARLY_ENDS, MOST_RESTARTS, Death, Rules, Verdict, decide, poisoned
 from unisono.fault.stacks import answer, ask, source_line, state_of
 from unisono.fault.watch import Silence, Watch
 
@@ -41,6 +41,7 @@ class Survival:
         limits_s: what each of them was given.
         first: the rank of this host's first worker.
         drain_s: seconds that the run has once it is asked to stop; None for as long as it takes.
+        rolled_back: all workers have started again, and there are snapshots.
     """
 
     deaths: list[Death] = field(default_factory=list)
@@ -49,6 +50,7 @@ class Survival:
     limits_s: list[float] = field(default_factory=list)
     first: int = 0
     drain_s: float | None = None
+    rolled_back: bool = False
     _notices: Notices | None = None
     _watch: Watch | None = None
     _trained: set[int] = field(default_factory=set)
@@ -133,6 +135,8 @@ class Survival:
             dismissed: it was asked to leave.
         """
         watch, rank, process = self._watch, worker.rank, worker.process
+        if watch is None and self.rolled_back and restarts < MOST_RESTARTS:
+            return Verdict.RESTART
         if watch is None:
             return Verdict.FAIL if not joins or self.trains(rank) else Verdict.SHRINK
         death = watch.death(rank - self.first, process)
@@ -167,10 +171,18 @@ class Survival:
         return verdict
 
     def _say_why_not(self, death: Death) -> None:
-        """A micro-batch of which two workers died would be the end of all."""
+        """A micro-batch of which two workers died would be the end of all; so would a step that nobody gets past."""
         rules = self._watch.rules if self._watch is not None else None
-        other = poisoned(death, self.deaths, rules.together) if rules is not None else None
-        if other is not None and rules is not None and rules.on_loss != "stop":
+        if rules is None or rules.on_loss == "stop":
+            return
+        other = poisoned(death, self.deaths, rules.together)
+        if other is None and rules.rolls_back:
+            self.failure = WorkerFailed(
+                f"workers have ended in step {death.step} {MOST_EARLY_ENDS} times, one after another, the last "
+                f"(process {death.process}) {death.where}; whatever it is, it is not tried again: look for what ends "
+                "them (memory, for example), and resume from the newest checkpoint (--resume)"
+            )
+        elif other is not None:
             self.failure = WorkerFailed(
                 f"two workers died {death.where}: process {other.process}, then process {death.process}, which "
                 "computed it in its place; whatever it is, no other worker is given it. To see it alone, with the same "

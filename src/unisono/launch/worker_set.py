@@ -8,12 +8,13 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from unisono.comm.header import Course
 from unisono.errors import ConfigurationError, HostLeaves, LaunchError, UnisonoError, WorkerFailed
 from unisono.fault.rules import Death, Verdict
 from unisono.launch.board import Board
-from unisono.launch.control import JOINS, MEMBERS, ArenaKeeper, Message, pair, receive, send
+from unisono.launch.control import JOINS, MEMBERS, ROLLED_BACK, ArenaKeeper, Message, pair, receive, send
 from unisono.launch.door import opened, visitor
 from unisono.launch.nodes import Failure, Nodes
 from unisono.launch.process import kill_group
@@ -26,18 +27,39 @@ END_DEADLINE_S = 5.0
 CONSEQUENCE_PATIENCE_S = 0.5
 """How long the cause of a failure is waited for once its consequence is known."""
 INTERRUPTED = 130
+AGAIN = {
+    Verdict.RESTART: " before training began; all start again",
+    Verdict.REJOIN: "; other hosts go on, and all workers of this one start again and join them",
+    Verdict.ROLL_BACK: ", and its state with it; all start again, from the newest snapshot",
+}
+"""The ends of workers after which all start again, in words."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """What came before a set of workers that runs a task.
+
+    Attributes:
+        restarts: how often it was started anew, before anything was trained.
+        joins: the workers of other hosts train already.
+        rolled_back: the last step that was committed, where there are snapshots to go on from; None for none.
+    """
+
+    restarts: int = 0
+    joins: bool = False
+    rolled_back: int | None = None
 
 
 class StartAgain(Exception):
     """A worker was lost, and all workers of this host start once more.
 
     Attributes:
-        joins: to join those of other hosts, who train on.
+        attempt: what they start as.
     """
 
-    def __init__(self, *, joins: bool) -> None:
+    def __init__(self, attempt: Attempt) -> None:
         super().__init__("all workers of this host start again")
-        self.joins = joins
+        self.attempt = attempt
 
 
 def _error_of(failure: Failure) -> UnisonoError:
@@ -54,8 +76,8 @@ class WorkerSet:
         server: the line to the fork server.
         keeper: of arenas.
         nodes: the launchers of the other hosts, where the run spans several.
-        restarts: how often this task was started before.
-        joins: the workers of other hosts train already.
+        attempt: what came before.
+        deaths: of workers so far, of all attempts.
         each_turn: called again and again while workers run, at least every ``turn_s``.
 
     Attributes:
@@ -71,8 +93,7 @@ class WorkerSet:
         keeper: ArenaKeeper,
         nodes: Nodes | None,
         board: Board,
-        restarts: int,
-        joins: bool,
+        attempt: Attempt,
         deaths: list[Death],
         each_turn: Callable[["WorkerSet"], None] | None,
         turn_s: float,
@@ -82,11 +103,11 @@ class WorkerSet:
         self._keeper = keeper
         self._nodes = nodes
         self._board = board
-        self._restarts = restarts
-        self._joins = joins
+        self._attempt = attempt
+        self._joins = attempt.joins
         self._each_turn = each_turn
         self._turn_s = turn_s
-        self.survival = Survival(deaths, first=task.first)
+        self.survival = Survival(deaths, first=task.first, rolled_back=attempt.rolled_back is not None)
         self._span: Span | None = None
         self.interrupts = 0
         self._orderly = False
@@ -111,13 +132,13 @@ class WorkerSet:
         self._selector.close()
         for worker in self._workers:
             worker.close()
-        self._keeper.close()
+        self._keeper.renew()
 
     def run(self) -> Ending:
         """Start all, and serve them until they have ended.
 
         Raises:
-            StartAgain: where one is lost before anything was trained.
+            StartAgain: where one is lost before anything was trained, or its state with it.
             UnisonoError: what the first failing worker raised, or why the run cannot go on.
         """
         for rank in range(self._task.first, self._task.first + self._task.workers):
@@ -152,6 +173,7 @@ class WorkerSet:
             "LOCAL_WORLD_SIZE": str(task.hosts.sizes[host]),
             MEMBERS: str(min(task.workers, task.hosts.sizes[host])),
             **({JOINS: "1"} if joins else {}),
+            **({} if self._attempt.rolled_back is None else {ROLLED_BACK: str(self._attempt.rolled_back)}),
         }
         send(
             self._server,
@@ -171,7 +193,7 @@ class WorkerSet:
         """Serve the workers until all have ended, or one has failed.
 
         Raises:
-            StartAgain: where one is lost before anything was trained.
+            StartAgain: where one is lost before anything was trained, or its state with it.
         """
         selector = self._selector
         if self._nodes is not None:
@@ -216,7 +238,7 @@ class WorkerSet:
         """Go on without those who have ended, where that can be; end those who hang.
 
         Raises:
-            StartAgain: where nothing was trained yet.
+            StartAgain: where nothing was trained yet, or a part of the state is lost.
         """
         while self.interrupts < 2 and (ended := next(filter(self._is_new_end, self._workers), None)):
             self._let_go(ended)  # while another is started, more may end
@@ -260,24 +282,27 @@ class WorkerSet:
         assert worker.status is not None
         others = [subject.rank for subject in self.alive]
         verdict = self.survival.ended(
-            worker.subject, worker.status, self._restarts, others, joins=worker.joins, dismissed=worker.leaves
+            worker.subject, worker.status, self._attempt.restarts, others, joins=worker.joins, dismissed=worker.leaves
         )
-        again = verdict in (Verdict.RESTART, Verdict.REJOIN)
-        if again and self.interrupts:
+        if verdict in AGAIN and self.interrupts:
             verdict = Verdict.FAIL
-        elif again:
-            joins = verdict is Verdict.REJOIN
+        elif verdict in AGAIN:
             how = worker.how_it_ended(self._task.hosts.size)
-            rejoining = "; other hosts go on, and all workers of this one start again and join them"
-            then = rejoining if joins else " before training began; all start again"
-            print(f"unisono: {how}{then}", file=sys.stderr, flush=True)
-            raise StartAgain(joins=joins)
+            print(f"unisono: {how}{AGAIN[verdict]}", file=sys.stderr, flush=True)
+            raise StartAgain(self._next_attempt(verdict))
         if self._span is not None:
             self._span.lose(worker.rank - self._task.first)
         fatal = verdict in (Verdict.FAIL, Verdict.LEAVE)
         worker.lost, worker.fatal = not fatal, fatal
         if verdict is Verdict.REPLACE and not self.interrupts:
             self._fill_up(first=worker.rank)
+
+    def _next_attempt(self, verdict: Verdict) -> Attempt:
+        """What all workers start again as."""
+        header = self.survival.header
+        if verdict is Verdict.ROLL_BACK and header is not None:
+            return Attempt(rolled_back=header.committed)
+        return replace(self._attempt, restarts=self._attempt.restarts + 1, joins=verdict is Verdict.REJOIN)
 
     def _fill_up(self, first: int | None = None) -> None:
         """Let workers join until there are as many as are wanted, and spares.

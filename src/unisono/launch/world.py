@@ -10,12 +10,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from unisono.errors import LaunchError, RunOver
-from unisono.launch.control import ADDRESS, CONTROL, HOSTS, JOINS, MEMBERS, SPANS, Message, receive, send
+from unisono.launch.control import ADDRESS, CONTROL, HOSTS, JOINS, MEMBERS, ROLLED_BACK, SPANS, Message, receive, send
 from unisono.launch.keeper import CONNECT_DEADLINE_S, connect
 from unisono.plan.hosts import Hosts
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
+
+
+SNAPSHOTS = "snapshots"
+"""The arena of them."""
 
 
 @dataclass(slots=True)
@@ -32,6 +36,7 @@ class World:
         present: local ranks of those who begin this training.
         joins: this worker, or its host, joins those who train already.
         spans: every host has a launcher of its own.
+        rolled_back: the step that was committed when a worker was lost, where all start again from a snapshot.
     """
 
     rank: int
@@ -42,6 +47,7 @@ class World:
     members: int | None = None
     joins: bool = False
     spans: bool = False
+    rolled_back: int | None = None
     present: tuple[int, ...] = ()
     _arenas: int = 0
     _store: "Store | None" = None
@@ -79,6 +85,7 @@ class World:
         """
         self._arenas += 1
         self.joins = self.joins and self._arenas == 1
+        self.rolled_back = self.rolled_back if self._arenas == 1 else None
         if self.launcher == "unisono" and not self.joins:
             present = self._ask({"op": "present", "training": self._arenas})[0]["present"]
             self.present = tuple(n for n in present if n < self.local_size)
@@ -103,6 +110,15 @@ class World:
         if "over" in reply:
             raise RunOver("training was over before this worker could take part")
         return descriptors[0]
+
+    def snapshots(self, size_bytes: int) -> int:
+        """The descriptor of memory for the first training's snapshots, which outlives all workers and which all share.
+
+        Raises:
+            LaunchError: where it cannot be had.
+        """
+        request = {"op": "arena", "name": SNAPSHOTS, "size_bytes": size_bytes, "outlives": True}
+        return self._ask(request, descriptors=1)[1][0]
 
     def _arena_name(self) -> str:
         return f"host {self.host} arena {self._arenas}"
@@ -150,7 +166,8 @@ class World:
     def release_arena(self) -> None:
         """Training is over: the keeper may let go of the last arena, so that its memory ends with the workers' maps."""
         if self.control is not None and self._arenas:
-            send(self.control, {"op": "release", "name": self._arena_name()})
+            for name in (self._arena_name(), SNAPSHOTS):
+                send(self.control, {"op": "release", "name": name})
 
 
 def in_notebook() -> bool:
@@ -175,6 +192,7 @@ def discover(environ: Mapping[str, str]) -> World:
         world.members = int(environ.get(MEMBERS, world.local_size))
         world.joins = JOINS in environ
         world.spans = SPANS in environ
+        world.rolled_back = int(environ[ROLLED_BACK]) if ROLLED_BACK in environ else None
         return world
     if size == 1:
         return World(0, Hosts((1,)), None, "python")

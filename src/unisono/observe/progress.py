@@ -14,6 +14,7 @@ from unisono.events import (
     MembersChanged,
     Notice,
     Resumed,
+    RolledBack,
     RunFinished,
     RunStarted,
     StepFinished,
@@ -62,6 +63,9 @@ class Progress:
                 for reason in event.damaged:
                     self._print(f"[yellow]passed over:[/] {reason}")
                 self._print(f"resumed from {event.path}, step {event.step}")
+            case RolledBack():
+                again = f"; {event.lost_steps} are done again" if event.lost_steps else ""
+                self._print(f"back to the snapshot of step {event.step}{again}")
             case Notice():
                 self._print(f"[yellow]note:[/] {event.text}")
             case Summary():

@@ -118,6 +118,9 @@ def _membership(events: Sequence[Record]) -> list[tuple[int, str]]:
     known: set[int] = set()
     for event in events:
         match event["event"]:
+            case "RolledBack":
+                again = f"{event['lost_steps']} steps done again" if event["lost_steps"] else "no step lost"
+                told.append((event["step"], f"all workers started again from the snapshot of this step; {again}"))
             case "WorkerLost":
                 again = [f"worker {rank}: {_listed(part)}" for rank, part in event["taken_over"].items()]
                 said = [] if event["number"] in known else [f"worker {event['rank']} {event['how']}"]

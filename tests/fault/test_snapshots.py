@@ -1,0 +1,131 @@
+"""Where a worker's state ends with it, all start again from a snapshot in memory, and end with the same digest."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.fault.test_recovery import struck
+from unisono.comm.arena import Arena
+from unisono.errors import WorkerFailed
+from unisono.launch.local import LocalLauncher
+from unisono.state.snapshots import Snapshots, part_of, snapshots_bytes
+
+
+def state(step: int) -> torch.Tensor:
+    """A state of 1,000 bytes that tells its step."""
+    return torch.full((125,), step, dtype=torch.int64)
+
+
+@given(st.integers(1, 4), st.integers(1, 5), st.data())
+def test_whoever_ends_while_an_image_is_written_leaves_the_last_one_whole(
+    workers: int, taken: int, data: st.DataObject
+) -> None:
+    parts = [[state(0), torch.zeros(3)] for _ in range(workers)]
+    size_bytes = snapshots_bytes(parts[0], workers)
+    arena = Arena(None, size_bytes)
+    all_of_them = [Snapshots(arena, part, rank, workers, 1) for rank, part in enumerate(parts)]
+    assert all(one.found is None for one in all_of_them)
+    for step in range(1, taken + 1):
+        done = data.draw(st.integers(0, workers - 1)) if step == taken else workers  # who still copied the last
+        for rank in data.draw(st.permutations(range(workers)))[:done]:
+            parts[rank][0].fill_(step)
+            parts[rank][1].fill_(step)
+            all_of_them[rank].take(step, f"known {step}".encode())
+    again = [Snapshots(arena, [state(-1), torch.zeros(3)], rank, workers, 1) for rank in range(workers)]
+    if taken == 1:
+        assert all(one.found is None for one in again)
+        return
+    fresh = [state(-1), torch.zeros(3)]
+    one = Snapshots(arena, fresh, 0, workers, 1)
+    assert one.found is not None and one.found.step == taken - 1
+    assert one.found.known == f"known {taken - 1}".encode()
+    one.restore(one.found)
+    assert torch.equal(fresh[0], state(taken - 1)) and fresh[1].tolist() == [taken - 1] * 3
+    for rank, other in enumerate(again):  # and the next one does not overwrite it before it is whole
+        other.take(taken + 5, b"later")
+        found = Snapshots(arena, fresh, 0, workers, 1).found
+        assert found is not None and found.step == (taken + 5 if rank == workers - 1 else taken - 1)
+
+
+@given(st.integers(0, 10_000), st.integers(1, 9))
+def test_parts_cover_the_state_once(size_bytes: int, workers: int) -> None:
+    parts = [part_of(size_bytes, rank, workers) for rank in range(workers)]
+    assert [byte for part in parts for byte in (part.start, part.stop)][0] == 0 and parts[-1].stop == size_bytes
+    assert all(a.stop == b.start for a, b in zip(parts, parts[1:], strict=False))
+
+
+def test_automatic_snapshots_take_a_hundredth_of_the_time() -> None:
+    now = [0.0]
+    arena = Arena(None, snapshots_bytes([state(0)], 1))
+
+    def clock() -> float:
+        now[0] += 0.5  # each look at it takes half a second
+        return now[0]
+
+    one = Snapshots(arena, [state(0)], 0, 1, "auto", clock)
+    assert one.is_due(1)
+    one.take(1, b"")
+    now[0] += 40.0
+    assert not one.is_due(2)
+    now[0] += 9.5
+    assert one.is_due(3)
+
+
+@pytest.mark.parametrize("moment", ["data", "forward", "backward", "mid-update", "wait"])
+def test_one_worker_alone_is_lost_and_its_run_goes_on(pool: LocalLauncher, moment: str, tmp_path: Path) -> None:
+    struck(pool, 1, (0, 4, moment), (0, 9, moment), model="mlp", run_dir=str(tmp_path), fault={"snapshot_every": 3})
+    records = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    back = [(r["step"], r["lost_steps"]) for r in records if r["event"] == "RolledBack"]
+    assert len(back) == 2 and all(step % 3 == 0 and lost < 3 for step, lost in back)
+    losses: dict[int, set[float]] = {}
+    for record in (r for r in records if r["event"] == "StepFinished"):
+        losses.setdefault(record["step"], set()).add(record["loss"])
+    assert sorted(losses) == list(range(1, 13)) and all(len(values) == 1 for values in losses.values())
+
+
+@pytest.mark.parametrize(
+    ("workers", "layout"),
+    [(2, {"tensor": 2}), (4, {"tensor": 2, "data": 2, "zero": 0}), (4, {"pipeline": 2, "zero": 0})],
+    ids=["tensor", "tensor x data", "replicas with states of their own"],
+)
+@pytest.mark.parametrize("how", ["kill", "exit"])
+def test_layouts_that_nobody_can_take_over_in_start_again(
+    pool: LocalLauncher, workers: int, layout: dict[str, int], how: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = {"model": "plain", "layout": layout, "deadline_s": 20.0}
+    expected = pool.run({"call": "tests.jobs:train", "arguments": {**options, "steps": 12}}, workers).result["digest"]
+    strikes = [
+        {"rank": workers - 1, "step": 3, "moment": "backward", "how": how},
+        {"rank": 0, "step": 7, "moment": "mid-update", "how": how},
+    ]
+    ending = pool.run({"call": "tests.jobs:struck", "arguments": {**options, "strikes": strikes}}, workers)
+    assert ending.result["digest"] == expected
+    assert "and its state with it; all start again, from the newest snapshot" in capfd.readouterr().err
+
+
+def test_one_that_hangs_is_ended_and_all_start_again(pool: LocalLauncher, capfd: pytest.CaptureFixture[str]) -> None:
+    struck(pool, 1, (0, 5, "forward"), model="mlp", how="stop", deadline_s=1.0)
+    assert "worker 0" in (said := capfd.readouterr().err) and "has made no progress" in said
+
+
+def test_what_ends_every_worker_that_tries_it_ends_the_run(pool: LocalLauncher) -> None:
+    arguments = {"rank": 0, "how": "kill", "model": "mlp"}
+    with pytest.raises(WorkerFailed, match=r"two workers died in compute of step 2, micro-batch 0: process"):
+        pool.run({"call": "tests.jobs:fail", "arguments": arguments}, 1)
+    with pytest.raises(WorkerFailed, match=r"workers have ended in step 2 3 times, one after another, .* in update of"):
+        pool.run({"call": "tests.jobs:fail", "arguments": {**arguments, "phase": "update"}}, 1)
+
+
+def test_one_that_may_not_start_again_ends_the_run(pool: LocalLauncher) -> None:
+    with pytest.raises(WorkerFailed, match=r"worker 0 of 1 .* was killed by SIGKILL; the others have been ended"):
+        struck(pool, 1, (0, 5, "forward"), model="mlp", fault={"on_loss": "stop"})
+
+
+def test_a_later_training_of_a_program_is_not_begun_again(pool: LocalLauncher) -> None:
+    strikes = [{"rank": 0, "step": 3, "moment": "forward", "how": "kill"}]
+    with pytest.raises(WorkerFailed, match="was killed by SIGKILL"):
+        pool.run({"call": "tests.jobs:struck_in_the_second_of_two", "arguments": {"strikes": strikes}}, 1)

@@ -134,7 +134,8 @@ def assemble(
     rules = _rules(prepared, config, world, trains=trains) if world.launcher == "unisono" else None
     alone = host.slots == 1 and rules is None
     goes_on = rules is not None and rules["on_loss"] != "stop" and not rules["rolls_back"]
-    arena = _map(world.arena(host.size_bytes, alone=alone, rules=rules), host.size_bytes)
+    own = several and device.type != "cpu"
+    arena = _map(world.arena(host.size_bytes, own=own, alone=alone, rules=rules), host.size_bytes)
     memory = DeviceMemory(device) if device.type != "cpu" else lambda region: arena.tensor(region, torch.uint8)
     local = HostGroup(
         arena,
@@ -143,7 +144,7 @@ def assemble(
         place.local_rank,
         range(host.slots) if several else world.present,
         1,
-        config.deadline_s if rules is None or several else PATIENCE * config.deadline_s + PATIENCE_S,
+        config.deadline_s if rules is None or rules["several_hosts"] else PATIENCE * config.deadline_s + PATIENCE_S,
         memory=memory,
         names=place.local_name,
         teams=crews_of(mesh),
@@ -165,7 +166,7 @@ def assemble(
             feed.size,
             prepared.teams,
             prepared.shards,
-            survives=rules is not None,
+            survives=rules is not None and rules["several_hosts"],
         )
     try:
         worker, step = _worker(
@@ -195,16 +196,18 @@ def assemble(
 def _rules(prepared: Prepared, config: TrainingConfig, world: World, *, trains: bool) -> dict[str, Any] | None:
     """What the launcher is to do about lost workers and hosts; None where hosts survive nothing."""
     slots, several = prepared.host.slots, len(prepared.place.hosts.sizes) > 1
-    if several and not (world.spans and survives_hosts(config)):
+    if world.spans and not survives_hosts(config):
         return None
-    again = not several and trains and world.trainings == 1 and rolls_back(config, slots)
+    goes_on = world.spans or (not several and survives(config, slots))
+    whole = prepared.shards is None  # of which all workers can copy a part
+    again = not goes_on and trains and whole and world.trainings == 1 and rolls_back(config)
     given = config.fault.model_dump()
-    if not (several or again or survives(config, slots)):
+    if not (goes_on or again):
         given["on_loss"] = "stop"
     return {
         **given,
         "rolls_back": again,
-        "several_hosts": several,
+        "several_hosts": world.spans,
         "deadline_s": config.deadline_s,
         "slots": slots,
         "together": 1 if again else config.layout.model_workers,  # one ends, and then all are ended

@@ -1,5 +1,6 @@
 """Where a worker's state ends with it, all start again from a snapshot in memory, and end with the same digest."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -54,8 +55,8 @@ def test_whoever_ends_while_an_image_is_written_leaves_the_last_one_whole(
 @given(st.integers(0, 10_000), st.integers(1, 9))
 def test_parts_cover_the_state_once(size_bytes: int, workers: int) -> None:
     parts = [part_of(size_bytes, rank, workers) for rank in range(workers)]
-    assert [byte for part in parts for byte in (part.start, part.stop)][0] == 0 and parts[-1].stop == size_bytes
-    assert all(a.stop == b.start for a, b in zip(parts, parts[1:], strict=False))
+    assert parts[0].start == 0 and parts[-1].stop == size_bytes
+    assert all(a.stop == b.start for a, b in itertools.pairwise(parts))
 
 
 def test_automatic_snapshots_take_a_hundredth_of_the_time() -> None:
@@ -129,3 +130,17 @@ def test_a_later_training_of_a_program_is_not_begun_again(pool: LocalLauncher) -
     strikes = [{"rank": 0, "step": 3, "moment": "forward", "how": "kill"}]
     with pytest.raises(WorkerFailed, match="was killed by SIGKILL"):
         pool.run({"call": "tests.jobs:struck_in_the_second_of_two", "arguments": {"strikes": strikes}}, 1)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_workers_of_several_sets_under_one_launcher_start_again(pool: LocalLauncher, rank: int, tmp_path: Path) -> None:
+    """As the workers of devices, each of which has a state of its own."""
+    faults = [
+        {"rank": rank, "step": step, "moment": "backward", "how": how} for step, how in ((3, "kill"), (8, "stop"))
+    ]
+    arguments = {"strikes": faults, "model": "mlp", "deadline_s": 1.0, "run_dir": str(tmp_path)}
+    ending = pool.run({"call": "tests.jobs:struck", "arguments": arguments}, 4, hosts=2)
+    expected = pool.run({"call": "tests.jobs:train", "arguments": {"model": "mlp", "steps": 12}}, 1).result["digest"]
+    assert ending.result["digest"] == expected
+    records = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert sum(record["event"] == "RolledBack" for record in records) == 2

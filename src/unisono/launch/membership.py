@@ -67,7 +67,7 @@ def join_hosts(
         backend=_backend(config, device),
         store=world.store(config.deadline_s),
         address=world.address,
-        deadline_s=config.deadline_s,
+        deadline_s=local.deadline_s,
         device=device,
         connect_s=CONNECT_S if survives else None,
     )

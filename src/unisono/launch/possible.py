@@ -67,13 +67,14 @@ def survives(config: TrainingConfig, workers: int) -> bool:
     return in_memory and layout.tensor == 1 and not own_states and workers > 1
 
 
-def rolls_back(config: TrainingConfig, workers: int) -> bool:
-    """Whether the workers of a host that cannot go on without one of them start again, from a snapshot in memory.
+def rolls_back(config: TrainingConfig) -> bool:
+    """Whether workers that cannot go on without one of them all start again, from a snapshot in memory.
 
-    Not where the state is on a disk, since memory has no room for it; and not where fewer are to go on.
+    Not where the state is on a disk, since memory has no room for it; not where fewer are to go on; and what
+    compression has not sent yet is in no snapshot.
     """
     wanted = config.fault.on_loss in ("replace", "wait")
-    return wanted and config.layout.offload is None and not survives(config, workers)
+    return wanted and config.layout.offload is None and config.wire.compression == "none"
 
 
 def survives_hosts(config: TrainingConfig) -> bool:

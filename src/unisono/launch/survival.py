@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +52,29 @@ class Survival:
     drain_s: float | None = None
     rolled_back: bool = False
     _notices: Notices | None = None
-    _watch: Watch | None = None
+    _watches: dict[int, Watch] = field(default_factory=dict)  # by the first slot of each
     _trained: set[int] = field(default_factory=set)
 
-    def attach(self, descriptor: int, rules: Mapping[str, Any]) -> None:
-        """A training begins, in this arena."""
-        self.detach()
-        self._watch = Watch(descriptor, Rules.read(rules))
-        self._notices = Notices(self._watch.rules.notice_file, self._watch.rules.notice_command)
-        self.drain_s = self._watch.rules.drain_s
+    def attach(self, descriptor: int, rules: Mapping[str, Any], first: int = 0) -> None:
+        """A training begins, in this arena, or in this one too.
+
+        Arguments:
+            first: the place of the arena's first worker; each worker of a device has an arena of its own.
+        """
+        watch = self._watches[first] = Watch(descriptor, Rules.read(rules))
+        if self._notices is None:
+            self._notices = Notices(watch.rules.notice_file, watch.rules.notice_command)
+            self.drain_s = watch.rules.drain_s
+
+    @property
+    def _watch(self) -> Watch | None:
+        """That of the first worker, who speaks for all."""
+        return self._watches[min(self._watches)] if self._watches else None
+
+    def _over(self, slot: int) -> tuple[Watch, int]:
+        """The watch over a place, and the place's number there."""
+        first = max((first for first in self._watches if first <= slot), default=min(self._watches))
+        return self._watches[first], slot - first
 
     def want(self, workers: int) -> None:
         """So many are to train."""
@@ -69,8 +83,9 @@ class Survival:
 
     def dismiss(self, rank: int, *, leave: bool) -> None:
         """Ask a worker to leave after its step, or no longer."""
-        if self._watch is not None:
-            self._watch.dismiss(rank - self.first, leave=leave)
+        if self._watches:
+            watch, slot = self._over(rank - self.first)
+            watch.dismiss(slot, leave=leave)
 
     @property
     def run_dir(self) -> Path | None:
@@ -80,10 +95,12 @@ class Survival:
 
     def detach(self) -> None:
         """It is over."""
-        if self._watch is not None:
-            self._trained = {slot for slot in range(self._watch.rules.slots) if self._watch.trains(slot)}
-            self._watch.close()
-            self._watch = None
+        if self._watches:
+            self._trained = set()
+        for first, watch in self._watches.items():
+            self._trained |= {first + slot for slot in range(watch.rules.slots) if watch.trains(slot)}
+            watch.close()
+        self._watches.clear()
         if self._notices is not None:
             self._notices.close()
             self._notices = None
@@ -119,8 +136,10 @@ class Survival:
 
     def trains(self, rank: int) -> bool:
         """Whether a worker takes part in the training, or has done so in the last."""
-        slot = rank - self.first
-        return self._watch.trains(slot) if self._watch is not None else slot in self._trained
+        if not self._watches:
+            return rank - self.first in self._trained
+        watch, slot = self._over(rank - self.first)
+        return watch.trains(slot)
 
     def ended(
         self, worker: Subject, status: int, restarts: int, others: Sequence[int], *, joins: bool, dismissed: bool
@@ -134,12 +153,13 @@ class Survival:
             joins: it was to join those who train, or had done so.
             dismissed: it was asked to leave.
         """
-        watch, rank, process = self._watch, worker.rank, worker.process
-        if watch is None and self.rolled_back and restarts < MOST_RESTARTS:
+        rank, process = worker.rank, worker.process
+        if not self._watches and self.rolled_back and restarts < MOST_RESTARTS:
             return Verdict.RESTART
-        if watch is None:
+        if not self._watches:
             return Verdict.FAIL if not joins or self.trains(rank) else Verdict.SHRINK
-        death = watch.death(rank - self.first, process)
+        watch, slot = self._over(rank - self.first)
+        death = replace(watch.death(slot, process), slot=rank - self.first)
         verdict = decide(watch.rules, watch.course, death, self.deaths, restarts, joins=joins)
         survives = verdict in (Verdict.REPLACE, Verdict.SHRINK) and watch.course is Course.TRAINING
         alone = survives and not any(map(self.trains, others))
@@ -159,7 +179,7 @@ class Survival:
                 f"worker {rank} (process {process}) has ended {death.where}, and this host leaves; the others go on"
             )
         if verdict in (Verdict.REPLACE, Verdict.SHRINK) and watch.course is Course.TRAINING:
-            watch.lose(rank - self.first, status, hung=process in self.hung)
+            watch.lose(slot, status, hung=process in self.hung)
             how = watch.header.how(watch.header.losses - 1)
             then = ["the others take over its work"] if death.trained else []
             then += ["another takes its place"] if verdict is Verdict.REPLACE else []
@@ -192,10 +212,10 @@ class Survival:
 
     def silent(self, subjects: Sequence[Subject]) -> list[tuple[Subject, str]]:
         """Those who make no progress, each with a sentence; a report of all is written."""
-        if self._watch is None:
-            return []
-        by_slot = {subject.rank - self.first: subject for subject in subjects if subject.process not in self.hung}
-        found = self._watch.silent(list(by_slot))
+        awaited = [subject for subject in subjects if subject.process not in self.hung]
+        found = [
+            (subject, silence) for watch in self._watches.values() for subject, silence in self._silent(watch, awaited)
+        ]
         if not found:
             return []
         running = [subject for subject in subjects if state_of(subject.process) != "T"]
@@ -203,12 +223,16 @@ class Survival:
         for subject in running:
             ask(subject.handle)
         stacks = {s.rank: answer(s.stacks, sizes[s.rank]) if s in running else "" for s in subjects}
-        self.limits_s += [silence.limit_s for silence in found]
-        told = [
-            (subject, self._sentence(s, subject, stacks[subject.rank])) for s in found for subject in [by_slot[s.slot]]
-        ]
+        self.limits_s += [silence.limit_s for _, silence in found]
+        told = [(subject, self._sentence(silence, subject, stacks[subject.rank])) for subject, silence in found]
         self._report([sentence for _, sentence in told], subjects, stacks)
         return told
+
+    def _silent(self, watch: Watch, subjects: Sequence[Subject]) -> list[tuple[Subject, Silence]]:
+        """Those that one watch is over."""
+        places = {subject: self._over(subject.rank - self.first) for subject in subjects}
+        by_slot = {slot: subject for subject, (own, slot) in places.items() if own is watch}
+        return [(by_slot[silence.slot], silence) for silence in watch.silent(list(by_slot))]
 
     def _sentence(self, silence: Silence, subject: Subject, stacks: str) -> str:
         which = "" if silence.micro_batch is None else f", micro-batch {silence.micro_batch}"
@@ -221,20 +245,18 @@ class Survival:
 
     def _report(self, sentences: Sequence[str], subjects: Sequence[Subject], stacks: Mapping[int, str]) -> None:
         """Tell the user; the stacks of all, and what each did last, go into a file where there is a directory."""
-        assert self._watch is not None
         shown, recorded = list(sentences), list(sentences)
         now = time.monotonic()
         for subject in subjects:
             text = stacks[subject.rank].strip() or "no stack: its process does not answer"
             part = f"stacks of worker {subject.rank} (process {subject.process}):\n{text}"
             shown.append(part)
-            flight = [
-                f"{now - o.at_s:12.6f} s ago  {o.text}" for o in self._watch.header.flight(subject.rank - self.first)
-            ]
+            watch, slot = self._over(subject.rank - self.first)
+            flight = [f"{now - o.at_s:12.6f} s ago  {o.text}" for o in watch.header.flight(slot)]
             recorded += [part, f"last operations of worker {subject.rank}:", *flight]
-        run_dir = self._watch.rules.run_dir
-        if run_dir is not None and Path(run_dir).is_dir():
-            path = Path(run_dir) / f"hang-{len(list(Path(run_dir).glob('hang-*.txt'))) + 1:03d}.txt"
+        run_dir = self.run_dir
+        if run_dir is not None and run_dir.is_dir():
+            path = run_dir / f"hang-{len(list(run_dir.glob('hang-*.txt'))) + 1:03d}.txt"
             with contextlib.suppress(OSError):  # a full disk is no reason to leave the hang as it is
                 path.write_text("\n".join(recorded) + "\n", encoding="utf-8")
                 shown.append(f"the last operations of all workers are in {path}")

@@ -116,7 +116,8 @@ class WorkerSet:
         self._workers: list[WorkerProcess] = []
         self._wanted = task.workers
         self._reported = False
-        self._attached = ""
+        self._attached: set[str] = set()
+        self._trained = 0  # the number of the last training that was watched
         self._short = False  # workers are missing, spares for example
         self._present: dict[int, list[int]] = {}
         self._door: socket.socket | None = None
@@ -455,7 +456,7 @@ class WorkerSet:
                 self._nodes.set(message["key"], message["value"])
         elif message["op"] == "release":
             self._keeper.release(message["name"])
-            if message["name"] == self._attached:
+            if message["name"] in self._attached:
                 self._detach()
         elif message["op"] == "note":
             self.notes.append(message)
@@ -473,11 +474,15 @@ class WorkerSet:
 
     def _attach(self, message: Message) -> None:
         """Watch an arena from the first time that it is asked for."""
-        descriptor = self._keeper.descriptor(message["name"])
-        if message.get("rules") and descriptor is not None and message["name"] != self._attached:
+        descriptor, name = self._keeper.descriptor(message["name"]), message["name"]
+        if not message.get("rules") or descriptor is None or name in self._attached:
+            return
+        if self._attached and self._trained != message["training"]:
             self._detach()
-            self._attached = message["name"]
-            self.survival.attach(descriptor, message["rules"])
+        self._attached.add(name)
+        self.survival.attach(descriptor, message["rules"], message["first"])
+        if self._trained != message["training"]:
+            self._trained = message["training"]
             rules, header = self.survival.rules, self.survival.header
             if self._nodes is not None and rules is not None and header is not None:
                 self._span = Span(self._nodes, rules, header, self._joins)
@@ -493,6 +498,7 @@ class WorkerSet:
     def _detach(self) -> None:
         """A training is over."""
         self._span = None
+        self._attached.clear()
         if self._door is not None:
             self._selector.unregister(self._door)
             self._door.close()

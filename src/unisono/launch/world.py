@@ -50,6 +50,7 @@ class World:
     rolled_back: int | None = None
     present: tuple[int, ...] = ()
     _arenas: int = 0
+    _place: str = ""
     _store: "Store | None" = None
     _asking: threading.Lock = field(default_factory=threading.Lock)
 
@@ -92,11 +93,14 @@ class World:
         else:
             self.present = tuple(range(self.local_size))
 
-    def arena(self, size_bytes: int, *, alone: bool = False, rules: Mapping[str, Any] | None = None) -> int | None:
+    def arena(
+        self, size_bytes: int, *, own: bool = False, alone: bool = False, rules: Mapping[str, Any] | None = None
+    ) -> int | None:
         """The descriptor of the next arena, the same for all workers of a host; None where memory is not shared.
 
         Arguments:
-            alone: this worker shares its memory with nobody.
+            own: each worker has one of its own.
+            alone: this worker shares its memory with nobody, its launcher neither.
             rules: what the launcher is to do about lost workers (see `fault.rules.Rules`); None for ending the run.
 
         Raises:
@@ -105,7 +109,11 @@ class World:
         """
         if alone or (self.local_size == 1 and rules is None):
             return None
+        self._place = f"worker {self.rank}" if own else f"host {self.host}"
+        first = self.rank if own else self.hosts.rank(self.host, 0)
+        seen_from = self.hosts.rank(self.host, 0) if self.spans else 0  # the first rank that the launcher has
         request = {"op": "arena", "name": self._arena_name(), "size_bytes": size_bytes, "rules": rules}
+        request |= {"training": self._arenas, "first": first - seen_from}
         reply, descriptors = self._ask(request, descriptors=1)
         if "over" in reply:
             raise RunOver("training was over before this worker could take part")
@@ -121,7 +129,7 @@ class World:
         return self._ask(request, descriptors=1)[1][0]
 
     def _arena_name(self) -> str:
-        return f"host {self.host} arena {self._arenas}"
+        return f"{self._place} arena {self._arenas}"
 
     def _ask(self, request: Message, descriptors: int = 0) -> tuple[Message, list[int]]:
         """Send a request and wait for its reply; one at a time, whichever thread asks."""

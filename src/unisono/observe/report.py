@@ -119,8 +119,8 @@ def _membership(events: Sequence[Record]) -> list[tuple[int, str]]:
     for event in events:
         match event["event"]:
             case "RolledBack":
-                again = f"{event['lost_steps']} steps done again" if event["lost_steps"] else "no step lost"
-                told.append((event["step"], f"all workers started again from the snapshot of this step; {again}"))
+                lost = f"{event['lost_steps']} steps done again" if event["lost_steps"] else "no step lost"
+                told.append((event["step"], f"all workers started again from the snapshot of this step; {lost}"))
             case "WorkerLost":
                 again = [f"worker {rank}: {_listed(part)}" for rank, part in event["taken_over"].items()]
                 said = [] if event["number"] in known else [f"worker {event['rank']} {event['how']}"]

@@ -242,13 +242,6 @@ def test_a_run_that_is_long_enough_already_is_said(tmp_path: Path) -> None:
     assert any("the run is at step 3 already" in text for text in notices)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_one_cuda_device_is_exact_with_itself() -> None:
-    digests = {jobs.trainer(device="cuda", clip=1.0).fit(4).digest for _ in range(2)}
-    assert len(digests) == 1
-
-
 def test_a_disk_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"layout\.offload: cannot keep \d+ bytes in .*: No such file"):
         trainer(layout={"offload": str(tmp_path / "none")}, optimizer=lambda p: torch.optim.AdamW(p)).fit(1)

@@ -47,6 +47,7 @@ bench_app.command()(bench.network)
 bench_app.command()(bench.control)
 bench_app.command()(bench.recovery)
 bench_app.command()(bench.survival)
+bench_app.command()(bench.device)
 
 
 def _version(wanted: bool) -> None:

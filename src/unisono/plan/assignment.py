@@ -11,6 +11,9 @@ from unisono.plan.blocks import Block, FlatLayout
 RUN_ELEMENTS = 4 * 65_536
 """Elements that an owner sums, protects and updates in one go: what keeps them in cache (measured, see docs)."""
 
+DEVICE_RUN_ELEMENTS = 64 * 65_536
+"""The same on a device, where each kernel takes longer to start than it takes for a few of them."""
+
 
 class UpdateClass(StrEnum):
     """What an optimizer's update of one element depends on."""
@@ -230,8 +233,12 @@ def _shares(layout: FlatLayout, update: UpdateClass, blocks: Sequence[int], work
     return [tuple(i for unit in parts[share.start : share.stop] for i in unit) for share in shares]
 
 
-def runs(layout: FlatLayout, update: UpdateClass, share: Sequence[int]) -> tuple[Run, ...]:
-    """Cut an owner's blocks into the runs that it updates one after another."""
+def runs(layout: FlatLayout, update: UpdateClass, share: Sequence[int], most: int = RUN_ELEMENTS) -> tuple[Run, ...]:
+    """Cut an owner's blocks into the runs that it updates one after another.
+
+    Arguments:
+        most: elements of a run, where an optimizer updates element by element.
+    """
     if not share:
         return ()
     if update is UpdateClass.COUPLED:
@@ -245,7 +252,7 @@ def runs(layout: FlatLayout, update: UpdateClass, share: Sequence[int]) -> tuple
         a, b = layout.parameters[previous.parameter], layout.parameters[block.parameter]
         same = a.group == b.group and a.tensor.dtype == b.tensor.dtype
         adjacent = block.parameter - previous.parameter <= 1
-        return same and adjacent and elements + block.stop - block.start <= RUN_ELEMENTS
+        return same and adjacent and elements + block.stop - block.start <= most
 
     for last, i in zip([share[0] - 1, *share], share, strict=False):
         block = layout.blocks[i]

@@ -128,13 +128,16 @@ def _stripes(regions: Sequence[Region]) -> list[_Stripes]:
     return result
 
 
-def undo_bytes(layout: StateLayout) -> int:
+def undo_bytes(layout: StateLayout, most: int) -> int:
     """Bytes of an undo area that holds any run, whoever are the owners, or the buffers.
 
     Wherever a run begins, two neighbours of all blocks' runs hold it: a third one would be within the limit of one.
+
+    Arguments:
+        most: elements of a run.
     """
     flat, update = layout.flat, layout.optimizer.update
-    everything = runs(flat, update, range(len(flat.blocks)))
+    everything = runs(flat, update, range(len(flat.blocks)), most)
     images = [layout.image(run) for run in everything]
     most = max((sum(aligned(region.size_bytes) for region in image) for image in images), default=0)
     buffers = sum(aligned(region.size_bytes) for region in layout.image(layout.buffer_run))
@@ -150,8 +153,8 @@ class Owner:
         memory: where runs lie.
         originals: the parameters that the user's optimizer was made with, in flat order.
         teams: who computes with what.
-        joinable: blocks may be updated as one tensor. With more than one thread a kernel divides a tensor by its size,
-            wherever that falls, so blocks stay apart.
+        joinable: blocks may be updated as one tensor. With more than one thread a CPU's kernel divides a tensor by its
+            size, wherever that falls, so blocks stay apart.
     """
 
     state: TrainingState

@@ -133,7 +133,7 @@ def test_half_precision_is_not_given_to_the_fused_sgd() -> None:
     """Cause: torch's fused SGD for bf16 and fp16 on a CPU gives wrong values (torch 2.13)."""
     for dtype, fused in ((torch.bfloat16, False), (torch.float32, True)):
         optimizer = torch.optim.SGD([nn.Parameter(torch.ones(4, dtype=dtype))], lr=0.1)
-        pin_variant(optimizer)
+        pin_variant(optimizer, torch.device("cpu"))
         assert optimizer.param_groups[0]["fused"] is fused
 
 

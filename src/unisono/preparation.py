@@ -156,7 +156,7 @@ def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) 
     tensors = model_tensors(model)
     optimizer = _optimizer(objects, config, tensors)
     update = update_class(optimizer)
-    pin_variant(optimizer)
+    pin_variant(optimizer, feed.device)
     flat = flat_layout(tensors.parameter_specs(optimizer))
     by_name = {uses[0]: p for p, uses in tensors.parameters}
     originals = [by_name[spec.tensor.name] for spec in flat.parameters]

@@ -107,7 +107,7 @@ class Saving:
     @property
     def _saves_at_once(self) -> bool:
         """A device's snapshot shares words with the live state; the memory of compression has no snapshot."""
-        return self._worker.state.memory.device.type != "cpu" or bool(self._compression[1])
+        return not self._worker.state.holds_words or bool(self._compression[1])
 
     def may_be_saved(self, step: int) -> bool:
         """Whether a checkpoint of this step can be wanted; the same on all hosts."""

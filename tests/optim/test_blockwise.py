@@ -27,7 +27,7 @@ def reference(model_name: str, optimizer_name: str, steps: int, seed: int = 0) -
         isolation.seed(derive(seed, "init"))
         model = toys.MODELS[model_name]()
     optimizer = toys.OPTIMIZERS[optimizer_name](model.parameters())
-    pin_variant(optimizer)
+    pin_variant(optimizer, torch.device("cpu"))
     data, sampler = toys.Samples(), Sampler(toys.SAMPLES, seed, 8, 8)
     for step in range(steps):
         rows = [data[i] for i in sampler.indices(step, 0).tolist()]
@@ -74,7 +74,7 @@ def test_elements_do_not_depend_on_their_neighbours(name: str) -> None:
     for cut in ([sum(sizes)], sizes):
         parts = [nn.Parameter(part.clone()) for part in torch.split(values, cut)]
         optimizer = toys.OPTIMIZERS[name](parts)
-        pin_variant(optimizer)
+        pin_variant(optimizer, torch.device("cpu"))
         for gradient in gradients:
             for part, g in zip(parts, torch.split(gradient, cut), strict=True):
                 part.grad = g.clone()

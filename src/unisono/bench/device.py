@@ -74,6 +74,7 @@ def bench(
     if unknown := [shape for shape in shapes if shape not in SHAPES]:
         raise ConfigurationError(f"--models {unknown[0]!r} is not known; use {', '.join(SHAPES)}")
     rows = []
+    launcher.preload([] if device == "cpu" else ["torch._inductor.config"])
     for shape in shapes:
         work = {"shape": shape, "device": device, "precision": precision}
         rows.append(_row(launcher, work, steps, rounds))

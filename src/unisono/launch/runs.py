@@ -16,6 +16,10 @@ POLL_S = 0.02
 _COMPILER = "torch._dynamo"
 """What fake tensors and activation checkpointing import when they are first used: 0.8 s in every worker."""
 
+_DETERMINISM = "torch._inductor.config"
+"""What torch imports as soon as deterministic kernels are asked for, as on devices: 1.2 s in every worker, and after
+each loss once more."""
+
 
 def cores() -> int:
     """The cores that this process may use."""
@@ -30,7 +34,8 @@ def default_workers() -> int:
 def preloads(config: Config, layouts: Iterable[Layout]) -> list[str]:
     """What workers should share already imported: the user's modules, and what the layouts need."""
     wanted = any(layout.stages > 1 or layout.recompute != "none" for layout in layouts)
-    return [*config.preload, *([_COMPILER] if wanted else [])]
+    device = [_DETERMINISM] if config.device != "cpu" else []
+    return [*config.preload, *([_COMPILER] if wanted else []), *device]
 
 
 def choose_workers(config: Config, wanted: int | None = None, bounds: tuple[int, int] | None = None) -> int:

@@ -52,11 +52,13 @@ class Stretch:
 
     unit: Unit
     rows: Tensor
+    present: Sequence[memoryview]
 
     @property
     def uniform(self) -> bool:
         """Whether all blocks have taken the same steps: only then one tensor stands for all."""
-        return bool((self.rows == self.rows[:1]).all())
+        first = self.present[0][0]
+        return all(word[0] == first for word in self.present) and bool((self.rows == self.rows[:1]).all())
 
 
 class BlockOptimizer:
@@ -143,6 +145,8 @@ class BlockOptimizer:
             self.step([unit])
         if len(stretch.rows) > 1:
             stretch.rows[1:] = stretch.rows[0]
+        for word in stretch.present:
+            word[0] = 1
 
     def _adopt(self, unit: Unit, parameter: nn.Parameter) -> None:
         """Keep the unit's state in the arena; an optimizer may make new tensors, at its first step or at any."""

@@ -14,6 +14,7 @@ _ELEMENT: tuple[type[Optimizer], ...] = (
 )  # fmt: skip
 _PARAMETER: tuple[type[Optimizer], ...] = (torch.optim.Adafactor, torch.optim.Muon)
 _FUSED_ON_CPU: tuple[type[Optimizer], ...] = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)
+_FUSED_ON_DEVICES: tuple[type[Optimizer], ...] = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 _REFUSED: dict[type[Optimizer], str] = {
     torch.optim.LBFGS: "it evaluates the loss several times in a step through a closure; use SGD or AdamW",
     torch.optim.SparseAdam: "it needs sparse gradients, which are summed densely here; use AdamW",
@@ -53,15 +54,16 @@ def update_class(optimizer: Optimizer) -> UpdateClass:
     return UpdateClass.COUPLED
 
 
-def pin_variant(optimizer: Optimizer) -> None:
-    """Choose one implementation for the whole run: fused where the CPU has it, else the plain loop.
+def pin_variant(optimizer: Optimizer, device: torch.device) -> None:
+    """Choose one implementation for the whole run: fused where the device has it, else the plain loop.
 
     Variants differ in the last bits, and torch would choose by device and number of tensors.
     """
+    fused = _FUSED_ON_CPU if device.type == "cpu" else _FUSED_ON_DEVICES
     for group in optimizer.param_groups:
         # the fused SGD of torch 2.13 gives wrong values for half precision on a CPU
         whole = all(p.dtype in (torch.float32, torch.float64) for p in group["params"])
-        fusable = type(optimizer) in _FUSED_ON_CPU and whole
+        fusable = type(optimizer) in fused and whole
         unset = group.get("fused") is None or "foreach" not in group
         if "fused" in group and unset:
             group["fused"] = fusable and not group.get("differentiable", False) and group.get("foreach") is not True

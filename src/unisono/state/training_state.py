@@ -15,6 +15,11 @@ from unisono.state.layout import CELL, PYTHON_STATE_BYTES, StateLayout
 PARAMETER, OPTIMIZER, BUFFER = "parameter", "optimizer", "buffer"
 
 
+def holds_words(memory: Tensor) -> bool:
+    """Whether single words of a memory can be read and written from Python: not on a device."""
+    return memory.device.type == "cpu"
+
+
 class TrainingState:
     """Typed views of a state.
 
@@ -22,6 +27,9 @@ class TrainingState:
         layout: where everything lies.
         memory: the region as bytes (uint8).
         frozen: the state that holds the parameters that are not trained, where this one is a snapshot.
+
+    Attributes:
+        holds_words: whether its plain numbers lie in its memory too; else in this process alone.
     """
 
     def __init__(self, layout: StateLayout, memory: Tensor, frozen: "TrainingState | None" = None) -> None:
@@ -35,7 +43,8 @@ class TrainingState:
         ]
         self._first_block = {b.parameter: i for i, b in reversed(list(enumerate(layout.flat.blocks)))}
         self._rows = self._region("scalars")
-        if memory.device.type == "cpu":
+        self.holds_words = holds_words(memory)
+        if self.holds_words:
             self._present = self._rows.numpy().data.cast("B").cast("Q")
             self._present_stride = layout.row_bytes // CELL
         else:  # a device's memory has no host view: the words are this process's own
@@ -43,9 +52,8 @@ class TrainingState:
             self._present_stride = 1
         self._numbers: Tensor | None = None
         if layout.optimizer.update is UpdateClass.COUPLED:
-            on_host = self._region("python").device.type == "cpu"
             elsewhere = frozen._numbers if frozen else torch.zeros(PYTHON_STATE_BYTES, dtype=torch.uint8)
-            self._numbers = self._region("python") if on_host else elsewhere
+            self._numbers = self._region("python") if self.holds_words else elsewhere
 
     def _region(self, name: str) -> Tensor:
         region = self.layout.regions.named[name]
@@ -81,7 +89,7 @@ class TrainingState:
 
     def parts(self) -> list[Tensor]:
         """All bytes of the state, for a copy elsewhere: the region, and words that a device's memory cannot hold."""
-        if self.memory.device.type == "cpu":
+        if self.holds_words:
             return [self.memory]
         words = torch.frombuffer(self._present, dtype=torch.int64)
         return [self.memory, words, *([] if self._numbers is None else [self._numbers])]

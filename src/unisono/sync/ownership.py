@@ -253,7 +253,8 @@ class Owner:
         """A whole run as one unit."""
         extent = (span.segment, span.start, span.stop)
         values, kept = self.state.span(*extent), self.state.span_state(*extent, run.first)
-        return Stretch(replace(first, values=values, state=kept), self.state.rows(run.first, run.stop))
+        words = [self.state.present(block) for block in range(run.first, run.stop)]
+        return Stretch(replace(first, values=values, state=kept), self.state.rows(run.first, run.stop), words)
 
 
 def _in_the_shape_of(unit: Unit, first_block: Tensor) -> Tensor:

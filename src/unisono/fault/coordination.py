@@ -24,6 +24,8 @@ REACH_S = 0.5
 """How long it is tried, and how long a new candidate waits for others to follow it."""
 STALL_S = 0.6
 """All have stopped: who has caused it, and is lost, should be known by then."""
+HESITATION_S = 0.5
+"""A generation that is not decided on by then may be decided by others, without this host."""
 BATCH_S = 0.1
 """Changes that come within it are one generation: there are at most ten a second."""
 
@@ -62,6 +64,7 @@ class _Peer:
         told: when a message has come from it, last.
         follows: whom.
         hears: it has heard this launcher, of late.
+        undecided: it does not know, as the coordinator, who goes on.
         shunned: until when it is not tried.
     """
 
@@ -70,6 +73,7 @@ class _Peer:
     told: float = float("-inf")
     follows: int | None = None
     hears: bool = False
+    undecided: bool = False
     report: Report = field(default_factory=Report)
     shunned: float = float("-inf")
 
@@ -112,6 +116,8 @@ class Coordination:
         self._probed: list[int] = []
         self._stalled_since: float | None = None
         self._changed_since: float | None = None
+        self._proposed_since: float | None = None  # what is still not decided
+        self._witness_asked: float | None = None  # and has not answered since
         self._looked = float("-inf")
         self._missing: list[int] = []
         self._last_proposed = float("-inf")
@@ -169,14 +175,18 @@ class Coordination:
         """The last line to another is gone, or could not be made: what it has said before may be of one that ended."""
         peer = self._peer(number)
         peer.up, peer.shunned = False, now + RETRY_S
-        peer.follows, peer.hears = None, False
+        peer.follows, peer.hears, peer.undecided = None, False, False
+        if number == WITNESS:
+            self._witness_asked = None
 
     def silent_lines(self, now: float) -> list[int]:
         """Those whose lines carry nothing, though they are up."""
         if now - self._silence_sought < self.beat_s:
             return []
         self._silence_sought, limit = now, 2 * self.patience_s
-        return [n for n, peer in self._peers.items() if peer.up and n != WITNESS and now - peer.heard > limit]
+        asked = self._witness_asked if self._peer(WITNESS).up else None
+        mute = [WITNESS] if asked is not None and now - asked > self.patience_s else []
+        return mute + [n for n, peer in self._peers.items() if peer.up and n != WITNESS and now - peer.heard > limit]
 
     def hurry(self) -> None:
         """Tell the others at once what has changed here."""
@@ -214,9 +224,12 @@ class Coordination:
         if number == self.follows and not self._hears(number, now):
             self._beaten = float("-inf")  # it waits to be told that it is heard
         peer.heard = peer.told = now
+        if number == WITNESS:
+            self._witness_asked = None
         match message.get("op"):
             case "beat":
                 peer.follows, peer.hears = message["follows"], bool(message["hears"])
+                peer.undecided = bool(message.get("undecided"))
                 peer.report = Report.read(message["report"])
                 if peer.follows == self.number and not peer.hears:
                     self._beaten = float("-inf")
@@ -233,6 +246,15 @@ class Coordination:
         """Hosts without which nothing can be decided; none while it can, or where another decides."""
         leads = self.decides and self.follows == self.number and now - self._led_since >= REACH_S
         return self._missing if leads else []
+
+    def is_undecided(self, now: float) -> bool:
+        """Whether this host does not know who goes on; others may do so without it."""
+        if not self.decides or self.follows is None:
+            return False
+        if self.follows != self.number:
+            return self._lives(self.follows, now) and self._peer(self.follows).undecided
+        hesitates = self._proposed_since is not None and now - self._proposed_since > HESITATION_S
+        return hesitates or bool(self.waits_for(now))
 
     def _peer(self, number: int) -> _Peer:
         if (peer := self._peers.get(number)) is None:
@@ -306,12 +328,14 @@ class Coordination:
         if not electorate.is_quorum(voters):
             self._missing = electorate.missing(voters)
             self.voting.give_up()
+            self._proposed_since = None
             self._probe(now)
             return
         self._missing = []
         proposes, wanted = self.voting.proposes(now), self._wanted(voters, now)
         if wanted is None or proposes:
             self._changed_since = self._changed_since if wanted is not None else None
+            self._proposed_since = self._proposed_since if proposes else None
             return
         if self._changed_since is None:
             self._changed_since = now
@@ -323,6 +347,9 @@ class Coordination:
         if now - self._last_proposed < BATCH_S:
             return
         self._changed_since, self._last_proposed = None, now
+        self._proposed_since = self._proposed_since or now
+        if WITNESS in voters:
+            self._witness_asked = self._witness_asked or now
         self.voting.propose(wanted, voters, electorate, now)
 
     def _probe(self, now: float) -> None:
@@ -386,6 +413,7 @@ class Coordination:
             "report": asdict(self.report),
         }
         if self.follows == self.number:
+            message["undecided"] = self.is_undecided(now)
             others = {number for number, peer in self._peers.items() if peer.up and number != WITNESS}
         else:
             others = {self.follows} if self.follows is not None else set()
@@ -397,7 +425,7 @@ class Coordination:
     def _learned(self, generation: Generation) -> None:
         """A generation is decided."""
         self.decided.append(generation)
-        self._stalled_since = self._changed_since = None
+        self._stalled_since = self._changed_since = self._proposed_since = None
         if self.follows == self.number and generation.coordinator != self.number:  # deposed
             self.follows, self._hint = None, generation.coordinator
 

@@ -221,6 +221,10 @@ class Nodes:
         """Hosts without which it cannot be decided who goes on."""
         return self.coordination.waits_for(self.clock()) if self.coordination is not None else []
 
+    def is_undecided(self) -> bool:
+        """Whether this host does not know who goes on."""
+        return self.coordination is not None and self.coordination.is_undecided(self.clock())
+
     def set(self, key: str, value: str) -> None:
         """Pass on to all hosts what a worker of this one leaves for all."""
         self._to_all({"op": "set", "key": key, "value": value})

@@ -121,7 +121,7 @@ class Span:
 
     def _look_who_is_missing(self) -> None:
         waiting = tuple(self.nodes.waits_for())
-        self.header.undecided = bool(waiting)
+        self.header.undecided = self.nodes.is_undecided()
         if waiting == self._waiting:
             return
         self._waiting = waiting

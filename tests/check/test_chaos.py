@@ -25,3 +25,16 @@ def test_faults_do_not_matter() -> None:
         assert row["lost_steps"] == row["survivors_restarted"] == 0, row
     assert rows["kill-mid-update"]["repetitions"] == 2 and rows["stop"]["recovery_p50_s"] > 1.0
     assert "failures told" in rows["disk-full"]["note"]
+
+
+def test_a_worker_alone_starts_again_from_its_snapshots() -> None:
+    command = [sys.executable, "-m", "unisono", "chaos", str(ROOT / "configs" / "images.yaml"), "-n", "1"]
+    options = ["fault.snapshot_every=3", "--repeat", "3", "--json", "--faults"]
+    done = subprocess.run(
+        [*command, *options, "kill-mid-update,stop,random"], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    for row in json.loads(done.stdout)["rows"]:
+        assert row["exactly_once"] and row["digest_equal"] and row["lost_steps"] <= 3, row
+    refused = subprocess.run([*command, "--faults", "scale"], capture_output=True, text=True, timeout=60)
+    assert refused.returncode == 2 and "all start again from a snapshot when one is lost" in refused.stderr

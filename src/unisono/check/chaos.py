@@ -23,6 +23,7 @@ from unisono.comm.header import Course
 from unisono.config import Config, validate
 from unisono.errors import ConfigurationError, UnisonoError
 from unisono.launch.local import LocalLauncher
+from unisono.launch.possible import survives
 from unisono.launch.task import STANDARD_ERROR, Elastic
 from unisono.launch.worker_set import WorkerSet
 from unisono.observe.records import EVENTS
@@ -33,6 +34,8 @@ FIRST, GAP = 10, 8
 """The step of the first fault, and steps from one to the next: until then, a lost worker's place is taken again."""
 TURN_S = 0.001
 STOP_DEADLINE_S = 1.0
+EVERY = 4
+"""Steps from one snapshot to the next, where the configuration does not say."""
 SLEEP_S, SLOW_FACTOR, SLOW_MICRO_BATCHES, SLOW_STEPS = 0.05, 5, 4, 40
 """A worker that is slow: compute as a timed sleep, and micro-batches a worker."""
 AT_MOMENTS = {
@@ -48,6 +51,8 @@ SPECIAL = (
     *("slow", "disk-full", "disk-read-only", "disk-slow", "clock", "random"),
 )
 FAULTS = (*AT_MOMENTS, *SPECIAL)
+OF_SURVIVORS = ("kill-two", "kill-rescue", "kill-entry", "spare", "scale", "everything", "slow")
+"""Faults whose point is what the others do meanwhile: where all start again from a snapshot, they do nothing."""
 
 Say = Callable[[str], None]
 
@@ -65,7 +70,8 @@ class Chaos:
 
     def __init__(self, launcher: LocalLauncher, config: Config, workers: int, repeat: int, seed: int, say: Say) -> None:
         self._launcher = launcher
-        self._config = config
+        self._rolls_back = not survives(config, workers)
+        self._config = _with_snapshots(config) if self._rolls_back else config
         self._workers = workers
         self._repeat = repeat
         self._seed = seed
@@ -73,7 +79,16 @@ class Chaos:
         self._undisturbed: dict[int, tuple[str, Observed]] = {}
 
     def run(self, fault: str) -> Row:
-        """Let one kind of fault happen, again and again."""
+        """Let one kind of fault happen, again and again.
+
+        Raises:
+            ConfigurationError: where it cannot happen in this run.
+        """
+        if self._rolls_back and fault in OF_SURVIVORS:
+            raise ConfigurationError(
+                f"{fault} is for runs whose workers go on without one of them; in this layout all start again from a "
+                "snapshot when one is lost: leave it out of --faults"
+            )
         self._say(f"{fault}: {self._repeat} times")
         if fault in AT_MOMENTS:
             return self._at_moment(fault, AT_MOMENTS[fault])
@@ -143,7 +158,8 @@ class Chaos:
 
     def _random(self, row: Row) -> None:
         """Kills and stops at random times, never the last two, nor two at one micro-batch."""
-        self._at_least(3)
+        self._at_least(1 if self._rolls_back else 3)
+        least = 1 if self._rolls_back else 3
         chance, doomed, struck = random.Random(self._seed), set[int](), set[tuple[int, int | None]]()
         following = [0.0]
         steps = FIRST + 3 * self._repeat + 10 * GAP
@@ -151,12 +167,13 @@ class Chaos:
         def look(workers: WorkerSet, committed: int) -> None:
             header, now = workers.survival.header, time.monotonic()
             healthy = [w for w in workers.alive if w.process not in doomed and workers.survival.trains(w.rank)]
-            if header is None or len(healthy) < 3 or now < following[0] or len(doomed) >= self._repeat:
+            if header is None or len(healthy) < least or now < following[0] or len(doomed) >= self._repeat:
                 return
             victim = chance.choice(healthy)
             _, step, micro_batch = header.doing(victim.rank)
-            if FIRST <= step <= steps - GAP and (step, micro_batch) not in struck:
-                struck.add((step, micro_batch))
+            work = (step, None if self._rolls_back else micro_batch)  # all of the step is done again there
+            if FIRST <= step <= steps - GAP and work not in struck:
+                struck.add(work)
                 doomed.add(victim.process)
                 os.kill(victim.process, chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP]))
                 following[0] = now + chance.choice([0.0, 0.05, 0.2, 0.8])
@@ -326,7 +343,9 @@ class Chaos:
             row.digest_equal, row.note = False, seen.error
             return
         row.digest_equal = row.digest_equal and result["digest"] == digest
-        if whole:
+        if self._rolls_back:
+            self._judge_rolled_back(row, seen, undisturbed)
+        elif whole:
             row.exactly_once = row.exactly_once and seen.losses == undisturbed.losses
             row.lost_steps += len(seen.losses) - len({step for step, _ in seen.losses})
             if missing := sorted(dict(undisturbed.losses).keys() - dict(seen.losses).keys()):
@@ -340,13 +359,22 @@ class Chaos:
                 row.recovery_s.append(seen.committed_at[step] - at)
         again = [len([m for part in r["taken_over"].values() for m in part]) for r in seen.of("WorkerLost")]
         row.recomputed_micro_batches = max([row.recomputed_micro_batches, *again])
-        if seen.strikes:
+        if seen.strikes and not self._rolls_back:
             step_s = undisturbed.step_s
             share = -(-self._config.micro_batches // max(1, self._workers // self._config.layout.model_workers))
             one = step_s / max(1, share)
             row.bound_s = step_s + killed * share * one + late_s + 0.5 * killed
             asked = {(n["struck"]["rank"], n["struck"]["step"], n["struck"]["moment"]) for n in seen.strikes}
             row.repetitions = min(row.repetitions, len(asked))
+
+    def _judge_rolled_back(self, row: Row, seen: Observed, undisturbed: Observed) -> None:
+        """What was trained twice had the same losses; and at the most what came after a snapshot was."""
+        losses = dict(seen.losses)
+        again = all(losses[step] == loss for step, loss in seen.losses)
+        row.exactly_once = row.exactly_once and again and losses == dict(undisturbed.losses)
+        row.lost_steps = max([row.lost_steps, *(record["lost_steps"] for record in seen.of("RolledBack"))])
+        row.starts_again, every = True, self._config.fault.snapshot_every
+        row.may_lose = every if isinstance(every, int) else 0
 
     def _train(
         self,
@@ -371,7 +399,8 @@ class Chaos:
 
         def turn(workers: WorkerSet) -> None:
             header, now = workers.survival.header, time.monotonic()
-            seen.strikes, seen.limits_s = list(workers.notes), list(workers.survival.limits_s)
+            seen.strikes += [note for note in workers.notes if note not in seen.strikes]
+            seen.limits_s += [limit for limit in workers.survival.limits_s if limit not in seen.limits_s]
             if header is None or header.course is not Course.TRAINING:
                 return
             committed = header.committed
@@ -441,8 +470,19 @@ def _directory(given: str | None) -> Iterator[str]:
         yield own
 
 
-def chosen_faults(text: str | None) -> list[str]:
+def _with_snapshots(config: Config) -> Config:
+    """A configuration that says how many steps may be lost."""
+    fault = config.fault
+    if fault.snapshot_every == "auto":
+        fault = fault.model_copy(update={"snapshot_every": EVERY})
+    return config.model_copy(update={"fault": fault})
+
+
+def chosen_faults(text: str | None, *, survived: bool = True) -> list[str]:
     """What ``--faults`` names; default: all.
+
+    Arguments:
+        survived: workers go on without one of them.
 
     Raises:
         ConfigurationError: for one that is not known.
@@ -450,7 +490,8 @@ def chosen_faults(text: str | None) -> list[str]:
     >>> chosen_faults("stop,random")
     ['stop', 'random']
     """
-    names = list(FAULTS) if text is None else text.split(",")
+    possible = [name for name in FAULTS if survived or name not in OF_SURVIVORS]
+    names = possible if text is None else text.split(",")
     if unknown := [name for name in names if name not in FAULTS]:
         raise ConfigurationError(f"--faults names {unknown[0]!r}; known are {', '.join(FAULTS)}")
     return names

@@ -19,6 +19,8 @@ class Row:
         recomputed_micro_batches: the most for one fault.
         exactly_once: every step is on record once, with the loss of the undisturbed run.
         survivors_restarted: processes that ended without being struck.
+        may_lose, starts_again: all start again from a snapshot when one is lost; then ``lost_steps`` are the most that
+            one fault has cost, and it may cost so many.
         note: what else was looked at.
     """
 
@@ -31,12 +33,15 @@ class Row:
     exactly_once: bool = True
     digest_equal: bool = True
     survivors_restarted: int = 0
+    may_lose: int = 0
+    starts_again: bool = False
     note: str = ""
 
     @property
     def good(self) -> bool:
         """Whether everything is as it would have been."""
-        return self.exactly_once and self.digest_equal and not self.lost_steps and not self.survivors_restarted
+        others = self.starts_again or not self.survivors_restarted
+        return self.exactly_once and self.digest_equal and self.lost_steps <= self.may_lose and others
 
     def as_dict(self) -> dict[str, Any]:
         """As data."""

@@ -44,19 +44,20 @@ def chaos(
     from unisono.check.chaos import Chaos, chosen_faults
     from unisono.config import load
     from unisono.launch.launcher import shares_memory
-    from unisono.launch.possible import refuse_impossible, survives
+    from unisono.launch.possible import refuse_impossible, rolls_back, survives
     from unisono.launch.runs import choose_workers, preloads
     from unisono.plan.hosts import Hosts
 
-    names = chosen_faults(faults)
     settings = load(config, overrides or [])
     count = choose_workers(settings, workers or max(2, settings.layout.model_workers * (settings.layout.data or 2)))
     refuse_impossible(settings, Hosts((count,)))
-    if not shares_memory() or not survives(settings, count):
+    survived = survives(settings, count)
+    if not shares_memory() or not (survived or rolls_back(settings)):
         raise ConfigurationError(
-            "chaos needs a run that survives in the same processes: at least two workers of one host, device cpu, "
-            "layout.tensor=1, and a state that they share"
+            "chaos needs a run that survives the loss of workers: on Linux, with fault.on_loss=replace or wait, and "
+            "without layout.offload and compression"
         )
+    names = chosen_faults(faults, survived=survived)
     from unisono.launch.local import LocalLauncher
 
     with LocalLauncher() as launcher:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
 from tests import toys
-from unisono import Trainer
+from unisono import Trainer, assembly
 from unisono.check.strike import armed
 from unisono.comm.algorithms import drive, ring
 from unisono.comm.arena import Arena
@@ -170,6 +170,12 @@ def struck(strikes: list[dict[str, Any]], steps: int = 12, **options: Any) -> di
         options["validation"] = toys.Samples()
     subject = armed(trainer(**options), strikes)
     return {**asdict(subject.fit(steps)), "process": os.getpid()}
+
+
+def train_in_little_memory(**options: Any) -> dict[str, Any]:
+    """Train toys where the machine has ten bytes left."""
+    vars(assembly)["refuse_what_cannot_fit"] = lambda *_: 10
+    return train(**options)
 
 
 def struck_in_the_second_of_two(strikes: list[dict[str, Any]], **options: Any) -> str:

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +30,6 @@ from unisono.events import Emitter
 from unisono.filling import Load, Restored, fill
 from unisono.footprint import chosen_recomputation, machine_bytes, refuse_what_cannot_fit
 from unisono.launch.membership import join_hosts, place_of
-from unisono.launch.possible import rolls_back, survives, survives_hosts
 from unisono.launch.world import World
 from unisono.optim.blockwise import BlockOptimizer
 from unisono.optim.schedules import Schedule, scale
@@ -46,6 +44,7 @@ from unisono.plan.assignment import UpdateClass, micro_batches
 from unisono.plan.roster import Lot
 from unisono.plan.schedule import WHOLE, timetable
 from unisono.preparation import Objects, Prepared, crews_of, prepare, rehearse, value_groups
+from unisono.protection import protected
 from unisono.run.rng import ModuleRandom
 from unisono.run.sampling import Sampler
 from unisono.state.shared import SharedState
@@ -68,6 +67,7 @@ class Worker:
         snapshots: copies of the state that outlive this worker; None where the state does, or nothing is survived.
         shared: the state, where hosts share it and this is the first worker of one.
         offload: what of it lies on a disk.
+        unprotected: why a lost worker ends the run, where that should not be so.
         memos: where it leaves what others may have to tell for it; None where none would be left.
     """
 
@@ -82,6 +82,7 @@ class Worker:
     shared: SharedState | None = None
     offload: Offload | None = None
     memos: Memos | None = None
+    unprotected: str = ""
     released: bool = False
 
     def release(self, cause: BaseException | None = None) -> None:
@@ -129,11 +130,11 @@ def assemble(
     several = len(place.hosts.sizes) > 1
     feed = Feed(objects.data, config.seed, "training", objects.collate, device)
     prepared = prepare(objects, config, place, feed)
-    refuse_what_cannot_fit(prepared, config, machine_bytes())
+    room_bytes = refuse_what_cannot_fit(prepared, config, machine_bytes())
     host, mesh = prepared.host, prepared.mesh
-    rules = _rules(prepared, config, world, trains=trains) if world.launcher == "unisono" else None
+    protection = protected(prepared, config, world, room_bytes, trains=trains)
+    rules = protection.rules
     alone = host.slots == 1 and rules is None
-    goes_on = rules is not None and rules["on_loss"] != "stop" and not rules["rolls_back"]
     own = several and device.type != "cpu"
     arena = _map(world.arena(host.size_bytes, own=own, alone=alone, rules=rules), host.size_bytes)
     memory = DeviceMemory(device) if device.type != "cpu" else lambda region: arena.tensor(region, torch.uint8)
@@ -149,8 +150,8 @@ def assemble(
         names=place.local_name,
         teams=crews_of(mesh),
     )
-    local.survives = goes_on
-    local.waits_for_all = goes_on and config.fault.on_loss == "wait"
+    local.survives = protection.goes_on
+    local.waits_for_all = protection.goes_on and config.fault.on_loss == "wait"
     made = _fingerprint(prepared, config, feed.size)
     if several or not world.joins:
         local.assemble(made)
@@ -181,8 +182,9 @@ def assemble(
             listeners,
             None if world.joins else restore,
             stopping,
-            world if rules is not None and rules["rolls_back"] else None,
+            world if protection.starts_again else None,
         )
+        worker.unprotected = protection.missing
         if world.joins and isinstance(group, HierarchicalGroup):
             step = group.enter_run()
         elif world.joins:
@@ -191,28 +193,6 @@ def assemble(
     except BaseException as error:
         group.close(error)
         raise
-
-
-def _rules(prepared: Prepared, config: TrainingConfig, world: World, *, trains: bool) -> dict[str, Any] | None:
-    """What the launcher is to do about lost workers and hosts; None where hosts survive nothing."""
-    slots, several = prepared.host.slots, len(prepared.place.hosts.sizes) > 1
-    if world.spans and not survives_hosts(config):
-        return None
-    goes_on = world.spans or (not several and survives(config, slots))
-    whole = prepared.shards is None  # of which all workers can copy a part
-    again = not goes_on and trains and whole and world.trainings == 1 and rolls_back(config)
-    given = config.fault.model_dump()
-    if not (goes_on or again):
-        given["on_loss"] = "stop"
-    return {
-        **given,
-        "rolls_back": again,
-        "several_hosts": world.spans,
-        "deadline_s": config.deadline_s,
-        "slots": slots,
-        "together": 1 if again else config.layout.model_workers,  # one ends, and then all are ended
-        "run_dir": config.run_dir,
-    }
 
 
 def _worker(

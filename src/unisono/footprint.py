@@ -28,8 +28,8 @@ def machine_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def refuse_what_cannot_fit(prepared: Prepared, config: TrainingConfig, limit_bytes: int) -> None:
-    """Compare what is known before a rehearsal (after one, in a pipeline) with the machine's memory.
+def refuse_what_cannot_fit(prepared: Prepared, config: TrainingConfig, limit_bytes: int) -> int:
+    """Compare what is known before a rehearsal (after one, in a pipeline) with the machine's memory; what is left.
 
     Raises:
         ConfigurationError: where the workers of this host would take more.
@@ -39,7 +39,7 @@ def refuse_what_cannot_fit(prepared: Prepared, config: TrainingConfig, limit_byt
     used = footprint(prepared, found, config, recompute)
     total = sum(sum(kinds.values()) for kinds in used)
     if total <= limit_bytes:
-        return
+        return limit_bytes - total
     by_kind = {kind: sum(kinds[kind] for kinds in used) for kind in used[0]}
     first, second = sorted(by_kind, key=by_kind.__getitem__, reverse=True)[:2]
     remedy = "more hosts with layout.zero=3" + (", fewer workers on this one" if len(used) > 1 else "")

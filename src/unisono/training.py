@@ -281,6 +281,8 @@ class Training:
             tell(Notice(f"optimizer {name} is of no known class, so rank 0 updates everything; see update_class"))
         if self._inexact:
             tell(Notice(f"not exact: {self._inexact}"))
+        if self._assembled.unprotected:
+            tell(Notice(self._assembled.unprotected))
         if self._world.launcher == "torchrun":
             tell(Notice("torchrun ends all workers when one is lost; unisono run goes on without it"))
         if in_notebook():

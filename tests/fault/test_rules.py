@@ -56,6 +56,19 @@ def test_a_place_whose_workers_end_before_they_join_stays_empty() -> None:
     assert decide(RULES, Course.TRAINING, waited[2], [DEATH, *waited[:2]], 0) is Verdict.REPLACE
 
 
+def test_where_all_start_again_they_do_so_until_they_get_nowhere() -> None:
+    rules = replace(RULES, rolls_back=True)
+    assert decide(rules, Course.STARTING, DEATH, [], 0) is Verdict.RESTART
+    assert decide(rules, Course.TRAINING, DEATH, [], 0) is Verdict.ROLL_BACK
+    assert decide(rules, Course.TRAINING, DEATH, [replace(DEATH, process=99)], 0) is Verdict.FAIL  # it is poisoned
+    updating = [replace(DEATH, slot=slot, activity="update", micro_batch=None) for slot in range(3)]
+    assert decide(rules, Course.TRAINING, updating[1], updating[:1], 0) is Verdict.ROLL_BACK
+    assert decide(rules, Course.TRAINING, updating[2], updating[:2], 0) is Verdict.FAIL
+    farther = replace(updating[2], step=8)
+    assert decide(rules, Course.TRAINING, farther, updating[:2], 0) is Verdict.ROLL_BACK
+    assert decide(rules, Course.OVER, DEATH, [], 0) is Verdict.FAIL
+
+
 class Clock:
     def __init__(self) -> None:
         self.now = 100.0

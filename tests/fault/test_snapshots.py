@@ -144,3 +144,10 @@ def test_workers_of_several_sets_under_one_launcher_start_again(pool: LocalLaunc
     assert ending.result["digest"] == expected
     records = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert sum(record["event"] == "RolledBack" for record in records) == 2
+
+
+def test_where_memory_has_no_room_for_snapshots_that_is_said(pool: LocalLauncher, tmp_path: Path) -> None:
+    arguments = {"steps": 3, "model": "mlp", "run_dir": str(tmp_path)}
+    pool.run({"call": "tests.jobs:train_in_little_memory", "arguments": arguments}, 1)
+    text = (tmp_path / "events.jsonl").read_text()
+    assert "a lost worker ends this run: snapshots of its state would take" in text

@@ -11,9 +11,12 @@ import os
 import random
 import signal
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,7 @@ STOP_DEADLINE_S = 1.0
 EVERY = 4
 """Steps from one snapshot to the next, where the configuration does not say."""
 SLEEP_S, SLOW_FACTOR, SLOW_MICRO_BATCHES, SLOW_STEPS = 0.05, 5, 4, 40
+SLOW_CORE_MICRO_BATCHES = 8
 """A worker that is slow: compute as a timed sleep, and micro-batches a worker."""
 AT_MOMENTS = {
     **{
@@ -48,10 +52,10 @@ AT_MOMENTS = {
 }
 SPECIAL = (
     *("kill-two", "kill-rescue", "kill-entry", "spare", "scale", "sigterm", "everything", "server"),
-    *("slow", "disk-full", "disk-read-only", "disk-slow", "clock", "random"),
+    *("slow", "slow-core", "disk-full", "disk-read-only", "disk-slow", "clock", "random"),
 )
 FAULTS = (*AT_MOMENTS, *SPECIAL)
-OF_SURVIVORS = ("kill-two", "kill-rescue", "kill-entry", "spare", "scale", "everything", "slow")
+OF_SURVIVORS = ("kill-two", "kill-rescue", "kill-entry", "spare", "scale", "everything", "slow", "slow-core")
 """Faults whose point is what the others do meanwhile: where all start again from a snapshot, they do nothing."""
 
 Say = Callable[[str], None]
@@ -297,16 +301,35 @@ class Chaos:
 
         settings: dict[str, Any] = {"global_batch_size": count * config.micro_batch_size}
         even = self._train(SLOW_STEPS, sleepers(None), **settings)
-        sizes = [len(s) for s in paced_micro_batches(count, [SLOW_FACTOR, *[1.0] * (workers - 1)])]
-        best = max(sizes[0] * SLOW_FACTOR, *sizes[1:]) / SLOW_MICRO_BATCHES * even.step_s
-        found = []
+        best = _best_slow_step(workers, count) / SLOW_MICRO_BATCHES * even.step_s
+        slow = [self._train(SLOW_STEPS, sleepers(number % workers), **settings) for number in range(self._repeat)]
+        _judge_slow(row, even, slow, best)
+
+    def _slow_core(self, row: Row) -> None:
+        """One of two workers, each pinned to a core, shares it with four busy processes."""
+        cores = sorted(os.sched_getaffinity(0))[:2]
+        if self._workers != 2 or len(cores) < 2:
+            raise ConfigurationError("slow-core is for two workers (-n 2) on at least two cores")
+        count = 2 * SLOW_CORE_MICRO_BATCHES
+
+        def pin(workers: WorkerSet, committed: int) -> None:
+            for subject in workers.alive:
+                os.sched_setaffinity(subject.process, {cores[subject.rank]})
+
+        def run() -> Observed:
+            return self._train(SLOW_STEPS, [], pin, global_batch_size=count * self._config.micro_batch_size)
+
+        even, slow = run(), []
         for number in range(self._repeat):
-            slow = self._train(SLOW_STEPS, sleepers(number % workers), **settings)
-            found.append(best / slow.step_s)
-            assert slow.ending is not None and even.ending is not None, slow.error or even.error
-            row.digest_equal = row.digest_equal and slow.ending.result["digest"] == even.ending.result["digest"]
-            row.exactly_once = row.exactly_once and slow.losses == even.losses
-        row.note = f"throughput {statistics.median(found):.2f} of the best assignment's, {min(found):.2f} at least"
+            with ExitStack() as stack:
+                for _ in range(SLOW_FACTOR - 1):
+                    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+                    stack.callback(busy.wait)
+                    stack.callback(busy.kill)
+                    os.sched_setaffinity(busy.pid, {cores[number % 2]})
+                slow.append(run())
+        best = _best_slow_step(2, count) / SLOW_CORE_MICRO_BATCHES * even.step_s
+        _judge_slow(row, even, slow, best)
 
     def _clock(self, row: Row) -> None:
         """The wall clock is set back and forward by an hour: nothing happens."""
@@ -468,6 +491,22 @@ def _directory(given: str | None) -> Iterator[str]:
         return
     with tempfile.TemporaryDirectory(prefix="unisono-chaos-") as own:
         yield own
+
+
+def _best_slow_step(workers: int, count: int) -> float:
+    """The best step with whole micro-batches where one worker is slower, in the time of one of another."""
+    sizes = [len(s) for s in paced_micro_batches(count, [SLOW_FACTOR, *[1.0] * (workers - 1)])]
+    return float(max(sizes[0] * SLOW_FACTOR, *sizes[1:]))
+
+
+def _judge_slow(row: Row, even: Observed, found: Sequence[Observed], best_s: float) -> None:
+    """Runs with a slow worker, beside one without, and a step of the best assignment."""
+    for slow in found:
+        assert slow.ending is not None and even.ending is not None, slow.error or even.error
+        row.digest_equal = row.digest_equal and slow.ending.result["digest"] == even.ending.result["digest"]
+        row.exactly_once = row.exactly_once and slow.losses == even.losses
+    parts = [best_s / slow.step_s for slow in found]
+    row.note = f"throughput {statistics.median(parts):.2f} of the best assignment's, {min(parts):.2f} at least"
 
 
 def _with_snapshots(config: Config) -> Config:

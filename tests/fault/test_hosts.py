@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from unisono.check.chaos import arguments
 from unisono.check.host_chaos import FAULTS, HostChaos, Hosts
 from unisono.check.observed import Row
 from unisono.check.strike import Strike
+from unisono.check.trials import arguments
 from unisono.config import Config, validate
 from unisono.errors import ConfigurationError
 from unisono.fault.generation import Acceptor, Generation

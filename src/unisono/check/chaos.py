@@ -5,8 +5,6 @@ Scripted faults strike from inside workers (`check.strike`), at (rank, step, mom
 launcher's loop, which also takes the times: it looks at the arena's words every millisecond.
 """
 
-import contextlib
-import json
 import os
 import random
 import signal
@@ -15,30 +13,25 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from unisono.check.observed import Observed, Row
 from unisono.check.strike import Storage, Strike
-from unisono.comm.header import Course
-from unisono.config import Config, validate
-from unisono.errors import ConfigurationError, UnisonoError
+from unisono.check.trials import Trials
+from unisono.config import Config
+from unisono.errors import ConfigurationError
 from unisono.launch.local import LocalLauncher
-from unisono.launch.possible import survives
-from unisono.launch.task import STANDARD_ERROR, Elastic
+from unisono.launch.task import Elastic
 from unisono.launch.worker_set import WorkerSet
-from unisono.observe.records import EVENTS
 from unisono.plan.assignment import paced_micro_batches
 from unisono.state.checkpoint import DIRECTORY, newest_intact, path_of, steps_in, verify
 
 FIRST, GAP = 10, 8
 """The step of the first fault, and steps from one to the next: until then, a lost worker's place is taken again."""
-TURN_S = 0.001
 STOP_DEADLINE_S = 1.0
-EVERY = 4
-"""Steps from one snapshot to the next, where the configuration does not say."""
 SLEEP_S, SLOW_FACTOR, SLOW_MICRO_BATCHES, SLOW_STEPS = 0.05, 5, 4, 40
 SLOW_CORE_MICRO_BATCHES = 8
 """A worker that is slow: compute as a timed sleep, and micro-batches a worker."""
@@ -73,14 +66,12 @@ class Chaos:
     """
 
     def __init__(self, launcher: LocalLauncher, config: Config, workers: int, repeat: int, seed: int, say: Say) -> None:
-        self._launcher = launcher
-        self._rolls_back = not survives(config, workers)
-        self._config = _with_snapshots(config) if self._rolls_back else config
+        self._trials = Trials(launcher, config, workers)
+        self._config = config
         self._workers = workers
         self._repeat = repeat
         self._seed = seed
         self._say = say
-        self._undisturbed: dict[int, tuple[str, Observed]] = {}
 
     def run(self, fault: str) -> Row:
         """Let one kind of fault happen, again and again.
@@ -88,7 +79,7 @@ class Chaos:
         Raises:
             ConfigurationError: where it cannot happen in this run.
         """
-        if self._rolls_back and fault in OF_SURVIVORS:
+        if self._trials.rolls_back and fault in OF_SURVIVORS:
             raise ConfigurationError(
                 f"{fault} is for runs whose workers go on without one of them; in this layout all start again from a "
                 "snapshot when one is lost: leave it out of --faults"
@@ -109,8 +100,8 @@ class Chaos:
         steps, strikes = self._schedule(lambda rank, step: [Strike(rank, step, moment, how)])
         settings: dict[str, Any] = {"deadline_s": STOP_DEADLINE_S} if how in ("stop", "hang") else {}
         row = Row(fault, self._repeat)
-        seen = self._train(steps, strikes, **settings)
-        self._judge(row, seen, steps, late_s=max(seen.limits_s, default=0.0))
+        seen = self._trials.train(steps, strikes, **settings)
+        self._trials.judge(row, seen, steps, late_s=max(seen.limits_s, default=0.0))
         if seen.limits_s:
             row.note = f"up to {max(seen.limits_s):.1f} s without progress were allowed: 20 times the median operation"
         return row
@@ -128,7 +119,7 @@ class Chaos:
             return [Strike(r % self._workers, step, "backward") for r in (rank, rank + 1)]
 
         steps, strikes = self._schedule(faults)
-        self._judge(row, self._train(steps, strikes), steps, killed=2)
+        self._trials.judge(row, self._trials.train(steps, strikes), steps, killed=2)
 
     def _kill_rescue(self, row: Row) -> None:
         """One, and another that computes in its place."""
@@ -139,13 +130,13 @@ class Chaos:
             rank, step = n % self._workers, FIRST + GAP * n
             others = [r for r in range(self._workers) if r != rank]
             strikes += [Strike(rank, step, "forward"), *(Strike(r, step, "rescue") for r in others[:1])]
-        self._judge(row, self._train(steps, strikes), steps, killed=2)
+        self._trials.judge(row, self._trials.train(steps, strikes), steps, killed=2)
 
     def _kill_entry(self, row: Row) -> None:
         """A worker, and the one that is to take its place, as it enters."""
         steps, strikes = self._schedule(lambda rank, step: [Strike(rank, step, "forward")])
         strikes += [Strike(rank, 0, "entry") for rank in range(self._workers)]
-        self._judge(row, self._train(steps, strikes), steps)
+        self._trials.judge(row, self._trials.train(steps, strikes), steps)
 
     def _spare(self, row: Row) -> None:
         """The spare that waits is killed, and training does not notice."""
@@ -157,13 +148,15 @@ class Chaos:
                 following[0] = committed + GAP
                 os.kill(waiting[0].process, signal.SIGKILL)
 
-        seen = self._train(steps, [], look, elastic=Elastic(self._workers, self._workers, 1), struck_outside=True)
-        self._judge(row, seen, steps)
+        seen = self._trials.train(
+            steps, [], look, elastic=Elastic(self._workers, self._workers, 1), struck_outside=True
+        )
+        self._trials.judge(row, seen, steps)
 
     def _random(self, row: Row) -> None:
         """Kills and stops at random times, never the last two, nor two at one micro-batch."""
-        self._at_least(1 if self._rolls_back else 3)
-        least = 1 if self._rolls_back else 3
+        self._at_least(1 if self._trials.rolls_back else 3)
+        least = 1 if self._trials.rolls_back else 3
         chance, doomed, struck = random.Random(self._seed), set[int](), set[tuple[int, int | None]]()
         following = [0.0]
         steps = FIRST + 3 * self._repeat + 10 * GAP
@@ -175,17 +168,17 @@ class Chaos:
                 return
             victim = chance.choice(healthy)
             _, step, micro_batch = header.doing(victim.rank)
-            work = (step, None if self._rolls_back else micro_batch)  # all of the step is done again there
+            work = (step, None if self._trials.rolls_back else micro_batch)  # all of the step is done again there
             if FIRST <= step <= steps - GAP and work not in struck:
                 struck.add(work)
                 doomed.add(victim.process)
                 os.kill(victim.process, chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP]))
                 following[0] = now + chance.choice([0.0, 0.05, 0.2, 0.8])
 
-        seen = self._train(steps, [], look, struck_outside=True, deadline_s=STOP_DEADLINE_S)
+        seen = self._trials.train(steps, [], look, struck_outside=True, deadline_s=STOP_DEADLINE_S)
         row.repetitions = len(doomed)
         row.note = f"seed {self._seed}"
-        self._judge(row, seen, steps)
+        self._trials.judge(row, seen, steps)
 
     def _scale(self, row: Row) -> None:
         """1 to 4 to 2 to 3, in turn."""
@@ -200,12 +193,12 @@ class Chaos:
                 done[0] += 1
 
         elastic = Elastic(self._config.layout.model_workers, max(sizes))
-        seen = self._train(steps, [], look, elastic=elastic, struck_outside=True)
+        seen = self._trials.train(steps, [], look, elastic=elastic, struck_outside=True)
         for before, at in asked:
             times = [seen.committed_at[s] for s in range(before, before + 2 * GAP) if s in seen.committed_at]
             row.recovery_s.append(max(b - a for a, b in zip([at, *times], times, strict=False)))
         row.note = "times are the longest pause between two commits after each change"
-        self._judge(row, seen, steps)
+        self._trials.judge(row, seen, steps)
 
     # The whole run
 
@@ -221,16 +214,16 @@ class Chaos:
                         at.append(time.monotonic())
                         workers.interrupt(signal.SIGTERM)
 
-                first = self._train(steps, [], look, run_dir=run_dir)
+                first = self._trials.train(steps, [], look, run_dir=run_dir)
                 orderly = first.ending is not None and first.ending.preempted
                 saved = steps_in(Path(run_dir) / DIRECTORY)
                 last = max(first.committed_at, default=0)
                 row.lost_steps += last - saved[0] if saved else last
                 row.recovery_s.append(first.over_at - asked[0])
-                again = self._train(steps, [], run_dir=run_dir, resume=True)
-                self._judge(row, again, steps)
+                again = self._trials.train(steps, [], run_dir=run_dir, resume=True)
+                self._trials.judge(row, again, steps)
                 row.digest_equal = row.digest_equal and orderly
-        row.bound_s = self._expected(steps)[1].step_s + 0.5
+        row.bound_s = self._trials.expected(steps)[1].step_s + 0.5
         row.note = "times are from the signal to the end"
 
     def _everything(self, row: Row) -> None:
@@ -240,11 +233,11 @@ class Chaos:
             with tempfile.TemporaryDirectory(prefix="unisono-chaos-") as run_dir:
                 stop_at = FIRST + number % GAP
                 strikes = [Strike(rank, stop_at, "backward") for rank in range(self._workers)]
-                first = self._train(steps, strikes, run_dir=run_dir, checkpoint={"every": every})
+                first = self._trials.train(steps, strikes, run_dir=run_dir, checkpoint={"every": every})
                 row.note = first.error.partition("; ")[2] or first.error
                 path, manifest, _ = newest_intact(Path(run_dir) / DIRECTORY)
                 verify(path)
-                self._judge(row, self._train(steps, [], run_dir=run_dir, resume=True), steps, whole=False)
+                self._trials.judge(row, self._trials.train(steps, [], run_dir=run_dir, resume=True), steps, whole=False)
                 row.digest_equal = row.digest_equal and manifest.step >= stop_at - 2 * every
 
     def _server(self, row: Row) -> None:
@@ -252,9 +245,9 @@ class Chaos:
         steps, every = FIRST + 2 * GAP, 5
         for _ in range(self._repeat):
             with tempfile.TemporaryDirectory(prefix="unisono-chaos-") as run_dir, LocalLauncher() as own:
-                mine, self._launcher = self._launcher, own
+                mine, self._trials.launcher = self._trials.launcher, own
                 try:
-                    first = self._train(
+                    first = self._trials.train(
                         steps,
                         [],
                         lambda workers, committed: own.kill_server() if committed >= FIRST + every else None,
@@ -262,9 +255,9 @@ class Chaos:
                         checkpoint={"every": every},
                     )
                 finally:
-                    self._launcher = mine
+                    self._trials.launcher = mine
                 row.note = first.error
-                self._judge(row, self._train(steps, [], run_dir=run_dir, resume=True), steps, whole=False)
+                self._trials.judge(row, self._trials.train(steps, [], run_dir=run_dir, resume=True), steps, whole=False)
 
     def _disk_full(self, row: Row) -> None:
         self._disk(row, "full")
@@ -280,8 +273,10 @@ class Chaos:
         steps, every = FIRST + GAP * (self._repeat + 2), 4
         with tempfile.TemporaryDirectory(prefix="unisono-chaos-") as run_dir:
             storage = Storage(how, FIRST, steps - GAP)
-            seen = self._train(steps, [], run_dir=run_dir, checkpoint={"every": every, "keep": 1000}, storage=storage)
-            self._judge(row, seen, steps)
+            seen = self._trials.train(
+                steps, [], run_dir=run_dir, checkpoint={"every": every, "keep": 1000}, storage=storage
+            )
+            self._trials.judge(row, seen, steps)
             directory = Path(run_dir) / DIRECTORY
             saved = sorted(steps_in(directory))
             for step in saved:
@@ -300,9 +295,11 @@ class Chaos:
             return [Strike(rank, 1, "data", "slow", seconds=each) for rank, each in seconds.items()]
 
         settings: dict[str, Any] = {"global_batch_size": count * config.micro_batch_size}
-        even = self._train(SLOW_STEPS, sleepers(None), **settings)
+        even = self._trials.train(SLOW_STEPS, sleepers(None), **settings)
         best = _best_slow_step(workers, count) / SLOW_MICRO_BATCHES * even.step_s
-        slow = [self._train(SLOW_STEPS, sleepers(number % workers), **settings) for number in range(self._repeat)]
+        slow = [
+            self._trials.train(SLOW_STEPS, sleepers(number % workers), **settings) for number in range(self._repeat)
+        ]
         _judge_slow(row, even, slow, best)
 
     def _slow_core(self, row: Row) -> None:
@@ -317,7 +314,7 @@ class Chaos:
                 os.sched_setaffinity(subject.process, {cores[subject.rank]})
 
         def run() -> Observed:
-            return self._train(SLOW_STEPS, [], pin, global_batch_size=count * self._config.micro_batch_size)
+            return self._trials.train(SLOW_STEPS, [], pin, global_batch_size=count * self._config.micro_batch_size)
 
         even, slow = run(), []
         for number in range(self._repeat):
@@ -334,163 +331,11 @@ class Chaos:
     def _clock(self, row: Row) -> None:
         """The wall clock is set back and forward by an hour: nothing happens."""
         steps, strikes = self._schedule(lambda rank, step: [Strike(rank, step, "data", "clock")])
-        self._judge(row, self._train(steps, strikes, deadline_s=STOP_DEADLINE_S), steps)
-
-    # One run, and what is made of it
+        self._trials.judge(row, self._trials.train(steps, strikes, deadline_s=STOP_DEADLINE_S), steps)
 
     def _at_least(self, workers: int) -> None:
         if self._workers < workers:
             raise ConfigurationError(f"this fault needs at least {workers} workers; {self._workers} are there (-n)")
-
-    def _expected(self, steps: int) -> tuple[str, Observed]:
-        """Digest and course of the undisturbed run."""
-        if steps not in self._undisturbed:
-            seen = self._train(steps, [])
-            assert seen.ending is not None, seen.error
-            self._undisturbed[steps] = seen.ending.result["digest"], seen
-        return self._undisturbed[steps]
-
-    def _judge(
-        self, row: Row, seen: Observed, steps: int, *, late_s: float = 0.0, killed: int = 1, whole: bool = True
-    ) -> None:
-        """Compare a run with the undisturbed one.
-
-        Arguments:
-            late_s: until a fault is noticed.
-            killed: workers that a fault takes.
-            whole: nothing was trained twice.
-        """
-        digest, undisturbed = self._expected(steps)
-        result = seen.ending.result if seen.ending is not None else None
-        if result is None:
-            row.digest_equal, row.note = False, seen.error
-            return
-        row.digest_equal = row.digest_equal and result["digest"] == digest
-        if self._rolls_back:
-            self._judge_rolled_back(row, seen, undisturbed)
-        elif whole:
-            row.exactly_once = row.exactly_once and seen.losses == undisturbed.losses
-            row.lost_steps += len(seen.losses) - len({step for step, _ in seen.losses})
-            if missing := sorted(dict(undisturbed.losses).keys() - dict(seen.losses).keys()):
-                row.note = f"steps {', '.join(map(str, missing))} are not on record; {row.note}".rstrip("; ")
-        else:  # what was trained twice had the same losses
-            row.exactly_once = row.exactly_once and dict(seen.losses) == dict(undisturbed.losses)
-        struck = {note["process"] for note in seen.strikes}
-        row.survivors_restarted += len(seen.ended - struck)
-        for step, at in {note["struck"]["step"]: note["at"] for note in reversed(seen.strikes)}.items():
-            if step in seen.committed_at:
-                row.recovery_s.append(seen.committed_at[step] - at)
-        again = [len([m for part in r["taken_over"].values() for m in part]) for r in seen.of("WorkerLost")]
-        row.recomputed_micro_batches = max([row.recomputed_micro_batches, *again])
-        if seen.strikes and not self._rolls_back:
-            step_s = undisturbed.step_s
-            share = -(-self._config.micro_batches // max(1, self._workers // self._config.layout.model_workers))
-            one = step_s / max(1, share)
-            row.bound_s = step_s + killed * share * one + late_s + 0.5 * killed
-            asked = {(n["struck"]["rank"], n["struck"]["step"], n["struck"]["moment"]) for n in seen.strikes}
-            row.repetitions = min(row.repetitions, len(asked))
-
-    def _judge_rolled_back(self, row: Row, seen: Observed, undisturbed: Observed) -> None:
-        """What was trained twice had the same losses; and at the most what came after a snapshot was."""
-        losses = dict(seen.losses)
-        again = all(losses[step] == loss for step, loss in seen.losses)
-        row.exactly_once = row.exactly_once and again and losses == dict(undisturbed.losses)
-        row.lost_steps = max([row.lost_steps, *(record["lost_steps"] for record in seen.of("RolledBack"))])
-        row.starts_again, every = True, self._config.fault.snapshot_every
-        row.may_lose = every if isinstance(every, int) else 0
-
-    def _train(
-        self,
-        steps: int,
-        strikes: Sequence[Strike],
-        look: Callable[[WorkerSet, int], None] | None = None,
-        *,
-        elastic: Elastic | None = None,
-        run_dir: str | None = None,
-        resume: bool = False,
-        storage: Storage | None = None,
-        struck_outside: bool = False,
-        **settings: Any,
-    ) -> Observed:
-        """Train, and look on.
-
-        Arguments:
-            look: called with the last committed step, again and again, while it trains.
-            struck_outside: who ends was struck by ``look``, or left.
-        """
-        seen, processes = Observed(), dict[int, int]()
-
-        def turn(workers: WorkerSet) -> None:
-            header, now = workers.survival.header, time.monotonic()
-            seen.strikes += [note for note in workers.notes if note not in seen.strikes]
-            seen.limits_s += [limit for limit in workers.survival.limits_s if limit not in seen.limits_s]
-            if header is None or header.course is not Course.TRAINING:
-                return
-            committed = header.committed
-            for step in range(max(seen.committed_at, default=committed - 1) + 1, committed + 1):
-                seen.committed_at[step] = now
-            alive = {w.rank: w.process for w in workers.alive}
-            if not struck_outside and not workers.interrupts:
-                seen.ended |= {process for rank, process in processes.items() if alive.get(rank) != process}
-            processes.clear()
-            processes.update(alive)
-            if look is not None:
-                look(workers, committed)
-
-        with _directory(run_dir) as directory:
-            given = arguments(self._config, steps, directory, strikes, storage, settings, resume)
-            target = {"call": "unisono.check.strike:train", "arguments": given}
-            together = self._config.layout.model_workers
-            count = elastic.least if elastic is not None else self._workers
-            self._launcher.each_turn, self._launcher.turn_s = turn, TURN_S
-            try:
-                seen.ending = self._launcher.run(
-                    target, count, elastic=elastic, together=together, output=STANDARD_ERROR
-                )
-            except UnisonoError as error:
-                seen.error = str(error)
-            finally:
-                self._launcher.each_turn = None
-                seen.over_at = time.monotonic()
-            if seen.ending is not None and seen.ending.interrupted:
-                raise KeyboardInterrupt
-            lines = (Path(directory) / EVENTS).read_text(encoding="utf-8").splitlines()
-            seen.records = [json.loads(line) for line in lines]
-        return seen
-
-
-def arguments(
-    config: Config,
-    steps: int,
-    run_dir: str,
-    strikes: Sequence[Strike],
-    storage: Storage | None,
-    settings: dict[str, Any],
-    resume: bool,
-) -> dict[str, Any]:
-    """Those of `check.strike.train`: a configuration without records that take time."""
-    data = config.model_dump(mode="json")
-    decay = config.schedule.decay_steps or config.steps
-    data["schedule"] = {**data["schedule"], "decay_steps": decay}
-    data["layout"] = {**data["layout"], "data": None}
-    data["observe"] = {"progress": False, "tensorboard": False, "report": False}
-    data |= {"steps": steps, "run_dir": run_dir, "checkpoint": {}, "validation": {}, **settings}
-    return {
-        "config": validate(Config, data, "chaos").model_dump(mode="json"),
-        "strikes": [strike.as_dict() for strike in strikes],
-        "storage": storage.as_dict() if storage is not None else None,
-        "resume": resume,
-    }
-
-
-@contextlib.contextmanager
-def _directory(given: str | None) -> Iterator[str]:
-    """The one given, or one of its own for a while."""
-    if given is not None:
-        yield given
-        return
-    with tempfile.TemporaryDirectory(prefix="unisono-chaos-") as own:
-        yield own
 
 
 def _best_slow_step(workers: int, count: int) -> float:
@@ -507,14 +352,6 @@ def _judge_slow(row: Row, even: Observed, found: Sequence[Observed], best_s: flo
         row.exactly_once = row.exactly_once and slow.losses == even.losses
     parts = [best_s / slow.step_s for slow in found]
     row.note = f"throughput {statistics.median(parts):.2f} of the best assignment's, {min(parts):.2f} at least"
-
-
-def _with_snapshots(config: Config) -> Config:
-    """A configuration that says how many steps may be lost."""
-    fault = config.fault
-    if fault.snapshot_every == "auto":
-        fault = fault.model_copy(update={"snapshot_every": EVERY})
-    return config.model_copy(update={"fault": fault})
 
 
 def chosen_faults(text: str | None, *, survived: bool = True) -> list[str]:

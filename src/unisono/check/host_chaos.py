@@ -19,10 +19,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unisono.check.chaos import FIRST, GAP, Say, arguments
+from unisono.check.chaos import FIRST, GAP, Say
 from unisono.check.observed import Observed, Row
 from unisono.check.one_host import Order
 from unisono.check.strike import Strike
+from unisono.check.trials import arguments
 from unisono.config import Config
 from unisono.errors import ConfigurationError, WorkerFailed
 from unisono.launch.namespaces import Namespaces, unavailable

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from unisono import Trainer, assembly
 from unisono.check.strike import armed
 from unisono.comm.algorithms import drive, ring
 from unisono.comm.arena import Arena
+from unisono.comm.background import Background
 from unisono.comm.crossing import Crossing, Terms
 from unisono.comm.hierarchical import HierarchicalGroup
 from unisono.comm.host import HostGroup
@@ -29,6 +31,7 @@ from unisono.comm.network import Link, NetworkWire
 from unisono.comm.partial import add_entry, partial_layout
 from unisono.comm.reductions import power_sgd
 from unisono.comm.way import Way
+from unisono.comm.wire import Addressed
 from unisono.engine import Engine
 from unisono.errors import GroupError
 from unisono.events import Event, MicroBatchesCopied, Notice, PhaseEntered, StepFinished, ValidationFinished
@@ -390,6 +393,31 @@ def reform_often(times: int) -> dict[str, Any]:
         wire.close()
         descriptors.append(len(os.listdir("/proc/self/fd")))
     return {"made_s": made, "freed_s": freed, "errors": sorted(errors), "descriptors": descriptors}
+
+
+def _send_and_receive(wire: NetworkWire, sends: Sequence[Addressed], receives: Sequence[Addressed]) -> None:
+    wire.post(sends, receives, 1).wait("a large message")
+
+
+def revoked_while_a_message_comes(times: int) -> list[float]:
+    """Rank 0 receives on a thread of its own, and all let go of the wire meanwhile: the seconds that this took each."""
+    world = this_process()
+    link = Link("gloo", world.store(10.0), world.address, 20.0, torch.device("cpu"))
+    took = []
+    for generation in range(times):
+        wire = NetworkWire(link, f"generation {generation}", world.rank, world.size)
+        background = Background("test", lambda: None)
+        message = [(torch.zeros(24 << 20), 1 - world.rank)]
+        sends, receives = (message, []) if world.rank else ([], message)
+        running = background.submit(partial(_send_and_receive, wire, sends, receives))
+        time.sleep(0.005 * (1 + generation % 4))
+        started = time.monotonic()
+        wire.revoke()
+        background.close(held_up=lambda wire=wire: wire.awaits)  # type: ignore[misc]
+        took.append(time.monotonic() - started)
+        wire.close()
+        assert not running.done() or isinstance(running.exception(), GroupError)
+    return took
 
 
 def reform_without(lost: int) -> dict[str, Any]:

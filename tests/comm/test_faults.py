@@ -109,6 +109,13 @@ def test_a_wire_is_revoked_and_made_anew_fifty_times(pool: LocalLauncher, worker
         assert result["descriptors"][-1] == result["descriptors"][1], "descriptors leak"
 
 
+def test_a_wire_is_revoked_while_a_message_comes(pool: LocalLauncher) -> None:
+    """Gloo does not free who is in the middle of receiving one when the connection ends: the thread is left behind."""
+    arguments = {"times": 12}
+    results = pool.run({"call": "tests.jobs:revoked_while_a_message_comes", "arguments": arguments}, 2, hosts=2).results
+    assert max(max(took) for took in results) < 2.0
+
+
 @pytest.mark.parametrize(("workers", "hosts", "lost"), [(3, 3, 1), (4, 2, 3), (5, 2, 0)])
 def test_survivors_form_the_next_generation(tolerant: LocalLauncher, workers: int, hosts: int, lost: int) -> None:
     target = {"call": "tests.jobs:reform_without", "arguments": {"lost": lost}}

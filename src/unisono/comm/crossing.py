@@ -5,12 +5,13 @@ lane sums besides what is no gradient.
 """
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 
+from unisono.comm.background import Background
 from unisono.comm.blame import Bulletin
 from unisono.comm.exchange import (
     TAGS_A_BUCKET,
@@ -125,7 +126,7 @@ class Crossing:
             lambda ready, operation: self.patience.wait(ready, self.running, operation),
         )
         self._wires: list[NetworkWire] = []
-        self._thread: ThreadPoolExecutor | None = None
+        self._thread: Background | None = None
         self._leaders: Leaders | None = None
         self.data: NetworkWire | None = None
         self.packed: Packed | None = None
@@ -153,7 +154,7 @@ class Crossing:
         control = self.data if link == on_cpu else self._new_wire(on_cpu, "control")
         if way.may_pack and not self.data.ordered:
             self.packed = Packed(self.data)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="unisono-exchange", initializer=_one_thread)
+        self._thread = Background("unisono-exchange", _one_thread)
         self._leaders = Leaders(control, self.call, self._tag(1))
         self.reduce = self._reduction(self.data, control)
         self.lane = Lane(
@@ -234,7 +235,7 @@ class Crossing:
         self._step = step
         self.readiness.begin(step)
         if self._thread is not None:
-            self.running = self._thread.submit(self._exchange, step)
+            self.running = self._thread.submit(lambda: self._exchange(step))
 
     def leaf(self, number: int) -> Partial:
         """This worker's micro-batch of a round."""
@@ -351,7 +352,7 @@ class Crossing:
         self._closed = True
         self._free()
         if self._thread is not None:
-            self._thread.shutdown(wait=True)
+            self._thread.close(held_up=lambda: any(wire.awaits for wire in self._wires))
         for wire in self._wires:
             wire.close()
 

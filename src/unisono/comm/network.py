@@ -60,6 +60,7 @@ class NetworkWire:
 
     Attributes:
         sent_bytes: payload that this member has sent since `take_sent_bytes`.
+        awaits: a thread is in the transport, and waits.
 
     Raises:
         LaunchError: if not all members come together before the deadline.
@@ -73,6 +74,7 @@ class NetworkWire:
         self._link = link
         self._explain = explain or _plainly
         self._revoked = False
+        self.awaits = False
         self._open = True
         before = _connected()
         try:
@@ -119,6 +121,7 @@ class NetworkWire:
     def await_work(self, peer: int, work: Any, until: float, operation: str) -> None:
         """Wait for one message."""
         remaining = max(0.001, until - time.monotonic())
+        self.awaits = True
         try:
             if self._link.device.type == "cpu":
                 work.wait(timedelta(seconds=remaining))
@@ -130,6 +133,10 @@ class NetworkWire:
                 work.wait(timedelta(seconds=remaining))
         except RuntimeError as error:
             raise self._failure(peer, operation, until, error) from error
+        finally:
+            self.awaits = False
+        if self._revoked:  # nobody waits for it any more, and what it would write to may have another use
+            raise Revoked(f"the group was revoked while this worker waited in {operation}")
 
     def _failure(self, peer: int, operation: str, until: float, error: RuntimeError) -> GroupError:
         if self._revoked:
@@ -157,7 +164,8 @@ class NetworkWire:
     def revoke(self) -> None:
         """Free every call that waits on this wire, at once, and all later ones; callable from any thread.
 
-        `abort` of gloo frees nobody. Its connected sockets are shut down instead; listening ones stay.
+        `abort` of gloo frees nobody. Its connected sockets are shut down instead; listening ones stay. That frees all
+        but one who is in the middle of receiving a message: gloo tells those whose message has not begun.
         """
         self._revoked = True
         abort = getattr(self._group, "abort", None)

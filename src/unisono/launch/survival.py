@@ -154,9 +154,9 @@ class Survival:
             dismissed: it was asked to leave.
         """
         rank, process = worker.rank, worker.process
-        if not self._watches and self.rolled_back and restarts < MOST_RESTARTS:
-            return Verdict.RESTART
         if not self._watches:
+            if self.rolled_back and not self._trained and restarts < MOST_RESTARTS:  # not even begun, this time
+                return Verdict.RESTART
             return Verdict.FAIL if not joins or self.trains(rank) else Verdict.SHRINK
         watch, slot = self._over(rank - self.first)
         death = replace(watch.death(slot, process), slot=rank - self.first)

@@ -50,6 +50,8 @@ def protected(prepared: Prepared, config: TrainingConfig, world: World, room_byt
             f"a lost worker ends this run: snapshots of its state would take {readable(wanted_bytes)} of this host's "
             f"memory, and {readable(room_bytes)} are left; checkpoint.every says how much may be lost"
         )
+    if not (alone or goes_on or again):  # the workers of each set find out for themselves
+        return Protection(goes_on=False, starts_again=False, rules=None, missing=missing)
     rules = {
         **config.fault.model_dump(),
         **({} if goes_on or again else {"on_loss": "stop"}),

@@ -24,7 +24,7 @@ def tolerant(pool: LocalLauncher, monkeypatch: pytest.MonkeyPatch) -> LocalLaunc
 def survivors(
     pool: LocalLauncher, workers: int, hosts: int, call: str = "survive", together: int = 1, **arguments: Any
 ) -> list[dict[str, Any]]:
-    settings = {"deadline_s": DEADLINE_S, "wire": {"bucket_bytes": 300}, **arguments}
+    settings = {"deadline_s": DEADLINE_S, "wire": {"bucket_bytes": 300}, "fault": {"on_loss": "stop"}, **arguments}
     ending = pool.run({"call": f"tests.jobs:{call}", "arguments": settings}, workers, hosts=hosts, together=together)
     return [result for rank, result in enumerate(ending.results) if rank != arguments["rank"]]
 

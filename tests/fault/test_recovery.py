@@ -296,8 +296,8 @@ def test_workers_come_and_go(pool: LocalLauncher, turn: Callable[..., None], tmp
             workers.scale(following[0][1])
             following[:] = [step] if (step := next(plan, None)) else []
 
-    turn(look)
     expected = undisturbed(pool, json.dumps({"model": "norm"}), 300)
+    turn(look)
     arguments = {"steps": 300, "model": "norm", "run_dir": str(tmp_path)}
     ending = pool.run({"call": "tests.jobs:train", "arguments": arguments}, 1, elastic=Elastic(1, 4))
     assert ending.result["digest"] == expected
@@ -342,9 +342,9 @@ def test_three_of_five_are_killed_at_once(pool: LocalLauncher, turn: Callable[..
                 os.kill(process, signal.SIGKILL)
             time.sleep(0.1)
 
-    turn(look)
     arguments = {"steps": 40, "model": "norm", "clip": 0.5, "deadline_s": 3.0}
     expected = undisturbed(pool, json.dumps({"model": "norm", "clip": 0.5}), 40)
+    turn(look)
     ending = pool.run({"call": "tests.jobs:train", "arguments": arguments}, 5)
     assert len(struck) == 3 and ending.result["digest"] == expected
 

@@ -361,8 +361,8 @@ def test_workers_are_asked_to_leave_as_the_run_ends(
         if training and header is not None and header.committed >= 29 - before_the_end and not asked:
             asked.append(workers.scale(1))
 
-    turn(look)
     expected = undisturbed(pool, json.dumps({"model": "mlp"}), 30)
+    turn(look)
     arguments = {"steps": 30, "model": "mlp", "deadline_s": 3.0}
     ending = pool.run({"call": "tests.jobs:train", "arguments": arguments}, 3, elastic=Elastic(1, 3))
     assert asked and ending.result["digest"] == expected

@@ -207,7 +207,8 @@ class Training:
         no_better = every is not None and step % every == 0 and self._validate(step)
         if worker.prepared.shards is not None and saving.may_be_saved(step):
             saving.save_together(step)
-        if outcome.flags & KEEP and worker.snapshots is not None:
+        ends = no_better or step == self._steps  # then nothing goes on from here
+        if outcome.flags & KEEP and worker.snapshots is not None and not ends:
             worker.snapshots.take(step, saving.as_bytes())
         if no_better:
             return step, "early stop"

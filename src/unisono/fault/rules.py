@@ -140,8 +140,8 @@ def _early_ends(death: Death, before: Sequence[Death]) -> int:
 
 def _gets_nowhere(death: Death, before: Sequence[Death]) -> bool:
     """Whether the last few, from whatever place, have ended without getting farther than the one before them."""
-    last = [death, *reversed(before)][:MOST_EARLY_ENDS]
-    return len(last) == MOST_EARLY_ENDS and len({other.step for other in last}) == 1
+    steps = [other.step for other in (death, *reversed(before)) if other.trained][:MOST_EARLY_ENDS]
+    return len(steps) == MOST_EARLY_ENDS and max(steps[:-1]) <= steps[-1]
 
 
 def poisoned(death: Death, before: Sequence[Death], together: int) -> Death | None:

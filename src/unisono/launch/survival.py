@@ -71,6 +71,10 @@ class Survival:
         """That of the first worker, who speaks for all."""
         return self._watches[min(self._watches)] if self._watches else None
 
+    def _is_watched(self, slot: int) -> bool:
+        """Whether its worker has begun: each of several arenas is watched from when it is asked for."""
+        return any(first <= slot < first + watch.rules.slots for first, watch in self._watches.items())
+
     def _over(self, slot: int) -> tuple[Watch, int]:
         """The watch over a place, and the place's number there."""
         first = max((first for first in self._watches if first <= slot), default=min(self._watches))
@@ -83,7 +87,7 @@ class Survival:
 
     def dismiss(self, rank: int, *, leave: bool) -> None:
         """Ask a worker to leave after its step, or no longer."""
-        if self._watches:
+        if self._is_watched(rank - self.first):
             watch, slot = self._over(rank - self.first)
             watch.dismiss(slot, leave=leave)
 
@@ -138,6 +142,8 @@ class Survival:
         """Whether a worker takes part in the training, or has done so in the last."""
         if not self._watches:
             return rank - self.first in self._trained
+        if not self._is_watched(rank - self.first):
+            return False
         watch, slot = self._over(rank - self.first)
         return watch.trains(slot)
 
@@ -158,6 +164,8 @@ class Survival:
             if self.rolled_back and not self._trained and restarts < MOST_RESTARTS:  # not even begun, this time
                 return Verdict.RESTART
             return Verdict.FAIL if not joins or self.trains(rank) else Verdict.SHRINK
+        if not self._is_watched(rank - self.first):
+            return Verdict.RESTART if restarts < MOST_RESTARTS else Verdict.FAIL
         watch, slot = self._over(rank - self.first)
         death = replace(watch.death(slot, process), slot=rank - self.first)
         verdict = decide(watch.rules, watch.course, death, self.deaths, restarts, joins=joins)
@@ -230,7 +238,8 @@ class Survival:
 
     def _silent(self, watch: Watch, subjects: Sequence[Subject]) -> list[tuple[Subject, Silence]]:
         """Those that one watch is over."""
-        places = {subject: self._over(subject.rank - self.first) for subject in subjects}
+        begun = [subject for subject in subjects if self._is_watched(subject.rank - self.first)]
+        places = {subject: self._over(subject.rank - self.first) for subject in begun}
         by_slot = {slot: subject for subject, (own, slot) in places.items() if own is watch}
         return [(by_slot[silence.slot], silence) for silence in watch.silent(list(by_slot))]
 
@@ -251,6 +260,8 @@ class Survival:
             text = stacks[subject.rank].strip() or "no stack: its process does not answer"
             part = f"stacks of worker {subject.rank} (process {subject.process}):\n{text}"
             shown.append(part)
+            if not self._is_watched(subject.rank - self.first):
+                continue
             watch, slot = self._over(subject.rank - self.first)
             flight = [f"{now - o.at_s:12.6f} s ago  {o.text}" for o in watch.header.flight(slot)]
             recorded += [part, f"last operations of worker {subject.rank}:", *flight]

@@ -276,7 +276,9 @@ class WorkerSet:
             return False
         header = self.survival.header
         training = header is not None and header.course is Course.TRAINING
-        return bool(worker.status) or (training and not worker.finished)
+        rules = self.survival.rules
+        leaves_alone = rules is not None and rules.rolls_back and len(self._workers) == 1  # as a script may
+        return bool(worker.status) or (training and not worker.finished and not leaves_alone)
 
     def _let_go(self, worker: WorkerProcess) -> None:
         """A worker has ended, not in good order."""

@@ -142,10 +142,11 @@ class Snapshots:
         Where the system allows no more pinned memory, copies are slower, and that is all.
         """
         first = self._own.start // PAGE * PAGE
-        for image in range(IMAGES):
-            address = self._image(image)[0].data_ptr() + first
-            if int(_runtime().cudaHostRegister(address, self._own.stop - first, 0)) == 0:
-                self._pinned.append(address)
+        with torch.cuda.device(self._parts[0].device):
+            for image in range(IMAGES) if len(self._own) else ():
+                address = self._image(image)[0].data_ptr() + first
+                if int(_runtime().cudaHostRegister(address, self._own.stop - first, 0)) == 0:
+                    self._pinned.append(address)
 
     def close(self) -> None:
         """Let go of the memory."""

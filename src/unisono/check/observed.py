@@ -88,6 +88,7 @@ class Observed:
         limits_s: what workers that hung were given.
         over_at: when it ended.
         digests: of the states that several hosts ended with.
+        struck_outside: who ends was struck from outside, or left.
     """
 
     ending: Ending | None = None
@@ -99,6 +100,7 @@ class Observed:
     limits_s: list[float] = field(default_factory=list)
     over_at: float = 0.0
     digests: set[str] = field(default_factory=set)
+    struck_outside: bool = False
 
     @property
     def losses(self) -> list[tuple[int, float]]:

@@ -83,13 +83,14 @@ class Trials:
                 row.recovery_s.append(seen.committed_at[step] - at)
         again = [len([m for part in r["taken_over"].values() for m in part]) for r in seen.of("WorkerLost")]
         row.recomputed_micro_batches = max([row.recomputed_micro_batches, *again])
+        if seen.strikes:
+            asked = {(n["struck"]["rank"], n["struck"]["step"], n["struck"]["moment"]) for n in seen.strikes}
+            row.repetitions = min(row.repetitions, len(asked))
         if seen.strikes and not self.rolls_back:
             step_s = undisturbed.step_s
             share = -(-self._config.micro_batches // max(1, self._workers // self._config.layout.model_workers))
             one = step_s / max(1, share)
             row.bound_s = step_s + killed * share * one + late_s + 0.5 * killed
-            asked = {(n["struck"]["rank"], n["struck"]["step"], n["struck"]["moment"]) for n in seen.strikes}
-            row.repetitions = min(row.repetitions, len(asked))
 
     def _judge_rolled_back(self, row: Row, seen: Observed, undisturbed: Observed) -> None:
         """What was trained twice had the same losses; and at the most what came after a snapshot was."""
@@ -97,8 +98,9 @@ class Trials:
         again = all(losses[step] == loss for step, loss in seen.losses)
         row.exactly_once = row.exactly_once and again and losses == dict(undisturbed.losses)
         row.lost_steps = max([row.lost_steps, *(record["lost_steps"] for record in seen.of("RolledBack"))])
-        row.starts_again, every = True, self._config.fault.snapshot_every
-        row.may_lose = every if isinstance(every, int) else 0
+        every = self._config.fault.snapshot_every
+        if seen.struck_outside or any(note["struck"]["how"] != "clock" for note in seen.strikes):
+            row.starts_again, row.may_lose = True, every if isinstance(every, int) else 0
 
     def train(
         self,
@@ -119,7 +121,7 @@ class Trials:
             look: called with the last committed step, again and again, while it trains.
             struck_outside: who ends was struck by ``look``, or left.
         """
-        seen, processes = Observed(), dict[int, int]()
+        seen, processes = Observed(struck_outside=struck_outside), dict[int, int]()
 
         def turn(workers: WorkerSet) -> None:
             header, now = workers.survival.header, time.monotonic()

@@ -71,14 +71,12 @@ class Survival:
         """That of the first worker, who speaks for all."""
         return self._watches[min(self._watches)] if self._watches else None
 
-    def _is_watched(self, slot: int) -> bool:
-        """Whether its worker has begun: each of several arenas is watched from when it is asked for."""
-        return any(first <= slot < first + watch.rules.slots for first, watch in self._watches.items())
-
-    def _over(self, slot: int) -> tuple[Watch, int]:
-        """The watch over a place, and the place's number there."""
-        first = max((first for first in self._watches if first <= slot), default=min(self._watches))
-        return self._watches[first], slot - first
+    def _over(self, slot: int) -> tuple[Watch, int] | None:
+        """The watch over a place, and the place's number there; None before its worker has asked for its arena."""
+        for first, watch in self._watches.items():
+            if first <= slot < first + watch.rules.slots:
+                return watch, slot - first
+        return None
 
     def want(self, workers: int) -> None:
         """So many are to train."""
@@ -87,8 +85,8 @@ class Survival:
 
     def dismiss(self, rank: int, *, leave: bool) -> None:
         """Ask a worker to leave after its step, or no longer."""
-        if self._is_watched(rank - self.first):
-            watch, slot = self._over(rank - self.first)
+        if (found := self._over(rank - self.first)) is not None:
+            watch, slot = found
             watch.dismiss(slot, leave=leave)
 
     @property
@@ -142,10 +140,8 @@ class Survival:
         """Whether a worker takes part in the training, or has done so in the last."""
         if not self._watches:
             return rank - self.first in self._trained
-        if not self._is_watched(rank - self.first):
-            return False
-        watch, slot = self._over(rank - self.first)
-        return watch.trains(slot)
+        found = self._over(rank - self.first)
+        return found is not None and found[0].trains(found[1])
 
     def ended(
         self, worker: Subject, status: int, restarts: int, others: Sequence[int], *, joins: bool, dismissed: bool
@@ -164,9 +160,9 @@ class Survival:
             if self.rolled_back and not self._trained and restarts < MOST_RESTARTS:  # not even begun, this time
                 return Verdict.RESTART
             return Verdict.FAIL if not joins or self.trains(rank) else Verdict.SHRINK
-        if not self._is_watched(rank - self.first):
+        if (found := self._over(rank - self.first)) is None:
             return Verdict.RESTART if restarts < MOST_RESTARTS else Verdict.FAIL
-        watch, slot = self._over(rank - self.first)
+        watch, slot = found
         death = replace(watch.death(slot, process), slot=rank - self.first)
         verdict = decide(watch.rules, watch.course, death, self.deaths, restarts, joins=joins)
         survives = verdict in (Verdict.REPLACE, Verdict.SHRINK) and watch.course is Course.TRAINING
@@ -238,9 +234,8 @@ class Survival:
 
     def _silent(self, watch: Watch, subjects: Sequence[Subject]) -> list[tuple[Subject, Silence]]:
         """Those that one watch is over."""
-        begun = [subject for subject in subjects if self._is_watched(subject.rank - self.first)]
-        places = {subject: self._over(subject.rank - self.first) for subject in begun}
-        by_slot = {slot: subject for subject, (own, slot) in places.items() if own is watch}
+        places = [(subject, self._over(subject.rank - self.first)) for subject in subjects]
+        by_slot = {place[1]: subject for subject, place in places if place is not None and place[0] is watch}
         return [(by_slot[silence.slot], silence) for silence in watch.silent(list(by_slot))]
 
     def _sentence(self, silence: Silence, subject: Subject, stacks: str) -> str:
@@ -260,9 +255,9 @@ class Survival:
             text = stacks[subject.rank].strip() or "no stack: its process does not answer"
             part = f"stacks of worker {subject.rank} (process {subject.process}):\n{text}"
             shown.append(part)
-            if not self._is_watched(subject.rank - self.first):
+            if (found := self._over(subject.rank - self.first)) is None:
                 continue
-            watch, slot = self._over(subject.rank - self.first)
+            watch, slot = found
             flight = [f"{now - o.at_s:12.6f} s ago  {o.text}" for o in watch.header.flight(slot)]
             recorded += [part, f"last operations of worker {subject.rank}:", *flight]
         run_dir = self.run_dir

@@ -151,3 +151,12 @@ def test_where_memory_has_no_room_for_snapshots_that_is_said(pool: LocalLauncher
     pool.run({"call": "tests.jobs:train_in_little_memory", "arguments": arguments}, 1)
     text = (tmp_path / "events.jsonl").read_text()
     assert "a lost worker ends this run: snapshots of its state would take" in text
+
+
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_a_loss_before_training_starts_all_again_in_every_set(pool: LocalLauncher, hosts: int, tmp_path: Path) -> None:
+    """Also where each set has an arena of its own, and the one that is lost had not asked for its own yet."""
+    arguments = {"mark": str(tmp_path / "mark"), "model": "mlp", "layout": {"tensor": 1}}
+    target = {"call": "tests.jobs:train_after_an_early_death", "arguments": arguments}
+    expected = pool.run({"call": "tests.jobs:train", "arguments": {"model": "mlp"}}, 1).result["digest"]
+    assert pool.run(target, 2, hosts=hosts).result["digest"] == expected

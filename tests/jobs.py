@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 
 from tests import toys
 from unisono import Trainer, assembly
@@ -40,6 +41,8 @@ from unisono.plan.assignment import micro_batches, one_team
 from unisono.plan.blocks import ParameterSpec, TensorSpec, flat_layout
 from unisono.plan.exchange import Bucket
 from unisono.plan.hosts import Place
+from unisono.run.rng import Isolation
+from unisono.run.sampling import Sampler
 from unisono.run.summation import Node, accumulation
 from unisono.state.shared import SharedState
 from unisono.tasks.lm import GPT
@@ -515,3 +518,51 @@ def train_with_a_slow_disk(seconds: float, **options: Any) -> dict[str, Any]:
 
     SharedState.tensors = slowly  # type: ignore[method-assign]
     return train(steps=2, checkpoint_every=1, **options)
+
+
+def averaged_by_torch(period: int, after: int, steps: int) -> list[list[float]]:
+    """Local SGD by torch's averager, with a replica on each worker; its parameters."""
+    dist.init_process_group("gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    model = local_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, fused=True)
+    averager = PeriodicModelAverager(period, warmup_steps=after + period - 1)
+    for step in range(steps):
+        rows = [toys.Samples()[i] for i in Sampler(toys.SAMPLES, 0, 8, 8 // size).indices(step, rank).tolist()]
+        inputs, targets = (torch.stack([row[part] for row in rows]).double() for part in (0, 1))
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(inputs), targets).backward()  # type: ignore[no-untyped-call]
+        for parameter in model.parameters() if step < after else ():
+            assert parameter.grad is not None
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= size
+        optimizer.step()
+        averager.average_parameters(model.parameters())
+    result = [parameter.flatten().tolist() for parameter in model.parameters()]
+    dist.barrier()
+    dist.destroy_process_group()
+    return result
+
+
+def averaged_by_ours(period: int, after: int, steps: int) -> list[list[float]]:
+    """The same, by ours."""
+    subject = Trainer(
+        model=local_model,
+        loss=nn.functional.mse_loss,
+        data=[(x.double(), y.double()) for x, y in (toys.Samples()[i] for i in range(toys.SAMPLES))],
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9),
+        sync={"mode": "local", "period": period, "after": after},
+        global_batch_size=8,
+        micro_batch_size=1,
+        observe={"progress": False},
+    )
+    subject.fit(steps)
+    assert subject.model is not None
+    return [parameter.flatten().tolist() for parameter in subject.model.parameters()]
+
+
+def local_model() -> nn.Module:
+    """The same values everywhere."""
+    with Isolation() as isolation:
+        isolation.seed(5)
+        return nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 4)).double()

@@ -1,6 +1,7 @@
 """Models that nobody here wrote, tiny and with random values; a plain loop that trains them; ours, in any layout."""
 
 import contextlib
+import importlib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -18,9 +19,11 @@ for operation in ("nms", "qnms"):  # a torchvision whose extension does not fit 
         torch.library.define(f"torchvision::{operation}", "(Tensor a, Tensor b, float c) -> Tensor")
 warnings.filterwarnings("ignore")
 
-import timm  # noqa: E402
+import timm as _timm  # noqa: E402
 import transformers as _transformers  # noqa: E402
 
+timm: Any = _timm
+importlib.import_module("timm.optim")
 transformers: Any = _transformers  # typed more narrowly than it is used everywhere
 transformers.logging.set_verbosity_error()
 
@@ -79,11 +82,13 @@ def vit() -> nn.Module:
 
 def resnet() -> nn.Module:
     """In double precision: a rounding that turns a ReLU behind a batch norm on or off shows in the fifth digit."""
-    return timm.create_model("resnet10t", num_classes=CLASSES).double()
+    made: nn.Module = timm.create_model("resnet10t", num_classes=CLASSES)
+    return made.double()
 
 
 def convnext() -> nn.Module:
-    return timm.create_model("convnext_atto", num_classes=CLASSES, depths=(1, 1, 2, 1), dims=(8, 8, 16, 16))
+    made: nn.Module = timm.create_model("convnext_atto", num_classes=CLASSES, depths=(1, 1, 2, 1), dims=(8, 8, 16, 16))
+    return made
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {

@@ -82,7 +82,10 @@ WRONG = {
     "import path that fails": (["small.yaml", "task=no_such:Task"], "cannot import no_such"),
     "class that is not there": (["mine.yaml", "task=my_task:Other"], "module my_task has no class Other"),
     "options that do not fit": (["small.yaml", "options={wdth: 3}"], "its options are width, dropout"),
-    "unknown optimizer": (["small.yaml", "optimizer.name=Adamw"], "optimizer.name is 'Adamw'; torch.optim has"),
+    "unknown optimizer": (
+        ["small.yaml", "optimizer.name=Adamw"],
+        "optimizer.name is 'Adamw'; did you mean AdamW? unisono.optim has GIANT, KFAC, LAMB, LARS, NewtonCG, and",
+    ),
     "optimizer options that do not fit": (
         ["small.yaml", "optimizer={name: SGD, options: {beta: 1}}"],
         "do not fit SGD",
@@ -337,6 +340,8 @@ def test_a_run_that_is_asked_to_end_is_resumed_with_the_same_bits(tmp_path: Path
         (["chaos", "configs/lm.yaml", "--faults", "kil"], "--faults names 'kil'; known are kill-data"),
         (["chaos", "configs/lm.yaml", "-n", "1", "fault.on_loss=stop"], "chaos needs a run that survives the loss of"),
         (["chaos", "configs/lm.yaml", "-n", "2", "--faults", "kill-two", "--repeat", "1"], "at least 3 workers"),
+        (["chaos", "configs/lm.yaml", "-n", "4", "--faults", "stop,slow-core"], "slow-core is for two workers (-n 2)"),
+        (["chaos", "configs/lm.yaml", "--hosts", "--faults", "comet"], "--faults names 'comet'; known are host-worker"),
     ],
 )
 def test_wrong_words_about_faults_are_refused(words: list[str], expected: str) -> None:

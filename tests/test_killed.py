@@ -39,14 +39,20 @@ def test_twenty_runs_killed_at_random_moments(tmp_path: Path) -> None:
     (work / "config.yaml").write_text(CONFIG)
     environment = {**os.environ, "TMPDIR": str(temporary), "HOME": str(temporary)}
     shared = set(os.listdir("/dev/shm"))
-    saved = 0
+    saved, longest_s = 0, 60.0
     for number in range(RUNS):
         resume = bool(steps_in(work / "run" / DIRECTORY))
         command = [sys.executable, "-m", "unisono", "train", "config.yaml", "-n", "2", *["--resume"] * resume]
         process = subprocess.Popen(
             command, cwd=work, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        time.sleep(generator.uniform(0.05, 4.0))
+        began = time.monotonic()
+        if number == 0:  # how long it takes here until there is something to lose
+            while not steps_in(work / "run" / DIRECTORY) and time.monotonic() - began < longest_s:
+                time.sleep(0.02)
+            longest_s = 1.2 * (time.monotonic() - began)
+        else:
+            time.sleep(generator.uniform(0.05, longest_s))
         below = descendants(process.pid)
         workers = [p for child in below for p in descendants(child)]
         victim = generator.choice(workers) if number % 2 and workers else process.pid

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from unisono.optim import LAMB, LARS
+
 SAMPLES = 60
 
 
@@ -308,6 +310,8 @@ OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]]
     "asgd": lambda p: torch.optim.ASGD(p, lr=1e-2),
     "adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2),
     "muon": muon,
+    "lars": lambda p: LARS(p, lr=0.5, weight_decay=1e-2, trust_coefficient=0.02, nesterov=True),
+    "lamb": lambda p: LAMB(p, lr=1e-2, exclude_vectors=False),
     "coupled": lambda p: Coupled(p, lr=1e-2),
     "lbfgs": lambda p: torch.optim.LBFGS(p),
     "sparse_adam": lambda p: torch.optim.SparseAdam(list(p)),

@@ -10,29 +10,29 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from unisono.comm.arena import Arena, DeviceMemory, Region
+from unisono.agreeing import policy_of, server_engine
+from unisono.comm.arena import DeviceMemory, Region, mapped
 from unisono.comm.copies import Copies
 from unisono.comm.group import Group
 from unisono.comm.hierarchical import Continuity, HierarchicalGroup
 from unisono.comm.host import HostGroup
+from unisono.comm.locks import Locks
 from unisono.comm.memos import Memos
 from unisono.comm.offload import Offload
 from unisono.comm.partial import Partial, item_size
 from unisono.comm.passage import Passages, clear_lane
-from unisono.comm.squares import ArenaSquares
 from unisono.comm.tensor_group import ArenaTensorGroup
 from unisono.config import TrainingConfig
 from unisono.data.feed import Feed, TrainingFeed
 from unisono.engine import Engine, WorkShare, lone_share, rounds_share, work_share
-from unisono.errors import ConfigurationError
+from unisono.errors import ConfigurationError, Regrouped
 from unisono.evaluation import Evaluator
 from unisono.events import Emitter
 from unisono.filling import Load, Restored, fill
 from unisono.footprint import chosen_recomputation, machine_bytes, refuse_what_cannot_fit
 from unisono.launch.membership import join_hosts, place_of
 from unisono.launch.world import World
-from unisono.optim.blockwise import BlockOptimizer
-from unisono.optim.schedules import Schedule, scale
+from unisono.optim.schedules import Schedule
 from unisono.parallel.bind import bind, unbind
 from unisono.parallel.buffers import Buffers
 from unisono.parallel.recompute import Recomputation, blocks, refuse_inside
@@ -41,19 +41,21 @@ from unisono.parallel.sharded import ShardedValues
 from unisono.parallel.stages import Stages
 from unisono.parallel.tensor import TensorParallel
 from unisono.plan.assignment import UpdateClass, micro_batches
+from unisono.plan.blocks import split_name
 from unisono.plan.roster import Lot
 from unisono.plan.schedule import WHOLE, timetable
 from unisono.preparation import Objects, Prepared, crews_of, prepare, rehearse, value_groups
-from unisono.protection import protected
+from unisono.protection import protected, snapshots_of
 from unisono.run.rng import ModuleRandom
 from unisono.run.sampling import Sampler
 from unisono.state.shared import SharedState
-from unisono.state.snapshots import Snapshots, snapshots_bytes
+from unisono.state.snapshots import Snapshots
 from unisono.state.training_state import TrainingState
-from unisono.sync.every_step import EveryStep, GatheredSquares, Rates
-from unisono.sync.holdings import Holdings
-from unisono.sync.ownership import Owner, RunMemory
+from unisono.sync.local import replica_of
+from unisono.sync.ownership import RunMemory
 from unisono.sync.phases import Phases
+from unisono.sync.policy import Executes
+from unisono.sync.server import PulledValues
 
 PATIENCE, PATIENCE_S = 3, 10.0
 """Times the deadline, and seconds besides, that a worker waits where the launcher sees to those who hang."""
@@ -68,7 +70,9 @@ class Worker:
         shared: the state, where hosts share it and this is the first worker of one.
         offload: what of it lies on a disk.
         unprotected: why a lost worker ends the run, where that should not be so.
+        entered: what the others have said as this worker joined them, over several hosts.
         memos: where it leaves what others may have to tell for it; None where none would be left.
+        locks: of a parameter server; None where there is none.
     """
 
     prepared: Prepared
@@ -76,13 +80,15 @@ class Worker:
     state: TrainingState
     snapshot: TrainingState
     replica: Replica
-    engine: Engine
+    engine: Executes
     evaluator: Evaluator | None
     snapshots: Snapshots | None
     shared: SharedState | None = None
     offload: Offload | None = None
     memos: Memos | None = None
+    locks: Locks | None = None
     unprotected: str = ""
+    entered: Regrouped | None = None
     released: bool = False
 
     def release(self, cause: BaseException | None = None) -> None:
@@ -99,6 +105,8 @@ class Worker:
                 self.group.close(cause)
                 if self.snapshots is not None:
                     self.snapshots.close()
+                if self.locks is not None:
+                    self.locks.close()
                 self.replica.buffers.invalidate()
                 self.replica.buffers.reset()
                 self.replica.close()
@@ -136,7 +144,9 @@ def assemble(
     rules = protection.rules
     alone = host.slots == 1 and rules is None
     own = several and device.type != "cpu"
-    arena = _map(world.arena(host.size_bytes, own=own, alone=alone, rules=rules), host.size_bytes)
+    descriptor = world.arena(host.size_bytes, own=own, alone=alone, rules=rules)
+    to_lock = os.dup(descriptor) if descriptor is not None and config.sync.mode == "server" else None
+    arena = mapped(descriptor, host.size_bytes)
     memory = DeviceMemory(device) if device.type != "cpu" else lambda region: arena.tensor(region, torch.uint8)
     local = HostGroup(
         arena,
@@ -145,10 +155,11 @@ def assemble(
         place.local_rank,
         range(host.slots) if several else world.present,
         1,
-        config.deadline_s if rules is None or rules["several_hosts"] else PATIENCE * config.deadline_s + PATIENCE_S,
+        PATIENCE * config.deadline_s + PATIENCE_S if protection.rules is not None else config.deadline_s,
         memory=memory,
         names=place.local_name,
         teams=crews_of(mesh),
+        across_s=config.deadline_s if world.spans and protection.goes_on else None,  # then they go on with others
     )
     local.survives = protection.goes_on
     local.waits_for_all = protection.goes_on and config.fault.on_loss == "wait"
@@ -167,9 +178,12 @@ def assemble(
             feed.size,
             prepared.teams,
             prepared.shards,
-            survives=rules is not None and rules["several_hosts"],
+            survives=protection.goes_on,
         )
+    starts_again = protection.starts_again
     try:
+        if world.spans and not protection.goes_on and isinstance(group, HierarchicalGroup):  # some may lack the memory
+            starts_again = all(group.all_gather(b"yes" if starts_again else b"", "snapshots of all hosts"))
         worker, step = _worker(
             objects,
             config,
@@ -182,11 +196,15 @@ def assemble(
             listeners,
             None if world.joins else restore,
             stopping,
-            world if protection.starts_again else None,
+            world,
+            to_lock,
+            starts_again=starts_again,
         )
         worker.unprotected = protection.missing
         if world.joins and isinstance(group, HierarchicalGroup):
-            step = group.enter_run()
+            worker.entered = group.enter_run()
+            group.begin_work()
+            step = worker.entered.step
         elif world.joins:
             step = local.join(made, lambda: _take_state(prepared, local, worker.state, memory))
         return worker, step
@@ -207,13 +225,17 @@ def _worker(
     listeners: Emitter | None,
     restore: Callable[[Prepared, Load], Restored] | None,
     stopping: Callable[[], bool],
-    keeper: World | None,
+    world: World,
+    to_lock: int | None,
+    *,
+    starts_again: bool,
 ) -> tuple[Worker, int]:
     """A worker over its group, and the step from which it starts.
 
     Arguments:
+        to_lock: the arena's descriptor, where locks are needed and others could hold them.
         restore: as of `assemble`; None where the state is there already.
-        keeper: the way to the memory of snapshots; None where there are none.
+        starts_again: there are snapshots.
     """
     host, device = prepared.host, feed.device
     mine = prepared.mesh.coordinates(local.slot)["data"] if host.replicas > 1 else 0
@@ -224,20 +246,24 @@ def _worker(
     by_name = config.init == "by_name"
     bound = bind(prepared.model, prepared.layout.flat, state.values) if by_name else None
     shared = _shared(prepared, config, group, local, state)
-    snapshots = _snapshots(config, group, state, keeper) if keeper is not None else None
+    snapshots = snapshots_of(prepared, config, group, local, state, world) if starts_again else None
     step = 0
     if restore is not None:
-        step = fill(prepared, config, group, local, state, shared, memory, versions, restore, snapshots)
-    bound = bound or bind(prepared.model, prepared.layout.flat, state.values)
+        step = fill(
+            prepared, config, group, local, state, shared, memory, versions, restore, snapshots, world.rolled_back
+        )
+    pulled = PulledValues(state) if config.sync.mode == "server" else None
+    bound = bound or bind(prepared.model, prepared.layout.flat, state.values if pulled is None else pulled.values)
     recompute = _chosen(prepared, objects, config, feed)
     sharded = _sharded(prepared, objects, config, group, local, state, feed)
     tensor = _tensor(prepared, local, loss_parallel=config.layout.loss_parallel)
-    replica = _replica(prepared, objects, config, state, bound, feed, recompute, tensor, sharded)
+    buffers = state.buffers if pulled is None else pulled.buffers
+    replica = _replica(prepared, objects, config, buffers, bound, feed, recompute, tensor, sharded)
 
     def run_memory(slot: int) -> RunMemory:
         return RunMemory(prepared.layout, state.memory, memory(host.undo(slot)), snapshot.memory)
 
-    policy = _policy(prepared, config, group, local, state, run_memory, versions, schedule, mine)
+    locks = Locks(to_lock, local.waiter) if pulled is not None else None
     share, passages = _share(prepared, config, group, local)
     sampler = Sampler(feed.size, config.seed, config.global_batch_size, config.micro_batch_size)
     names = [name for name, _ in prepared.layout.flat.uses] + [spec.name for spec in prepared.layout.buffers]
@@ -246,19 +272,25 @@ def _worker(
     training = TrainingFeed(feed, sampler)
     if group is local:
         local.roll.costs = training.costs
-    engine = Engine(
-        group,
-        replica,
-        training,
-        policy,
-        config.micro_batches,
-        share,
-        Phases(group, listeners),
-        names,
-        group.partial if tensor is None else _partials(prepared, local, tensor),
-        passages,
-        local.copies,
-    )
+    engine: Executes
+    phases = Phases(group, listeners)
+    if pulled is not None and locks is not None:
+        own = state, snapshot, run_memory, versions
+        engine = server_engine(prepared, config, local, *own, schedule, replica, training, pulled, locks, phases)
+    else:
+        engine = Engine(
+            group,
+            replica,
+            training,
+            policy_of(prepared, config, group, local, state, run_memory, versions, schedule, mine),
+            config.micro_batches,
+            share,
+            phases,
+            names,
+            group.partial if tensor is None else _partials(prepared, local, tensor),
+            passages,
+            local.copies,
+        )
     if isinstance(group, HierarchicalGroup):
         group.continuity = Continuity(state.parts, versions)
     evaluator = None
@@ -268,16 +300,8 @@ def _worker(
             group, replica, held_out, config.micro_batch_size, config.validation.samples, objects.metrics, stopping
         )
     memos = Memos(local.arena.bytes(host.memos()), local.slot) if local.survives else None
-    worker = Worker(prepared, group, state, snapshot, replica, engine, evaluator, snapshots, shared, offload, memos)
-    return worker, step
-
-
-def _snapshots(config: TrainingConfig, group: Group, state: TrainingState, keeper: World) -> Snapshots:
-    """Where copies of the state are kept that outlive this worker."""
-    parts = state.parts()
-    size_bytes = snapshots_bytes(parts, group.size)
-    arena = _map(keeper.snapshots(size_bytes), size_bytes)
-    return Snapshots(arena, parts, group.rank, group.size, config.fault.snapshot_every)
+    parts = (prepared, group, state, snapshot, replica, engine, evaluator, snapshots, shared, offload, memos)
+    return Worker(*parts, locks=locks), step
 
 
 def _copies_pay(config: TrainingConfig, workers: int) -> bool:
@@ -322,7 +346,7 @@ def _shared(
 
 
 def _share(
-    prepared: Prepared, config: TrainingConfig, group: Group, local: HostGroup
+    prepared: Prepared, config: TrainingConfig, group: HostGroup | HierarchicalGroup, local: HostGroup
 ) -> tuple[Callable[[], WorkShare], Passages | None]:
     """What this worker does in the step that has begun, and its ways to the other stages of its replica."""
     layout, count = config.layout, config.micro_batches
@@ -339,12 +363,17 @@ def _share(
     @functools.lru_cache(maxsize=1)  # the hosts rarely change
     def share_at(rank: int, size: int) -> WorkShare:
         if prepared.shards is not None and prepared.shards.rounds:
-            turns = range(rank // layout.model_workers, count, size)
-            return rounds_share(turns, timetable("1f1b", 1, turns).workers[0])
+            own = range(rank, prepared.shards.rounds * size, size)
+            return rounds_share(own, timetable("1f1b", 1, own).workers[0])
         return together(micro_batches(count, size // layout.model_workers)[rank // layout.model_workers])
 
-    if group is not local:
-        return lambda: share_at(group.rank, group.size), passages
+    if isinstance(group, HierarchicalGroup):
+
+        def share_of_step() -> WorkShare:
+            rest = group.rest()
+            return share_at(group.rank, group.size) if rest is None else lone_share(rest[0], count, 0, rest[1])
+
+        return share_of_step, passages
 
     @functools.lru_cache(maxsize=1)  # of one membership, which rarely changes
     def share_of(lot: Lot) -> WorkShare:
@@ -425,27 +454,22 @@ def _partials(prepared: Prepared, local: HostGroup, tensor: TensorParallel) -> C
     return functools.cache(lambda entry: local.partial(entry).part(local.view(first, entry), cuts))
 
 
-def _map(descriptor: int | None, size_bytes: int) -> Arena:
-    """The arena; the mapping keeps what it needs, so that the descriptor does not keep the memory."""
-    try:
-        return Arena(descriptor, size_bytes)
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
-
-
 def _replica(
     prepared: Prepared,
     objects: Objects,
     config: TrainingConfig,
-    state: TrainingState,
+    values: Sequence[Tensor],
     bound: Sequence[nn.Parameter],
     feed: Feed,
     recompute: str,
     tensor: TensorParallel | None,
     sharded: ShardedValues | None,
 ) -> Replica:
-    """The model over the state's values."""
+    """The model over its parameters.
+
+    Arguments:
+        values: of the buffers, which every micro-batch begins with.
+    """
     flat, buffers = prepared.layout.flat, [spec.name for spec in prepared.layout.buffers]
     recomputation = None
     if recompute != "none":
@@ -457,8 +481,8 @@ def _replica(
     return Replica(
         prepared.model,
         uses,
-        Buffers(prepared.model, buffers, state.buffers),
-        ModuleRandom(prepared.model, config.seed, feed.device),
+        Buffers(prepared.model, buffers, values),
+        ModuleRandom(prepared.model, config.seed, feed.device, lambda name: split_name(name)[1]),
         objects.loss,
         config.precision,
         feed.device,
@@ -466,43 +490,7 @@ def _replica(
         recomputation,
         tensor,
         sharded,
-    )
-
-
-def _policy(
-    prepared: Prepared,
-    config: TrainingConfig,
-    group: Group,
-    local: HostGroup,
-    state: TrainingState,
-    run_memory: Callable[[int], RunMemory],
-    versions: memoryview,
-    schedule: Schedule,
-    replica: int,
-) -> EveryStep:
-    """How the workers agree, and what this one updates.
-
-    Arguments:
-        run_memory: of a slot.
-        replica: the number of the state that this worker updates a part of.
-    """
-    layout = prepared.layout
-    optimizer = BlockOptimizer(prepared.optimizer, prepared.update, state.python_state())
-    joinable = state.memory.device.type != "cpu" or config.threads == 1
-    owner = Owner(state, run_memory(local.slot), prepared.originals, prepared.teams, joinable)
-    row, protects = local.header.slot, local.survives
-    holdings = Holdings(local.slot, prepared.owned, owner, optimizer, versions, row, run_memory, protects=protects)
-    holdings.adopt(local.members)
-    return EveryStep(
-        group,
-        layout.flat,
-        prepared.teams,
-        config.micro_batches,
-        GatheredSquares(group) if prepared.shards is not None else ArenaSquares(local, replica),
-        state.span,
-        holdings,
-        optimizer,
-        Rates(schedule, scale(config.scaling, config.global_batch_size), config.clip),
+        replica_of(config),
     )
 
 

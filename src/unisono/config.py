@@ -10,7 +10,7 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from unisono.errors import ConfigurationError
 from unisono.plan.schedule import virtual
@@ -221,12 +221,159 @@ class ScalingConfig(Section):
     base_batch_size: int = Field(256, ge=1, description="The batch size that the optimizer's rate was chosen for.")
 
 
-class OptimizerConfig(Section):
-    """An optimizer of torch.optim by name, with its arguments; left out, the task's own is used."""
+class ClipConfig(Section):
+    """How large gradients are made smaller; a number alone is `norm`."""
 
-    name: str = Field(..., description="A class in torch.optim; the section replaces the task's own optimizer.")
+    norm: float | None = Field(None, gt=0, description="Limit of the norm of all gradients together.")
+    value: float | None = Field(None, gt=0, description="Limit of every element's magnitude.")
+    agc: float | None = Field(
+        None,
+        gt=0,
+        description="Adaptive: limit of each unit's norm (a row of a matrix, a filter, a vector), as a part of the "
+        "norm of its weights.",
+    )
+    agc_eps: float = Field(1e-3, gt=0, description="agc: the least norm that weights count with.")
+    agc_exclude: list[str] = Field(
+        default_factory=list,
+        description="agc: parameters that are left as they are, by name or pattern, as `head.*`.",
+    )
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        given = [name for name in ("norm", "value", "agc") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give one of norm, value and agc, not {' and '.join(given) or 'none'}")
+        if self.agc is None and self.agc_exclude:
+            raise ValueError("agc_exclude is for agc, which is not given")
+        return self
+
+
+class OptimizerConfig(Section):
+    """An optimizer by name, with its arguments; left out, the task's own is used."""
+
+    name: str = Field(
+        ...,
+        description="A class in torch.optim or in unisono.optim; the section replaces the task's own optimizer.",
+    )
     lr: float = Field(1e-3, gt=0, description="Learning rate, before schedule and scaling.")
     options: dict[str, Any] = Field(default_factory=dict, description="Further arguments of the class.")
+
+
+class OuterConfig(Section):
+    """diloco: how the model follows what replicas have learned: SGD, whose gradient is how far they have moved."""
+
+    lr: float = Field(0.7, gt=0, description="Learning rate.")
+    momentum: float = Field(0.9, ge=0, lt=1, description="Momentum.")
+    nesterov: bool = Field(True, description="Nesterov's.")
+
+
+class SyncConfig(Section):
+    """When replicas agree. All but every_step trade exactness for speed: the result depends on how many there are."""
+
+    mode: Literal["every_step", "local", "diloco", "server"] = Field(
+        "every_step",
+        description="local: replicas take steps of their own, and their average is taken every `period` steps. diloco: "
+        "the model follows them by an outer optimizer. server: workers wait for nobody within a step; each pushes the "
+        "gradient of some micro-batches to a parameter server, and pulls what others have pushed.",
+    )
+    replicas: int | None = Field(
+        None, ge=1, description="How many train apart, on any number of workers; default: one a worker."
+    )
+    period: int | None = Field(None, ge=1, description="Steps from one agreement to the next.")
+    after: int = Field(0, ge=0, description="Steps that are trained together first, as with every_step.")
+    outer: OuterConfig = Field(default_factory=lambda: OuterConfig())
+    compression: Literal["none", "bf16", "int8"] = Field(
+        "none", description="What replicas tell each other of how far they have moved: smaller numbers."
+    )
+    fragments: int = Field(1, ge=1, description="Parts of the model that agree in turn, each once in a period.")
+    delay: int = Field(
+        0, ge=0, description="Steps that replicas go on for while they exchange what they tell each other."
+    )
+    mix: float = Field(
+        0.5,
+        ge=0,
+        lt=1,
+        description="With a delay: how much of its own values a replica keeps when an agreement comes.",
+    )
+    proximal: float = Field(0.0, ge=0, description="A pull of every replica towards the model, by this rate (FedProx).")
+    staleness: int | None = Field(
+        None,
+        ge=0,
+        description="server: pushes that a worker may be ahead of the slowest; default: any number. 0: workers compute "
+        "in rounds, with the same values, and servers are updated once a round.",
+    )
+    servers: int = Field(4, ge=1, le=64, description="server: parts of the model, read and updated one by one.")
+    backup: int = Field(
+        0,
+        ge=0,
+        description="server, in rounds: workers that may be late: a round ends when all others have brought theirs.",
+    )
+    accepted: int | None = Field(
+        None, ge=1, description="server, in rounds: pushes that count in a round; default: one a worker, less backup."
+    )
+    push: int = Field(1, ge=1, description="server: micro-batches of a push.")
+    damping: bool = Field(
+        False, description="server: the rate of a push is divided by 1 + the number of others that came between."
+    )
+
+    record: bool = Field(
+        False, description="server: the order of pushes is kept in the run's directory, and can be replayed."
+    )
+    replay: str | None = Field(
+        None, description="server: the directory of a run that was recorded: one worker does the same again."
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        of_server = {"staleness", "servers", "backup", "accepted", "push", "damping", "record", "replay"}
+        known = {"every_step": set(), "server": of_server}.get(self.mode, set(type(self).model_fields) - of_server)
+        if given := sorted(self._given() - known - {"mode"}):
+            modes = "server" if given[0] in of_server else "local or diloco"
+            raise ValueError(f"{given[0]} is given and mode is {self.mode}; it is for {modes}")
+        if self.backup and self.staleness:
+            raise ValueError(f"backup is for rounds, in which nobody is ahead; leave out staleness {self.staleness}")
+        if self.accepted and not self.in_rounds:
+            raise ValueError("accepted is for rounds; set staleness to 0, or backup")
+        if self.damping and self.in_rounds:
+            raise ValueError("damping is for pushes that are stale, and in rounds none is; leave it out")
+        if self.mode in ("every_step", "server"):
+            return self
+        if self.period is None:
+            raise ValueError(f"mode is {self.mode} and period is missing: after how many steps do replicas agree?")
+        if self.mode != "diloco" and "outer" in self._given():
+            raise ValueError(f"outer is for mode diloco, not {self.mode}")
+        if self.fragments > self.period:
+            raise ValueError(f"{self.fragments} fragments cannot agree in turn within {self.period} steps")
+        if self.delay >= self.period:
+            raise ValueError(f"delay is {self.delay}; an agreement comes before the next, within {self.period} steps")
+        return self
+
+    def _given(self) -> set[str]:
+        """Keys with other values than their defaults: a resolved configuration has all keys."""
+        fields = type(self).model_fields
+        return {name for name in fields if getattr(self, name) != fields[name].get_default(call_default_factory=True)}
+
+    @property
+    def relaxed(self) -> bool:
+        """Whether anything but the exact mode is wanted."""
+        return self.mode != "every_step"
+
+    @property
+    def in_rounds(self) -> bool:
+        """Whether a parameter server is updated once a round."""
+        return self.mode == "server" and (self.staleness == 0 or self.backup > 0)
+
+    @property
+    def apart(self) -> bool:
+        """Whether replicas train apart."""
+        return self.mode in ("local", "diloco")
+
+    @property
+    def inexact(self) -> str | None:
+        """Why a run's result differs from one time to the next, in a few words; None where it does not."""
+        if self.mode != "server" or self.replay is not None or (self.in_rounds and not self.backup):
+            return None
+        return "whoever is late does not count" if self.backup else "workers push in whatever order they come"
 
 
 class ValidationConfig(Section):
@@ -325,9 +472,10 @@ class TrainingConfig(Section):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 runs the forward under autocast.")
     threads: int = Field(1, ge=1, description="Intra-op threads of a worker; part of the run, since it changes bits.")
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, or cuda: one device a worker.")
-    clip: float | None = Field(None, gt=0, description="Limit of the gradient's global norm.")
+    clip: ClipConfig | None = Field(None, description="Limits of gradients; a number is that of the global norm.")
     schedule: ScheduleConfig = Field(default_factory=lambda: ScheduleConfig())
     scaling: ScalingConfig = Field(default_factory=lambda: ScalingConfig())
+    sync: SyncConfig = Field(default_factory=lambda: SyncConfig())
     layout: Layout = Field(default_factory=lambda: Layout())
     wire: WireConfig = Field(default_factory=lambda: WireConfig())
     validation: ValidationConfig = Field(default_factory=lambda: ValidationConfig())
@@ -359,6 +507,47 @@ class TrainingConfig(Section):
         replicas = self.layout.data
         if replicas is not None and replicas > self.micro_batches:
             raise ValueError(more_replicas_than_micro_batches(replicas, self.micro_batches, self.layout.model_workers))
+        return self
+
+    @field_validator("clip", mode="before")
+    @classmethod
+    def _norm_alone(cls, value: Any) -> Any:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return {"norm": value} if number else value
+
+    @model_validator(mode="after")
+    def _clipping_fits(self) -> Self:
+        if self.clip is not None and self.clip.agc is not None and self.layout.offload is not None:
+            raise ValueError("clip.agc needs whole parameters, and layout.offload works element by element; leave one")
+        return self
+
+    @model_validator(mode="after")
+    def _replicas_fit(self) -> Self:
+        if not self.sync.relaxed:
+            return self
+        layout, mode = self.layout, self.sync.mode
+        if layout.model_workers > 1:
+            raise ValueError(f"sync.mode {mode} has whole models: set layout.pipeline and layout.tensor to 1")
+        if layout.zero not in (None, 1):
+            raise ValueError(f"sync.mode {mode} keeps all replicas in one state; leave layout.zero out")
+        if layout.offload is not None:
+            raise ValueError(f"sync.mode {mode} keeps its state in memory; leave layout.offload out")
+        if self.init == "by_name":
+            raise ValueError(f"sync.mode {mode} copies the model's values to all replicas; use init: stream")
+        if self.wire.compression != "none":
+            raise ValueError(f"wire.compression is for gradients; with sync.mode {mode} use sync.compression")
+        if self.sync.mode == "server" and self.micro_batches % self.sync.push:
+            raise ValueError(
+                f"{self.micro_batches} micro-batches cannot be pushed {self.sync.push} at a time; use a number that "
+                "divides them"
+            )
+        if self.device != "cpu":
+            raise ValueError(f"sync.mode {mode} works in the CPU's memory so far; leave out device {self.device}")
+        if self.sync.replicas is not None and self.micro_batches % self.sync.replicas:
+            raise ValueError(
+                f"{self.micro_batches} micro-batches cannot be shared evenly by sync.replicas {self.sync.replicas}; "
+                "use a number that divides them"
+            )
         return self
 
     @model_validator(mode="after")

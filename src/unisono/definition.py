@@ -21,11 +21,15 @@ def definition(objects: Objects, config: TrainingConfig, steps: int, prepared: P
     result: dict[str, Any] = {key: settings[key] for key in _SETTINGS} | {
         "samples": size_of(objects.data, "training"),
         "task": dict(objects.definition()) if objects.definition else {},
-        "optimizer": described(prepared.optimizer),
+        "optimizer": described(prepared.optimizer, prepared.layout.flat.replicas),
     }
+    if config.clip is not None:  # a number alone is the limit of the norm
+        result["clip"] = config.clip.norm or config.clip.model_dump(mode="json", exclude_defaults=True)
     if config.layout.tensor > 1:
         keys = ("tensor", "sequence_parallel", "loss_parallel", "tensor_plan")
         result["divided_layers"] = {key: value for key in keys if (value := settings["layout"][key])}
+    if config.sync.relaxed:
+        result["sync"] = settings["sync"]
     if config.schedule.name != "constant":
         result["schedule_steps"] = config.schedule.decay_steps or steps
     return result
@@ -37,6 +41,12 @@ def differences(mine: Mapping[str, Any], recorded: Mapping[str, Any], path: Path
     Raises:
         ConfigurationError: for a difference that would repeat or skip samples.
     """
+    mine_apart, theirs = (of.get("sync", {}).get("replicas") for of in (mine, recorded))
+    if mine_apart != theirs:
+        raise ConfigurationError(
+            f"sync.replicas is {mine_apart or 'not used'}, but the run in {path} has {theirs or 'none'}, each with a "
+            "state of its own; resume with the same number, or start another run from its weights (start_from)"
+        )
     for key in _FIXED:
         if recorded.get(key) != mine[key]:
             raise ConfigurationError(

@@ -65,7 +65,8 @@ class StepFinished(Event):
     """Step ``step`` (from 1) is committed.
 
     ``tokens`` counts what the samples hold, where the task says; ``phases`` maps phase to seconds, once per worker;
-    ``wire`` is rank 0's, where there are several hosts.
+    ``wire`` is rank 0's, where there are several hosts; ``staleness`` counts pushes by how many others had changed
+    their server since they read it, where workers do not wait for each other.
     """
 
     step: int
@@ -78,6 +79,7 @@ class StepFinished(Event):
     seconds: float
     phases: Sequence[Mapping[str, float]]
     wire: WireUse | None = None
+    staleness: Mapping[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +128,8 @@ class MembersChanged(Event):
 class HostsChanged(Event):
     """Other workers than before, on some of several hosts, begin step ``step``, in the group's ``generation``.
 
-    ``hosts`` are all that take part, with so many ``workers`` each.
+    ``hosts`` are all that take part, with so many ``workers`` each. Of the step, so many micro-batches were not
+    published before, and are ``taken_over``; None where nothing of it was.
     """
 
     step: int
@@ -135,6 +138,7 @@ class HostsChanged(Event):
     workers: Sequence[int]
     joined: Sequence[int]
     lost: Sequence[int]
+    taken_over: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

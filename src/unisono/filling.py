@@ -10,11 +10,13 @@ from torch import Tensor
 
 from unisono.comm.arena import Region
 from unisono.comm.group import Group
+from unisono.comm.hierarchical import HierarchicalGroup
 from unisono.comm.host import HostGroup
 from unisono.config import TrainingConfig
 from unisono.errors import CheckpointError, UnisonoError
 from unisono.parallel.initial import initialise, initialisers, shares
 from unisono.preparation import Prepared
+from unisono.state.portions import needed
 from unisono.state.shared import SharedState
 from unisono.state.snapshots import Snapshots
 from unisono.state.training_state import TrainingState
@@ -43,11 +45,22 @@ def fill(
     versions: memoryview,
     restore: Callable[[Prepared, Load], Restored],
     snapshots: Snapshots | None = None,
+    committed: int | None = None,
 ) -> int:
     """Initial values, or those of a checkpoint; the first state's, of which all others are copies. Returns the step.
 
     Where a snapshot is found, that is what training goes on from.
+
+    Arguments:
+        committed: the last step that was, where all start again.
     """
+    place, found = prepared.place, None
+    if snapshots is not None:
+        found = snapshots.look(place.host, len(place.hosts.sizes), group.all_gather)
+    if snapshots is not None and found is not None:
+        if local.rank == 0:
+            _go_back(prepared, group, state, snapshots)
+        return _complete(prepared, group, local, state, memory, versions, found.step)
     step, failure, compression = 0, "", Restored().compression
     if config.init == "by_name":
         _initialise(prepared, config, local, shared)
@@ -59,15 +72,16 @@ def fill(
             for value, (_, buffer) in zip(state.buffers, prepared.tensors.buffers, strict=True):
                 value.copy_(buffer)
         try:
-            found = snapshots.found if snapshots is not None else None
-            if snapshots is not None and found is not None:
-                snapshots.restore(found)
-                restored = Restored(found.step)
-            else:
-                if config.start_from is not None:
-                    _take_weights(prepared, Path(config.start_from), state)
-                restored = restore(prepared, state.load if shared is None else shared.load)
+            if config.start_from is not None:
+                _take_weights(prepared, Path(config.start_from), state)
+            restored = restore(prepared, state.load if shared is None else shared.load)
             step, compression = restored.step, restored.compression
+            if committed is not None and step < committed:
+                raise CheckpointError(
+                    f"what is left of the state is not the whole: more was lost at once than one host, or one whose "
+                    f"neighbour had not taken its copy yet; step {committed} had been trained: resume from the newest "
+                    "checkpoint (--resume)"
+                )
             if shared is not None:
                 shared.loaded()
         except UnisonoError as error:  # of which all hear, so that none waits
@@ -90,6 +104,28 @@ def fill(
         for part in state.parts() if shared is None else ():
             group.broadcast(part, "initial state")
         group.restore_compression(compression)
+    return _complete(prepared, group, local, state, memory, versions, step)
+
+
+def _go_back(prepared: Prepared, group: Group, state: TrainingState, snapshots: Snapshots) -> None:
+    """Let the state of this host be that of the snapshots that are left."""
+    shards, size_bytes = prepared.shards, sum(part.nbytes for part in state.parts())
+    hosts = range(len(prepared.place.hosts.sizes))
+    needs = [needed(prepared.layout, size_bytes, shards, host) for host in hosts]
+    transfer = group.leaders.transfer if isinstance(group, HierarchicalGroup) else None
+    snapshots.restore(needs, prepared.place.host, transfer)
+
+
+def _complete(
+    prepared: Prepared,
+    group: Group,
+    local: HostGroup,
+    state: TrainingState,
+    memory: Callable[[Region], Tensor],
+    versions: memoryview,
+    step: int,
+) -> int:
+    """The first worker has this host's state after a step; all begin with it."""
     local.barrier("initial state")
     if local.rank > 0 and is_head(prepared, local):
         first = prepared.mesh.coordinates(local.members[0])["data"]
@@ -118,8 +154,9 @@ def _initialise(prepared: Prepared, config: TrainingConfig, local: HostGroup, sh
 def _take_weights(prepared: Prepared, path: Path, state: TrainingState) -> None:
     """Begin with weights that are given, in place of initial values; buffers that are not among them stay."""
     source = weights(path)
-    uses = {spec.tensor.name: spec.uses for spec in prepared.layout.flat.parameters}
-    places = dict(zip(uses, state.values, strict=True))
+    own = prepared.layout.flat.own
+    uses = {spec.tensor.name: spec.uses for spec in own}
+    places = dict(zip(uses, state.values[: len(own)], strict=True))
     plain = set(prepared.tensors.plain_buffers)
     for spec, value in zip(prepared.layout.buffers, state.buffers, strict=True):
         if spec.name in plain and any(f".{key}".endswith(f".{spec.name}") for key in source.keys):
@@ -132,6 +169,10 @@ def _take_weights(prepared: Prepared, path: Path, state: TrainingState) -> None:
                 "another model"
             )
         target.copy_(tensor)
+    for values in (state.values, state.buffers):  # replicas begin with what the model has
+        each = len(values) // (1 + prepared.layout.flat.replicas)
+        for i in range(each, len(values)):
+            values[i].copy_(values[i % each])
 
 
 def is_head(prepared: Prepared, local: HostGroup) -> bool:

@@ -159,4 +159,6 @@ def _optimizer_bytes(prepared: Prepared, parameter: int) -> int:
     spec, optimizer = prepared.layout.flat.parameters[parameter], prepared.layout.optimizer
     if optimizer.tensors:
         return sum(kept.numel * item_size(kept.dtype) for kept in optimizer.tensors[parameter])
-    return spec.tensor.numel * sum(item_size(dtype) for _, dtype in optimizer.element_keys(spec.tensor.dtype))
+    return spec.tensor.numel * sum(
+        item_size(dtype) for _, dtype in optimizer.element_keys(spec.tensor.dtype, spec.replica)
+    )

@@ -14,19 +14,20 @@ from unisono.comm.header import ENTRIES
 from unisono.comm.host_layout import HostLayout, host_layout
 from unisono.comm.partial import PartialLayout, partial_layout
 from unisono.comm.passage_layout import PassageLayout
-from unisono.config import TrainingConfig
+from unisono.config import SyncConfig, TrainingConfig
 from unisono.data.feed import Collate, Dataset, Feed
 from unisono.errors import ConfigurationError
 from unisono.evaluation import Metrics
 from unisono.launch.membership import way
 from unisono.optim.classes import pin_variant, update_class
 from unisono.optim.eager import without_compiler
-from unisono.optim.state_spec import state_spec
+from unisono.optim.state_spec import state_spec, with_further
 from unisono.parallel.bind import ModelTensors, model_tensors
 from unisono.parallel.initial import without_values
 from unisono.parallel.recompute import blocks
 from unisono.parallel.replicated import Loss, call, split
 from unisono.parallel.tensor_trial import ProvenPlan, proven_plan
+from unisono.parallel.virtual import VirtualReplicas, own_model
 from unisono.plan.assignment import (
     DEVICE_RUN_ELEMENTS,
     RUN_ELEMENTS,
@@ -38,19 +39,25 @@ from unisono.plan.assignment import (
     owners,
     runs,
 )
-from unisono.plan.blocks import FlatLayout, aligned, flat_layout
+from unisono.plan.blocks import FlatLayout, aligned, flat_layout, split_name
+from unisono.plan.exchange import turns
 from unisono.plan.flow import flow
 from unisono.plan.hosts import Place
 from unisono.plan.mesh import Mesh
 from unisono.plan.outline import Cut, Outline
 from unisono.plan.partition import Division, divide
+from unisono.plan.pool import PoolLayout
 from unisono.plan.rehearsal import outline
+from unisono.plan.rounds import RoundsLayout
 from unisono.plan.schedule import placement
 from unisono.plan.sharding import within
 from unisono.plan.shards import StateShards, state_shards
 from unisono.run.rng import Isolation, derive
+from unisono.run.summation import accumulation
 from unisono.state.layout import StateLayout, state_layout
+from unisono.sync.local import kept_by_agreements
 from unisono.sync.ownership import undo_bytes
+from unisono.sync.server import divided
 
 SHARES_AT_ONCE = 4
 """Of a worker in a step: its own, and what it takes over. What is not touched takes no memory."""
@@ -132,6 +139,15 @@ class Prepared:
             result[min(sharing)].append(self.layout.buffer_run)
         return result
 
+    def shards_of(self, hosts: int, config: TrainingConfig) -> StateShards | None:
+        """Who would keep what if so many hosts shared the state; None for one."""
+        return None if hosts == 1 else _shards(self.layout.flat, self.update, self.teams, config, hosts)
+
+    @property
+    def trained(self) -> nn.Module:
+        """The user's model."""
+        return own_model(self.model)
+
     @property
     def sharers(self) -> int:
         """Workers of this host that share a state."""
@@ -153,16 +169,25 @@ def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) 
     """
     workers, several_hosts = place.hosts.sizes[place.host], len(place.hosts.sizes) > 1
     model = _model(objects, config, feed.device)
+    if config.sync.apart:
+        assert config.sync.replicas is not None
+        model = VirtualReplicas(model, config.sync.replicas)
     tensors = model_tensors(model)
     optimizer = _optimizer(objects, config, tensors)
     update = update_class(optimizer)
+    if update is UpdateClass.ELEMENT and config.clip is not None and config.clip.agc is not None:
+        update = UpdateClass.PARAMETER  # its units are not divided
+    _refuse_coupled(optimizer, update, config.sync)
     pin_variant(optimizer, feed.device)
     flat = flat_layout(tensors.parameter_specs(optimizer))
     by_name = {uses[0]: p for p, uses in tensors.parameters}
     originals = [by_name[spec.tensor.name] for spec in flat.parameters]
-    layout = state_layout(flat, state_spec(optimizer, update, flat, originals), tensors.buffer_specs())
+    kept = with_further(state_spec(optimizer, update, flat, originals), flat, *kept_by_agreements(config.sync))
+    layout = state_layout(flat, kept, tensors.buffer_specs())
     partials = partial_layout(flat, tensors.buffer_specs())
     run_elements = RUN_ELEMENTS if feed.device.type == "cpu" else DEVICE_RUN_ELEMENTS
+    if config.sync.mode == "server":  # none without runs
+        run_elements = min(run_elements, 1 + sum(flat.segment_elements) // config.sync.servers)
     mesh = Mesh(workers // config.layout.model_workers, config.layout.pipeline, config.layout.tensor)
     division = None
     if config.layout.stages > 1:
@@ -172,16 +197,15 @@ def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) 
     replicas = mesh.data if config.layout.zero == 0 else 1
     shards = None
     if several_hosts and config.layout.zero:
-        hosts = len(place.hosts.sizes)
-        rounds = config.micro_batches // hosts if config.layout.zero > 1 else 0
-        divides_values = config.layout.zero == 3
-        shards = state_shards(flat, update, way(config).buckets(flat, teams), hosts, rounds, values=divides_values)
+        shards = _shards(flat, update, teams, config, len(place.hosts.sizes))
     passages = _passages(config, place, mesh, division) if division is not None else None
     host = host_layout(
         slots=workers,
         blocks=layout.blocks,
-        entries=_entries(config.micro_batches, 1 if several_hosts else SHARES_AT_ONCE)
-        + (shards.rounds if shards else 0),
+        entries=max(
+            _entries(config.micro_batches, SHARES_AT_ONCE if shards is None else 1) + (shards.rounds if shards else 0),
+            _entries_of_rounds(config),
+        ),
         partial_bytes=partials.size_bytes,
         state_bytes=layout.size_bytes,
         replicas=replicas,
@@ -191,6 +215,7 @@ def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) 
         passages=passages,
         crews=mesh.data * mesh.pipeline if mesh.tensor > 1 else 0,
         crew=mesh.tensor,
+        pool_bytes=pool_layout(layout, update, config, workers, run_elements).size_bytes,
     )
     return Prepared(
         model=model,
@@ -213,9 +238,52 @@ def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) 
     )
 
 
+def pool_layout(
+    layout: StateLayout, update: UpdateClass, config: TrainingConfig, workers: int, most: int
+) -> PoolLayout | RoundsLayout:
+    """The pool of a step, where workers wait for nobody; an empty one where they do.
+
+    Arguments:
+        most: elements of a run.
+    """
+    if config.sync.mode != "server":
+        return PoolLayout(0, 0, 0)
+    units, servers = config.micro_batches // config.sync.push, len(divided(layout, update, config.sync.servers, most))
+    if config.sync.in_rounds:
+        assert config.sync.accepted is not None
+        return RoundsLayout(workers, units, servers, config.sync.accepted, config.sync.backup)
+    return PoolLayout(workers, units, servers)
+
+
+def _shards(flat: FlatLayout, update: UpdateClass, teams: Teams, config: TrainingConfig, hosts: int) -> StateShards:
+    rounds = turns(config.micro_batches, hosts) if config.layout.zero in (2, 3) else 0
+    buckets = way(config).buckets(flat, teams)
+    return state_shards(flat, update, buckets, hosts, rounds, values=config.layout.zero == 3)
+
+
 def _entries(count: int, shares: int) -> int:
     """Partials that a worker may hold at once, of so many shares of a step's micro-batches."""
     return min(ENTRIES // 2, shares * (2 * max(1, (count - 1).bit_length()) + 2))
+
+
+def _entries_of_rounds(config: TrainingConfig) -> int:
+    """Partials of a worker that computes all units of a round alone, and one that comes late; 0 without rounds.
+
+    Raises:
+        ConfigurationError: where they are more than a worker may hold.
+    """
+    sync = config.sync
+    if not sync.in_rounds:
+        return 0
+    assert sync.accepted is not None
+    each = accumulation(0, sync.push, sync.push)[1]
+    needed = each * (1 + min(sync.accepted, config.micro_batches // sync.push))
+    if needed > ENTRIES:
+        raise ConfigurationError(
+            f"sync.accepted is {sync.accepted}: a worker would hold up to {needed} sums at once, and {ENTRIES} are "
+            "possible; accept fewer, or use a larger micro_batch_size"
+        )
+    return needed
 
 
 def _model(objects: Objects, config: TrainingConfig, device: torch.device) -> nn.Module:
@@ -231,18 +299,32 @@ def _model(objects: Objects, config: TrainingConfig, device: torch.device) -> nn
 
 def _optimizer(objects: Objects, config: TrainingConfig, tensors: ModelTensors) -> Optimizer:
     """The optimizer of the model's parameters."""
+    members: dict[int, list[nn.Parameter]] = {}
+    for parameter, uses in tensors.parameters:
+        members.setdefault(split_name(uses[0])[0], []).append(parameter)
     with without_compiler():
-        optimizer = objects.optimizer([p for p, _ in tensors.parameters])
+        optimizer, *others = [objects.optimizer(parameters) for parameters in members.values()]
     if not isinstance(optimizer, Optimizer):
         raise ConfigurationError(
             f"the optimizer's factory returned {type(optimizer).__name__}; return a torch.optim.Optimizer"
         )
+    for other in others:  # one for all replicas, with groups for each of them
+        optimizer.param_groups += other.param_groups
+        optimizer.state.update(other.state)
     if config.wire.momentum and any(group.get("momentum") for group in optimizer.param_groups):
         raise ConfigurationError(
             f"wire.momentum is {config.wire.momentum} and the optimizer has momentum of its own, which would count "
             "twice; set the optimizer's to 0"
         )
     return optimizer
+
+
+def _refuse_coupled(optimizer: Optimizer, update: UpdateClass, sync: SyncConfig) -> None:
+    if sync.relaxed and update is UpdateClass.COUPLED:
+        raise ConfigurationError(
+            f"optimizer {type(optimizer).__name__} is of no known class, so it would couple what is apart "
+            f"(sync.mode {sync.mode}); give it an attribute update_class, or use another"
+        )
 
 
 def rehearse(model: nn.Module, loss: Loss, config: TrainingConfig, feed: Feed) -> Outline:
@@ -334,4 +416,5 @@ def _message_bytes(cut: Cut) -> int:
 def describe(prepared: Prepared, run: dict[str, Any], fingerprint: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint records besides tensors (see `state.checkpoint.Description`)."""
     tensors = prepared.tensors
-    return {"ties": dict(tensors.ties), "plain_buffers": tensors.plain_buffers, "run": run, "fingerprint": fingerprint}
+    ties = {name: first for name, first in tensors.ties.items() if not split_name(name)[0]}
+    return {"ties": ties, "plain_buffers": tensors.plain_buffers, "run": run, "fingerprint": fingerprint}

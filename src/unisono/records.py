@@ -97,20 +97,24 @@ class Records:
         elif not kept and isinstance(event, WorkerLost):
             memos.keep(_written(replace(event, taken_over={})))
 
-    def begin(self, *, resume: bool) -> None:
+    def begin(self, *, resume: bool, again: bool = False) -> None:
         """This worker is the chief from the start.
+
+        Arguments:
+            resume: there may be checkpoints already.
+            again: all have started again, and another chief may just be ending.
 
         Raises:
             ConfigurationError: where the directory cannot be used.
         """
         if self.run_dir is not None:
             checkpoints = self.run_dir / DIRECTORY
-            if not resume and steps_in(checkpoints):
+            if not (resume or again) and steps_in(checkpoints):
                 raise ConfigurationError(
                     f"{self.run_dir} holds the checkpoints of a run (the last at step {steps_in(checkpoints)[0]}); "
                     "resume it (--resume, or fit(resume=True)), or give another run_dir"
                 )
-        self._keep(STARTING_S)
+        self._keep(SUCCEEDING_S if again else STARTING_S)
         if self.run_dir is not None:
             for name in ("config.yaml.tmp", "report.html.tmp"):
                 (self.run_dir / name).unlink(missing_ok=True)

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from unisono.comm.waiting import wake_on_time
-from unisono.config import Layout, ScheduleConfig, TrainingConfig, validate
+from unisono.config import Layout, ScheduleConfig, SyncConfig, TrainingConfig, validate
 from unisono.data.feed import Collate, Dataset
 from unisono.errors import ConfigurationError
 from unisono.evaluation import Metrics
 from unisono.events import Listener
 from unisono.inference import Inference, Predicted
-from unisono.launch.possible import refuse_impossible
+from unisono.launch.possible import refuse_impossible, with_replicas
 from unisono.launch.process import keep_freed_memory
 from unisono.launch.scope import deterministic, interrupts, threads
 from unisono.launch.world import World, this_process
@@ -219,7 +219,7 @@ class Trainer:
                 raise ConfigurationError("there is no model yet: call fit before, or give weights, or run_dir")
             weights = newest_intact(Path(self.config.run_dir) / DIRECTORY)[0]
         start_from = None if weights is None else os.fspath(weights)
-        alone = {"run_dir": None, "layout": Layout(), "init": "stream", "start_from": start_from}
+        alone = {"run_dir": None, "sync": SyncConfig(), "layout": Layout(), "init": "stream", "start_from": start_from}
         config = self._possible(self.config.model_copy(update=alone), world)
         objects = replace(self._objects, model=factory, data=data, validation=data)
         self._stop = False
@@ -241,11 +241,14 @@ class Trainer:
         config = self._possible(self.config, world)
         if config.run_dir is None and (resume or config.checkpoint.every is not None):
             raise ConfigurationError("checkpoints and resume need a place: give run_dir")
+        if config.run_dir is None and config.sync.record:
+            raise ConfigurationError("sync.record is on, and the order of pushes needs a place: give run_dir")
         return config
 
     @staticmethod
     def _possible(config: TrainingConfig, world: World) -> TrainingConfig:
         """The configuration, where this process and the others can do it."""
+        config = with_replicas(config, world.beginning)
         refuse_impossible(config, world.beginning)
         if (
             world.launcher == "torchrun"

@@ -20,6 +20,7 @@ from unisono.events import (
     PHASES,
     Emitter,
     Event,
+    HostsChanged,
     Listener,
     Notice,
     Resumed,
@@ -43,10 +44,13 @@ from unisono.run.fingerprint import fingerprint
 from unisono.saving import Saving
 from unisono.state.checkpoint import DIRECTORY, newest_intact, set_aside, stream
 from unisono.state.shared import streamed
+from unisono.sync.local import told_of
 from unisono.sync.policy import Outcome
 
 LOOK_EVERY = 8
 """Steps from one look for slow workers to the next."""
+STOPPED = "stopped"
+"""Why a run ends that was asked to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +106,16 @@ class Training:
         self._job = job
         self._world = world
         self._config = config = job.config
+        if world.run_dir is not None and config.run_dir is not None:
+            self._config = config = config.model_copy(update={"run_dir": world.run_dir})
         self._steps = job.steps
         self._records = Records(config, job.callbacks)
         self._loss: float | None = None
         self._outcome: Outcome | None = None
         self._slowness = Slowness()
         self._interrupted = False  # in the middle of an evaluation
+        self._ends = ""  # why no step follows
+        self._began = time.perf_counter()  # of a step
         self._notices: list[Event] = []
         self._recorded: dict[str, Any] | None = None
         self._resumed: Mapping[str, Any] = {}
@@ -129,7 +137,7 @@ class Training:
         job, device, world = self._job, self._device, self._world
         world.begin_training()
         if world.host == 0 and world.local_rank == min(world.present) and not world.joins:
-            self._records.begin(resume=job.resume or world.rolled_back is not None)
+            self._records.begin(resume=job.resume, again=world.rolled_back is not None)
         probes = Emitter(job.probes) if job.probes else None
         plan = job.schedule or schedule(self._config.schedule, job.steps)
         self._worker, self._start = assemble(
@@ -150,13 +158,21 @@ class Training:
         if snapshots is not None and snapshots.found is not None:
             done = max(world.rolled_back or 0, self._start)
             self._notices.append(RolledBack(self._start, done - self._start))
+        if world.before and world.rolled_back is not None:
+            self._notices.append(self._hosts_changed(world))
         if isinstance(group, HierarchicalGroup) and group.continuity is not None:
             group.continuity = replace(group.continuity, say=self._say, idle=self._records.let_go)
+
+    def _hosts_changed(self, world: World) -> HostsChanged:
+        now, before = set(world.hosts.numbers), set(world.before)
+        joined, lost = sorted(now - before), sorted(before - now)
+        hosts = world.hosts
+        return HostsChanged(self._start + 1, world.generation, hosts.numbers, hosts.sizes, joined, lost)
 
     @property
     def model(self) -> nn.Module:
         """The model that is trained."""
-        return self._assembled.prepared.model
+        return self._assembled.prepared.trained
 
     @property
     def _assembled(self) -> Worker:
@@ -172,37 +188,59 @@ class Training:
             self._announce()
             if worker.evaluator is not None and (worker.group.chief or worker.replica.divides_values):
                 worker.evaluator.rehearse(self._config.validation.metric)
-        reason, step = "", self._start
-        while not reason and step < self._steps:
-            step, reason = self._advance(step + 1)
-            if reason == "left":
-                return self._leave(step)
-        reason = reason or "finished"
-        if worker.evaluator is not None and saving.evaluated != step and reason == "finished":
-            self._validate(step)
-            reason = "stopped" if self._interrupted else reason
-        return self._finish(step, reason, time.perf_counter() - started)
+        reason, step, change = "", self._start, worker.entered
+        while True:
+            try:
+                if change is not None:
+                    step, reason = self._catch_up(change)
+                while not reason and step < self._steps:
+                    step, reason = self._advance(step + 1)
+                    if reason == "left":
+                        return self._leave(step)
+                reason = reason or "finished"
+                if worker.evaluator is not None and saving.evaluated != step and reason == "finished":
+                    self._validate(step)
+                    reason = STOPPED if self._interrupted else reason
+                return self._finish(step, reason, started)
+            except Regrouped as ahead:
+                change = ahead
 
     def _advance(self, step: int) -> tuple[int, str]:
-        """Train a step, and what comes with it; the step that was done, and why training ends there, if it does."""
-        worker, saving = self._assembled, self._saving
-        began = time.perf_counter()
+        """Train a step, and what comes with it; the step that was done, and why training ends there, if it does.
+
+        Raises:
+            Regrouped: where other hosts are ahead, and their state is here.
+        """
+        worker, self._began = self._assembled, time.perf_counter()
         worker.group.set_flags(self._flags(step))
         first, joins = step == self._start + 1, self._world.joins
-        try:
-            outcome = worker.engine.step(step, check_purity=first and not joins, last=step == self._steps)
-        except Regrouped as change:
-            step, outcome = change.step, Outcome(**change.known["outcome"])
-            outcome = replace(outcome, flags=outcome.flags & ~SNAPSHOT)  # which was not made here
-            saving.take(worker.group.known())
-        self._outcome = outcome
+        outcome = worker.engine.step(step, check_purity=first and not joins, last=step == self._steps)
         if first and joins:
-            saving.take(worker.group.known())
+            self._saving.take(worker.group.known())
+        return self._go_on(step, outcome)
+
+    def _catch_up(self, change: Regrouped) -> tuple[int, str]:
+        """Other hosts have done a step, and its state is here: as `_advance`."""
+        self._take(change)
+        if change.known["outcome"] is None:
+            return change.step, ""
+        outcome = Outcome(**change.known["outcome"])
+        return self._go_on(change.step, replace(outcome, flags=outcome.flags & ~SNAPSHOT))  # none was made here
+
+    def _take(self, change: Regrouped) -> None:
+        """Know what other hosts know; that this one was interrupted counts where they have heard it."""
+        self._saving.take(self._assembled.group.known())
+        self._interrupted = change.known["ends"] == STOPPED
+
+    def _go_on(self, step: int, outcome: Outcome) -> tuple[int, str]:
+        """A step is committed: what comes with it, as `_advance`."""
+        worker, saving = self._assembled, self._saving
+        self._outcome = outcome
         if worker.offload is not None:
             worker.offload.page_out()
         if saving.may_be_saved(step):
             saving.keep_compression(step)
-        self._after_step(step, outcome, time.perf_counter() - began)
+        self._after_step(step, outcome, time.perf_counter() - self._began)
         every = self._config.validation.every
         no_better = every is not None and step % every == 0 and self._validate(step)
         if worker.prepared.shards is not None and saving.may_be_saved(step):
@@ -213,7 +251,7 @@ class Training:
         if no_better:
             return step, "early stop"
         if outcome.flags & STOP or self._interrupted:
-            return step, "stopped"
+            return step, STOPPED
         leaves = worker.group.leaves and step < self._steps  # at the last step all end together
         return step, "left" if leaves else ""
 
@@ -267,9 +305,9 @@ class Training:
             saving.take_over(self._start)
         saving.take(group.all_gather(saving.as_bytes(), "start")[0])
         self._leave_known()
-        if snapshots is not None and snapshots.found is None:
+        if snapshots is not None and snapshots.is_needed(len(prepared.place.hosts.sizes)):
             snapshots.take(self._start, saving.as_bytes())
-        parameters = sum(spec.tensor.numel for spec in prepared.layout.flat.parameters)
+        parameters = sum(spec.tensor.numel for spec in prepared.layout.flat.own)
         run_dir = str(self._records.run_dir) if self._records.run_dir else None
         tell = self._records
         tell(RunStarted(self._start, self._steps, group.size, parameters, run_dir))
@@ -282,6 +320,8 @@ class Training:
             tell(Notice(f"optimizer {name} is of no known class, so rank 0 updates everything; see update_class"))
         if self._inexact:
             tell(Notice(f"not exact: {self._inexact}"))
+        for text in told_of(self._config.sync, self._steps) if self._config.sync.apart else ():
+            tell(Notice(text))
         if self._assembled.unprotected:
             tell(Notice(self._assembled.unprotected))
         if self._world.launcher == "torchrun":
@@ -292,7 +332,8 @@ class Training:
     def _say(self) -> dict[str, Any]:
         """What this host tells others when hosts are lost or come."""
         outcome = asdict(self._outcome) if self._outcome is not None else None
-        return {"evaluated": self._saving.evaluated, "chief": self._records.kept_here, "outcome": outcome}
+        known = {"evaluated": self._saving.evaluated, "chief": self._records.kept_here}
+        return {**known, "outcome": outcome, "ends": self._ends}
 
     def _leave_known(self) -> None:
         """What a worker that joins must know."""
@@ -311,8 +352,7 @@ class Training:
     def _after_step(self, step: int, outcome: Outcome, seconds: float) -> None:
         self._loss = outcome.loss
         group = self._assembled.group
-        for event in group.news():
-            self._records(event)
+        self._tell_news()
         self._agree_on_records(step)
         self._saving.after_step(step, outcome.flags)
         tokens = self._job.objects.tokens_per_sample
@@ -329,6 +369,7 @@ class Training:
                 seconds=seconds,
                 phases=reports,
                 wire=group.wire_use,
+                staleness=outcome.staleness,
             )
         )
         if group.size > 1 and group.chief and step % LOOK_EVERY == 0:
@@ -336,6 +377,10 @@ class Training:
                 self._records(Notice(f"step {step}: {sentence}"))
         if outcome.weight == 0:
             self._records(Notice(f"step {step} had no weight, so nothing was updated"))
+
+    def _tell_news(self) -> None:
+        for event in self._assembled.group.news():
+            self._records(event)
 
     def _agree_on_records(self, step: int) -> None:
         """The chief keeps the records, and nobody else."""
@@ -352,22 +397,29 @@ class Training:
         self._saving.take_over(step)
 
     def _validate(self, step: int) -> bool:
-        """Evaluate; True where training should end because nothing gets better."""
+        """Evaluate; True where training should end because nothing gets better.
+
+        Raises:
+            Regrouped: where other hosts are ahead, and their state is here.
+        """
         evaluator = self._assembled.evaluator
         if evaluator is None:
             return False
         began = time.perf_counter()
-        while self._saving.evaluated < step:
+        while self._saving.evaluated < step and not self._interrupted:
             try:
                 metrics = evaluator.evaluate(step)
-            except Regrouped:
-                self._saving.take(self._assembled.group.known())  # others may have done it
+            except Regrouped as change:
+                if change.step > step:
+                    raise
+                self._take(change)  # others may have done it
                 self._agree_on_records(step)
                 continue
-            if metrics is None:
-                self._interrupted = True
-                return False
-            self._saving.evaluated_at(step, metrics)
+            self._interrupted = metrics is None
+            if metrics is not None:
+                self._saving.evaluated_at(step, metrics)
+        if self._interrupted:
+            return False
         metrics, better = self._saving.metrics or {}, self._saving.worse == 0
         self._leave_known()
         self._records(ValidationFinished(step, metrics, evaluator.samples, time.perf_counter() - began, better))
@@ -380,16 +432,24 @@ class Training:
         self._assembled.release()
         return Result(step, "left", "", self._loss, self._saving.metrics, None)
 
-    def _finish(self, step: int, reason: str, seconds: float) -> Result:
-        worker, tell = self._assembled, self._records
+    def _finish(self, step: int, reason: str, started: float) -> Result:
+        """All agree on the state, and it is saved.
+
+        Raises:
+            Regrouped: where other hosts, which did not hear that training ends, are ahead.
+        """
+        worker, tell, self._ends = self._assembled, self._records, reason
         while True:
             try:
                 self._agree_on_chief(step)
                 digest = self._digest(step)
                 self._saving.at_end(step, lambda: self._agree_on_chief(step))
                 break
-            except Regrouped:  # all begin the end again
-                continue
+            except Regrouped as change:
+                if change.step > step:
+                    self._ends = ""
+                    raise  # else all begin the end again
+        self._tell_news()
         worker.group.end()
         self._over = True
         run_dir = str(tell.run_dir) if tell.run_dir else None
@@ -399,9 +459,9 @@ class Training:
         elsewhere = shards is not None and shards.values and not worker.prepared.copies
         if elsewhere:
             tell(Notice("every host keeps a part of the model; unisono checkpoint export writes the whole"))
-        if summary is not None and tell.observed and reason != "stopped" and not elsewhere:
-            tell(Summary(dict(summary(worker.prepared.model))))
-        tell(RunFinished(step, reason, digest, seconds))
+        if summary is not None and tell.observed and reason != STOPPED and not elsewhere:
+            tell(Summary(dict(summary(worker.prepared.trained))))
+        tell(RunFinished(step, reason, digest, time.perf_counter() - started))
         return Result(step, reason, digest, self._loss, self._saving.metrics, run_dir)
 
     def _agree_on_chief(self, step: int) -> None:
@@ -439,7 +499,7 @@ class Training:
         """Why the result depends on the number of hosts; None where it does not."""
         group = self._assembled.group
         wire = self._config.wire.inexact if group.size > group.owners.size else None
-        return "; ".join(filter(None, (wire, group.unlike))) or None
+        return "; ".join(filter(None, (wire, group.unlike, self._config.sync.inexact))) or None
 
 
 def _aside(tensors: Iterable[tuple[str, Tensor]], compression: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -2,11 +2,19 @@
 
 import re
 import statistics
+import threading
 import time
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import pytest
+import torch
+from torch._C._distributed_c10d import HashStore, Store
 
+from unisono.comm.network import Link, NetworkWire
+from unisono.errors import LaunchError
 from unisono.launch.local import LocalLauncher
 from unisono.launch.worker_set import WorkerSet
 
@@ -126,3 +134,43 @@ def test_survivors_form_the_next_generation(tolerant: LocalLauncher, workers: in
         assert results[rank]["place"] == [place, workers - 1]
         assert results[rank]["reformed_s"] < 0.5
         assert f"rank {lost}" in results[rank]["error"]
+
+
+class Gone(Store):
+    """A store for a member that says where it is, and ends before it has heard where the others are."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__()
+        self._store = store
+
+    def set(self, key: str, value: str | bytes) -> None:
+        self._store.set(key, value)  # type: ignore[arg-type]
+
+    def get(self, key: str) -> bytes:
+        raise RuntimeError("it has gone")
+
+    def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
+        raise RuntimeError("it has gone")
+
+
+def test_a_wire_to_one_that_has_gone_on_is_left_as_soon_as_it_is_of_no_use() -> None:
+    """Gloo would wait for the connection to the end, where the other was to make it."""
+    waited = 0
+    for number in range(12):  # whoever has the higher port connects; the other one waits
+        store, name = HashStore(), f"generation {number}"
+        link = Link("gloo", Gone(store), "127.0.0.1", 20.0, torch.device("cpu"))
+        with pytest.raises(LaunchError, match="it has gone"):
+            NetworkWire(link, name, 1, 2)
+        began = time.monotonic()
+
+        def useless(began: float = began) -> bool:
+            return time.monotonic() - began > 0.2
+
+        with pytest.raises(LaunchError) as caught:
+            NetworkWire(replace(link, store=store, connect_s=0.5, useless=useless), name, 0, 2)
+        waited += "is not waited for any more" in str(caught.value)
+        assert time.monotonic() - began < 1.0
+    assert waited
+    for thread in threading.enumerate():  # gloo's wait ends by itself
+        if thread.name == "unisono-connect":
+            thread.join()

@@ -102,7 +102,7 @@ def test_a_commit_cut_off_at_any_store_is_undone_or_whole(snapshot: bool) -> Non
         memory = Memory()
         with pytest.raises(Crash):
             commit(memory, limit, snapshot)
-        memory.journal(Stores(None)).recover(lambda first, count, m=memory: m.image(first, count))  # type: ignore[misc]
+        memory.journal(Stores(None)).recover(lambda first, count, column, m=memory: m.image(first, count))  # type: ignore[misc]
         assert memory.state in (OLD, NEW), f"store {limit}"
         assert memory.row[UNDO_VERSION] == 0
         outcomes.add(memory.state == NEW)
@@ -119,7 +119,7 @@ def test_a_recovery_cut_off_at_any_store_can_be_done_again(snapshot: bool) -> No
             with pytest.raises(Crash):
                 commit(memory, limit, snapshot)
 
-            def image_of(first: int, count: int, memory: Memory = memory) -> Image:
+            def image_of(first: int, count: int, column: bool, memory: Memory = memory) -> Image:
                 return memory.image(first, count)
 
             stores = Stores(second)
@@ -144,7 +144,7 @@ def test_a_snapshot_holds_the_version_before() -> None:
 
 def test_nothing_to_recover() -> None:
     memory = Memory()
-    assert memory.journal(Stores(None)).recover(memory.image) is None
+    assert memory.journal(Stores(None)).recover(lambda first, count, column: memory.image(first, count)) is None
     assert memory.state == OLD
 
 

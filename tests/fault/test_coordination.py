@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unisono.fault.coordination import Coordination, Report
+from unisono.fault.coordination import VOTE_S, Coordination, Report
 from unisono.fault.generation import WITNESS, Acceptor, Electorate, Generation, Proposal
 
 LIMIT_S = 1.5
@@ -90,7 +90,7 @@ class Net:
                 self.nodes[other].line_is_down(number, self.now)
 
     def _connect(self, number: int, node: Coordination) -> None:
-        for other in node.wanted_lines():
+        for other in node.wanted_lines(self.now):
             both = self.passes(number, other) and self.passes(other, number)
             if other in self.nodes and both and other not in self.stopped:
                 self.lines.add(frozenset((number, other)))
@@ -313,6 +313,45 @@ def test_hosts_that_have_ended_are_no_loss() -> None:
         net.nodes[n].report = Report(done=True)
     net.run(2)
     assert all(net.nodes[n].over for n in range(3)) and net.current(0).number == 1
+
+
+def test_all_start_again_where_one_has_lost_a_worker_and_only_once() -> None:
+    net = Net(3)
+    net.run(1)
+    net.nodes[2].report = Report(step=7, again=1)
+    net.run(2)
+    assert {net.current(n).number for n in range(3)} == {2} and net.current(0).hosts == (0, 1, 2)
+    assert net.current(0).step == 7
+    net.nodes[2].report = Report(step=7, again=2)  # and once more, where those who have started lose one
+    net.run(2)
+    assert {net.current(n).number for n in range(3)} == {3} and net.safe()
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_who_has_ended_does_not_wait_for_the_other_of_two_that_is_lost_then(victim: int) -> None:
+    net = Net(2)
+    net.run(1)
+    net.nodes[1 - victim].report = Report(done=True)
+    net.run(1)
+    assert not net.nodes[1 - victim].over  # the other may still be at work
+    net.kill(victim)
+    net.run(VOTE_S - 1)
+    assert not net.nodes[1 - victim].over
+    net.run(3)
+    assert net.nodes[1 - victim].over and net.current(1 - victim).number == 1
+
+
+def test_who_has_ended_votes_for_the_other_of_two_when_the_link_returns() -> None:
+    net = Net(2)
+    net.run(1)
+    net.nodes[0].report = Report(done=True)
+    net.separate([0], [1])
+    net.run(3)
+    assert not net.nodes[0].over
+    net.nodes[1].report = Report(stalled=1)
+    net.heal()
+    net.run(3)
+    assert net.current(1).hosts == (1,)  # it goes on alone
 
 
 @settings(max_examples=150, deadline=None)

@@ -9,16 +9,17 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import nn
 
-from unisono.check.host_chaos import FAULTS, HostChaos, Hosts
-from unisono.check.observed import Row
+from unisono import assembly
+from unisono.check.host_chaos import FAULTS, HostChaos, Hosts, Watching
+from unisono.check.observed import Observed, Row
 from unisono.check.strike import Strike
 from unisono.check.trials import arguments
 from unisono.config import Config, validate
-from unisono.errors import ConfigurationError
 from unisono.fault.generation import Acceptor, Generation
 from unisono.launch.channel import Channel, Role
 from unisono.launch.ledger import Ledger
@@ -38,19 +39,40 @@ CONFIG = {
 NEED_LINKS = ("cut-coordinator", "cut-halves", "cut-halves-witness")
 
 
-def struck(fault: str, workers: int = 1, repeat: int = 1) -> Row:
-    config = validate(Config, CONFIG, "test")
+def struck(fault: str, workers: int = 1, repeat: int = 1, /, **settings: Any) -> Row:
+    config = validate(Config, {**CONFIG, **settings}, "test")
     return HostChaos(config, workers, repeat, lambda text: None).run(fault)
 
 
-SLOW = [pytest.param("coordinator-stopped", marks=pytest.mark.slow)]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("coordinator", "coordinator-stopped")]
 
 
-@pytest.mark.parametrize("fault", ["host-worker", "host-workers", "host", "host-again", "coordinator", *SLOW])
+@pytest.mark.parametrize("fault", ["host-worker", "host-workers", "host", "host-again", "coordinator-again", *SLOW])
 def test_the_others_go_on_with_the_same_bits(fault: str) -> None:
     of_workers = fault.startswith("host-worker")
-    row = struck(fault, workers=2 if of_workers else 1, repeat=2 if of_workers else 1)
+    row = struck(fault, 2 if of_workers else 1, 2 if of_workers else 1)
     assert row.good, row.as_text()
+    assert row.recovery_s
+
+
+@pytest.mark.parametrize(
+    ("fault", "workers", "layout"),
+    [
+        ("host-worker", 2, {"zero": 1}),
+        ("host", 1, {"zero": 3}),
+        ("coordinator", 1, {"zero": 2}),
+        ("host-again", 1, {"zero": 1}),
+        ("host-witness", 2, {"pipeline": 2}),
+        pytest.param("host-fenced", 1, {"zero": 3}, marks=pytest.mark.slow),
+        pytest.param("host-worker", 4, {"pipeline": 2, "zero": 1}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_where_nobody_can_take_over_all_hosts_start_again(fault: str, workers: int, layout: dict[str, int]) -> None:
+    """From what each has kept, and its neighbour's; at most what came after the last snapshot is trained again."""
+    settings = {"options": {"width": 32}, "layout": layout, "fault": {"snapshot_every": 3}}
+    row = struck(fault, workers, 2 if fault == "host-worker" else 1, **settings)
+    assert row.good and row.starts_again and row.may_lose == 3, row.as_text()
     assert row.recovery_s
 
 
@@ -68,6 +90,94 @@ def test_who_is_cut_off_commits_nothing_and_comes_back(fault: str) -> None:
         pytest.skip(f"no network namespaces: {reason}")
     row = struck(fault)
     assert row.good, row.as_text()
+
+
+def test_workers_of_hosts_are_lost_in_evaluations_too(tmp_path: Path) -> None:
+    """Every evaluation has the figures of the undisturbed run, and is on record once."""
+    config = validate(Config, {**CONFIG, "options": {"width": 32}}, "test")
+
+    def trained(name: str, strikes: list[Strike]) -> tuple[set[str], dict[int, Any]]:
+        directory = tmp_path / name
+        directory.mkdir()
+        settings = {"validation": {"every": 4, "metric": "loss"}, "deadline_s": 20.0}
+        with Hosts(2, 2, None, False, directory) as run:
+            run.start(arguments(config, 13, str(directory), strikes, None, settings, False))
+            watch = Watching(run, Observed())
+            watch.until_over()
+            said = run.said()
+            watch.look()
+        found = watch.seen.of("ValidationFinished")
+        assert [record["step"] for record in found] == [4, 8, 12, 13]
+        assert len([note for host in said for note in host["strikes"]]) == len(strikes)
+        return {host["result"]["digest"] for host in said}, {record["step"]: record["metrics"] for record in found}
+
+    expected = trained("undisturbed", [])
+    assert len(expected[0]) == 1
+    assert trained("struck", [Strike(3, 4, "validation"), Strike(0, 8, "validation")]) == expected  # one is the chief
+    assert trained("late", [Strike(2, 13, "validation")]) == expected  # nobody takes its place before the end
+
+
+class Dying(Images):
+    """A task of which a worker ends as it gives the state its first values, once."""
+
+    def model(self) -> nn.Module:
+        mark, world = Path(os.environ["UNISONO_TEST_MARK"]), this_process()
+        if world.rank == world.size - 1 and not mark.exists():
+            mark.touch()
+            vars(assembly)["fill"] = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        return super().model()
+
+
+def test_who_comes_back_in_the_middle_of_an_evaluation_takes_part_in_it(tmp_path: Path) -> None:
+    """With one after every step, there is hardly another moment to come in."""
+    config = validate(Config, {**CONFIG, "options": {"width": 32}}, "test")
+    strikes = [Strike(2, 2, "backward"), Strike(3, 2, "backward"), Strike(0, 4, "validation")]
+    with Hosts(2, 2, None, False, tmp_path) as run:
+        settings = {"validation": {"every": 1, "metric": "loss"}, "deadline_s": 20.0}
+        run.start(arguments(config, 90, str(tmp_path), strikes, None, settings, False))
+        watch = Watching(run, Observed())
+        watch.until_over()
+        said = run.said()
+        watch.look()
+    assert [record["step"] for record in watch.seen.of("ValidationFinished")] == list(range(1, 91))
+    assert len({host["result"]["digest"] for host in said}) == 1
+    assert "2 workers of host 0" in run.log(0) and "host 1 joined" in run.log(0)
+
+
+def test_who_was_away_during_evaluations_goes_on_from_where_the_others_are(tmp_path: Path) -> None:
+    """Its launcher is stopped: the others go on without it, and its workers are in the middle of something."""
+    config = validate(Config, {**CONFIG, "options": {"width": 32}}, "test")
+    digests = []
+    for hosts, away in ((1, 0), (3, 1)):
+        directory = tmp_path / str(hosts)
+        directory.mkdir()
+        with Hosts(hosts, 1, None, False, directory) as run:
+            settings = {"validation": {"every": 1, "metric": "loss"}, "deadline_s": 20.0}
+            run.start(arguments(config, 200, str(directory), [], None, settings, False))
+            watch = Watching(run, Observed())
+            watch.until(5)
+            for _ in range(away):
+                run.send(2, signal.SIGSTOP)
+                watch.rest(2.5)
+                run.send(2, signal.SIGCONT)
+                watch.all_together(3)
+            watch.until_over()
+            digests += [host["result"]["digest"] for host in run.said()]
+            watch.look()
+        assert [record["step"] for record in watch.seen.of("ValidationFinished")] == list(range(1, 201))
+        assert len(watch.seen.of("HostsChanged")) >= 2 * away
+    assert len(set(digests)) == 1
+
+
+def test_a_worker_lost_before_training_starts_all_hosts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNISONO_TEST_MARK", str(tmp_path / "mark"))
+    config = validate(Config, {**CONFIG, "task": f"{__name__}:Dying", "steps": 6, "layout": {"zero": 1}}, "test")
+    with Hosts(2, 1, None, False, tmp_path) as run:
+        run.start(arguments(config, 6, str(tmp_path), [], None, {"deadline_s": 20.0}, False))
+        Watching(run, Observed()).until_over()
+        said = run.said()
+    assert (tmp_path / "mark").exists()
+    assert {host["result"]["step"] for host in said} == {6} and len({host["result"]["digest"] for host in said}) == 1
 
 
 class Changed(Images):
@@ -208,7 +318,3 @@ def test_a_fence_without_a_run_is_one_sentence(tmp_path: Path) -> None:
         [sys.executable, "-m", "unisono", "fence", "1", str(tmp_path)], capture_output=True, text=True, timeout=30
     )
     assert done.returncode == 2 and "no run over several hosts is at work" in done.stderr
-    with pytest.raises(ConfigurationError):
-        from unisono.check.host_chaos import chosen_host_faults
-
-        chosen_host_faults("comet")

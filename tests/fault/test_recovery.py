@@ -127,14 +127,18 @@ def test_a_stage_is_killed(pool: LocalLauncher, workers: int, layout: dict[str, 
 def test_a_worker_that_makes_no_progress_is_told_of_and_replaced(
     pool: LocalLauncher, how: str, moment: str, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """(rank 1, step 4): SIGSTOP, an endless loop in the backward, data that do not come; deadline 0.5 s."""
+    """(rank 1, step 4): SIGSTOP, an endless loop in the backward, data that do not come; deadline 0.5 s.
+
+    Steps take a few milliseconds: where the launcher has not looked before step 4, that is the worker's first one
+    to it, which may take twice as long.
+    """
     phase = "data" if moment == "data" else "compute"
     started = time.monotonic()
     struck(pool, 3, (1, 4, moment), how=how, model="mlp", deadline_s=0.5, run_dir=str(tmp_path))
     assert time.monotonic() - started < 5
     told = capfd.readouterr().err
     assert re.search(
-        rf"worker 1 \(process \d+\) has made no progress for 0\.\d s .*{phase} of step 4, micro-batch", told
+        rf"worker 1 \(process \d+\) has made no progress for [01]\.\d s .*{phase} of step 4, micro-batch", told
     )
     where = "its process is stopped" if how == "stop" else "check/strike.py"
     assert where in told and "stacks of worker 0" in told and "stacks of worker 2" in told
@@ -164,7 +168,7 @@ def test_wait_goes_on_with_all(pool: LocalLauncher, tmp_path: Path) -> None:
 
 
 def test_a_spare_takes_the_place(pool: LocalLauncher, tmp_path: Path) -> None:
-    struck(pool, 2, (1, 100, "forward"), model="mlp", steps=130, elastic=Elastic(2, 2, 1), run_dir=str(tmp_path))
+    struck(pool, 2, (1, 400, "forward"), model="mlp", steps=430, elastic=Elastic(2, 2, 1), run_dir=str(tmp_path))
     records = records_of(tmp_path)
     assert next(r["joined"] for r in records if r["event"] == "MembersChanged") == [2]
 

@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,45 +12,64 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.fault.test_recovery import struck
-from unisono.comm.arena import Arena
+from unisono.comm.arena import Arena, Region
 from unisono.errors import WorkerFailed
 from unisono.launch.local import LocalLauncher
-from unisono.state.snapshots import Snapshots, part_of, snapshots_bytes
+from unisono.launch.worker_set import WorkerSet
+from unisono.state.portions import Portion
+from unisono.state.snapshots import Images, Snapshots, part_of
+
+WHOLE = [Region(0, 1012)]
 
 
-def state(step: int) -> torch.Tensor:
-    """A state of 1,000 bytes that tells its step."""
-    return torch.full((125,), step, dtype=torch.int64)
+def state(step: int) -> list[torch.Tensor]:
+    """A state of 1,000 bytes that tells its step, and 12 bytes that lie elsewhere."""
+    return [torch.full((125,), step, dtype=torch.int64), torch.full((3,), float(step))]
+
+
+def divide(hosts: int) -> list[list[Region]]:
+    assert hosts == 1
+    return [WHOLE]
+
+
+def memory(workers: int) -> Arena:
+    return Arena(None, Images.size_bytes(Portion(), divide, workers))
+
+
+def begun(arena: Arena, parts: list[torch.Tensor], rank: int, workers: int, **options: Any) -> Snapshots:
+    """A worker that has looked what there is."""
+    images = Images(arena, Portion(), divide, workers)
+    one = Snapshots(images, parts, rank, workers, options.pop("every", 1), **options)
+    one.look(0, 1, lambda payload, operation: [payload])
+    return one
 
 
 @given(st.integers(1, 4), st.integers(1, 5), st.data())
 def test_whoever_ends_while_an_image_is_written_leaves_the_last_one_whole(
     workers: int, taken: int, data: st.DataObject
 ) -> None:
-    parts = [[state(0), torch.zeros(3)] for _ in range(workers)]
-    size_bytes = snapshots_bytes(parts[0], workers)
-    arena = Arena(None, size_bytes)
-    all_of_them = [Snapshots(arena, part, rank, workers, 1) for rank, part in enumerate(parts)]
-    assert all(one.found is None for one in all_of_them)
+    parts, arena = [state(0) for _ in range(workers)], memory(workers)
+    all_of_them = [begun(arena, part, rank, workers) for rank, part in enumerate(parts)]
+    assert all(one.found is None and one.is_needed(1) for one in all_of_them)
     for step in range(1, taken + 1):
         done = data.draw(st.integers(0, workers - 1)) if step == taken else workers  # who still copied the last
         for rank in data.draw(st.permutations(range(workers)))[:done]:
             parts[rank][0].fill_(step)
             parts[rank][1].fill_(step)
             all_of_them[rank].take(step, f"known {step}".encode())
-    again = [Snapshots(arena, [state(-1), torch.zeros(3)], rank, workers, 1) for rank in range(workers)]
+    again = [begun(arena, state(-1), rank, workers) for rank in range(workers)]
     if taken == 1:
         assert all(one.found is None for one in again)
         return
-    fresh = [state(-1), torch.zeros(3)]
-    one = Snapshots(arena, fresh, 0, workers, 1)
-    assert one.found is not None and one.found.step == taken - 1
+    fresh = state(-1)
+    one = begun(arena, fresh, 0, workers)
+    assert one.found is not None and one.found.step == taken - 1 and not one.is_needed(1)
     assert one.found.known == f"known {taken - 1}".encode()
-    one.restore(one.found)
-    assert torch.equal(fresh[0], state(taken - 1)) and fresh[1].tolist() == [taken - 1] * 3
+    one.restore([WHOLE], 0)
+    assert torch.equal(fresh[0], state(taken - 1)[0]) and fresh[1].tolist() == [taken - 1] * 3
     for rank, other in enumerate(again):  # and the next one does not overwrite it before it is whole
         other.take(taken + 5, b"later")
-        found = Snapshots(arena, fresh, 0, workers, 1).found
+        found = begun(arena, fresh, 0, workers).found
         assert found is not None and found.step == (taken + 5 if rank == workers - 1 else taken - 1)
 
 
@@ -61,13 +82,13 @@ def test_parts_cover_the_state_once(size_bytes: int, workers: int) -> None:
 
 def test_automatic_snapshots_take_a_hundredth_of_the_time() -> None:
     now = [0.0]
-    arena = Arena(None, snapshots_bytes([state(0)], 1))
+    arena = memory(1)
 
     def clock() -> float:
         now[0] += 0.5  # each look at it takes half a second
         return now[0]
 
-    one = Snapshots(arena, [state(0)], 0, 1, "auto", clock)
+    one = begun(arena, state(0), 0, 1, every="auto", clock=clock)
     assert one.is_due(1)
     one.take(1, b"")
     now[0] += 40.0
@@ -111,6 +132,32 @@ def test_layouts_that_nobody_can_take_over_in_start_again(
 def test_one_that_hangs_is_ended_and_all_start_again(pool: LocalLauncher, capfd: pytest.CaptureFixture[str]) -> None:
     struck(pool, 1, (0, 5, "forward"), model="mlp", how="stop", deadline_s=1.0)
     assert "worker 0" in (said := capfd.readouterr().err) and "has made no progress" in said
+
+
+def test_a_signal_holds_for_those_who_start_again(pool: LocalLauncher, tmp_path: Path) -> None:
+    """Asked to stop in the step in which the worker is lost, the run saves a step and ends with exit code 0."""
+
+    def look(workers: WorkerSet) -> None:
+        header = workers.survival.header
+        if header is not None and header.committed >= 4 and not told:
+            told.append(header.committed)
+            workers.interrupt(signal.SIGTERM)
+
+    told: list[int] = []
+    options = {"model": "mlp", "run_dir": str(tmp_path), "fault": {"snapshot_every": 3}, "checkpoint": {"every": 100}}
+    slow = [{"rank": 0, "step": 0, "moment": "data", "how": "slow", "seconds": 0.05}]
+    strikes = [*slow, {"rank": 0, "step": 5, "moment": "backward", "how": "kill"}]
+    pool.each_turn = look
+    try:
+        ending = pool.run({"call": "tests.jobs:struck", "arguments": {**options, "strikes": strikes}}, 1)
+    finally:
+        pool.each_turn = None
+    assert ending.preempted and ending.result["reason"] == "stopped" and ending.result["step"] < 12
+    assert "RolledBack" in (tmp_path / "events.jsonl").read_text()
+    arguments = {**options, "steps": 12, "resume": True}
+    resumed = pool.run({"call": "tests.jobs:train", "arguments": arguments}, 1).result
+    whole = pool.run({"call": "tests.jobs:train", "arguments": {"model": "mlp", "steps": 12}}, 1).result
+    assert resumed["digest"] == whole["digest"]
 
 
 def test_what_ends_every_worker_that_tries_it_ends_the_run(pool: LocalLauncher) -> None:

@@ -42,3 +42,9 @@ def test_what_is_possible(sizes: tuple[int, ...], layout: dict[str, Any]) -> Non
 def test_workers_that_stay_together_must_make_whole_groups() -> None:
     with pytest.raises(ValueError, match="5 workers are no groups of 2"):
         evenly(5, 2, together=2)
+
+
+def test_rounds_of_hosts_that_share_gradients_are_limited() -> None:
+    config = TrainingConfig(global_batch_size=402, micro_batch_size=1, layout={"zero": 2})
+    with pytest.raises(ConfigurationError, match="each of 2 hosts has 201 micro-batches in a step; at most 200 are"):
+        refuse_impossible(config, Hosts((1, 1)))

@@ -50,7 +50,7 @@ def trainer_for(model_name: str, optimizer_name: str, seed: int = 0) -> Trainer:
     )
 
 
-@pytest.mark.parametrize("name", [*ELEMENTWISE, "adafactor", "muon", "coupled"])
+@pytest.mark.parametrize("name", [*ELEMENTWISE, "adafactor", "muon", "lars", "lamb", "coupled"])
 def test_blocks_do_what_the_whole_does(name: str) -> None:
     """A model with more than one block a parameter and no dropout, 5 steps: torch's optimizer on whole parameters.
 

@@ -3,6 +3,7 @@
 import random
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -168,7 +169,9 @@ def test_another_model_or_run_cannot_be_resumed(tmp_path: Path) -> None:
 
 def test_checkpoints_are_consistent_while_training_goes_on(tmp_path: Path) -> None:
     """A checkpoint of step k, written in the background, is the state of a run that ended at k."""
-    jobs.trainer(run_dir=str(tmp_path / "long"), checkpoint={"every": 2, "keep": 100}).fit(9)
+    trainer = jobs.trainer(run_dir=str(tmp_path / "long"), checkpoint={"every": 2, "keep": 100})
+    trainer.probe(lambda event: time.sleep(0.01))  # what is due while one is written on a busy machine would wait
+    trainer.fit(9)
     saved = steps_in(tmp_path / "long" / DIRECTORY)
     assert 9 in saved and len(saved) >= 3
     for step in saved:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,8 @@ SPECIAL = (
 FAULTS = (*AT_MOMENTS, *SPECIAL)
 OF_SURVIVORS = ("kill-two", "kill-rescue", "kill-entry", "spare", "scale", "everything", "slow", "slow-core")
 """Faults whose point is what the others do meanwhile: where all start again from a snapshot, they do nothing."""
+LEAST = {"kill-two": 3, "kill-rescue": 3, "random": 3}
+"""Workers of which enough are left, where they go on."""
 
 Say = Callable[[str], None]
 
@@ -74,16 +76,7 @@ class Chaos:
         self._say = say
 
     def run(self, fault: str) -> Row:
-        """Let one kind of fault happen, again and again.
-
-        Raises:
-            ConfigurationError: where it cannot happen in this run.
-        """
-        if self._trials.rolls_back and fault in OF_SURVIVORS:
-            raise ConfigurationError(
-                f"{fault} is for runs whose workers go on without one of them; in this layout all start again from a "
-                "snapshot when one is lost: leave it out of --faults"
-            )
+        """Let one kind of fault happen, again and again; for those that can (see `why_not`)."""
         self._say(f"{fault}: {self._repeat} times")
         if fault in AT_MOMENTS:
             return self._at_moment(fault, AT_MOMENTS[fault])
@@ -113,7 +106,6 @@ class Chaos:
 
     def _kill_two(self, row: Row) -> None:
         """Two of them in one step."""
-        self._at_least(3)
 
         def faults(rank: int, step: int) -> list[Strike]:
             return [Strike(r % self._workers, step, "backward") for r in (rank, rank + 1)]
@@ -123,7 +115,6 @@ class Chaos:
 
     def _kill_rescue(self, row: Row) -> None:
         """One, and another that computes in its place."""
-        self._at_least(3)
         steps = FIRST + GAP * (self._repeat + 1)
         strikes = []
         for n in range(self._repeat):
@@ -155,8 +146,7 @@ class Chaos:
 
     def _random(self, row: Row) -> None:
         """Kills and stops at random times, never the last two, nor two at one micro-batch."""
-        self._at_least(1 if self._trials.rolls_back else 3)
-        least = 1 if self._trials.rolls_back else 3
+        least = 1 if self._trials.rolls_back else LEAST["random"]
         chance, doomed, struck = random.Random(self._seed), set[int](), set[tuple[int, int | None]]()
         following = [0.0]
         steps = FIRST + 3 * self._repeat + 10 * GAP
@@ -305,8 +295,6 @@ class Chaos:
     def _slow_core(self, row: Row) -> None:
         """One of two workers, each pinned to a core, shares it with four busy processes."""
         cores = sorted(os.sched_getaffinity(0))[:2]
-        if self._workers != 2 or len(cores) < 2:
-            raise ConfigurationError("slow-core is for two workers (-n 2) on at least two cores")
         count = 2 * SLOW_CORE_MICRO_BATCHES
 
         def pin(workers: WorkerSet, committed: int) -> None:
@@ -333,10 +321,6 @@ class Chaos:
         steps, strikes = self._schedule(lambda rank, step: [Strike(rank, step, "data", "clock")])
         self._trials.judge(row, self._trials.train(steps, strikes, deadline_s=STOP_DEADLINE_S), steps)
 
-    def _at_least(self, workers: int) -> None:
-        if self._workers < workers:
-            raise ConfigurationError(f"this fault needs at least {workers} workers; {self._workers} are there (-n)")
-
 
 def _best_slow_step(workers: int, count: int) -> float:
     """The best step with whole micro-batches where one worker is slower, in the time of one of another."""
@@ -354,20 +338,49 @@ def _judge_slow(row: Row, even: Observed, found: Sequence[Observed], best_s: flo
     row.note = f"throughput {statistics.median(parts):.2f} of the best assignment's, {min(parts):.2f} at least"
 
 
-def chosen_faults(text: str | None, *, survived: bool = True) -> list[str]:
-    """What ``--faults`` names; default: all.
+def why_not(fault: str, workers: int, *, survived: bool) -> str:
+    """Why a fault cannot happen in a run; empty where it can.
 
     Arguments:
-        survived: workers go on without one of them.
+        survived: workers go on without one of them; else all start again from a snapshot.
+
+    >>> why_not("kill-two", 2, survived=True)
+    'needs at least 3 workers; 2 are there (-n)'
+    """
+    if not survived and fault in OF_SURVIVORS:
+        return (
+            "is for runs whose workers go on without one of them; in this layout all start again from a snapshot when "
+            "one is lost"
+        )
+    if survived and workers < LEAST.get(fault, 1):
+        return f"needs at least {LEAST[fault]} workers; {workers} are there (-n)"
+    if fault == "slow-core" and (workers != 2 or len(os.sched_getaffinity(0)) < 2):
+        return "is for two workers (-n 2) on at least two cores"
+    return ""
+
+
+def chosen_faults(text: str | None, known: Collection[str], impossible: Callable[[str], str], say: Say) -> list[str]:
+    """What ``--faults`` names; default: all that can happen, and which cannot is said.
+
+    Arguments:
+        known: all that there are.
+        impossible: why one cannot happen; empty where it can.
 
     Raises:
-        ConfigurationError: for one that is not known.
+        ConfigurationError: for one that is not known, or cannot happen.
 
-    >>> chosen_faults("stop,random")
+    >>> chosen_faults("stop,random", FAULTS, lambda fault: "", print)
     ['stop', 'random']
+    >>> chosen_faults(None, ("stop", "hang"), lambda fault: "is left" if fault == "hang" else "", print)
+    leaving out hang, which is left
+    ['stop']
     """
-    possible = [name for name in FAULTS if survived or name not in OF_SURVIVORS]
-    names = possible if text is None else text.split(",")
-    if unknown := [name for name in names if name not in FAULTS]:
-        raise ConfigurationError(f"--faults names {unknown[0]!r}; known are {', '.join(FAULTS)}")
-    return names
+    names = list(known) if text is None else text.split(",")
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigurationError(f"--faults names {unknown[0]!r}; known are {', '.join(known)}")
+    reasons = {name: reason for name in names if (reason := impossible(name))}
+    for name, reason in reasons.items():
+        if text is not None:
+            raise ConfigurationError(f"{name} {reason}; leave it out of --faults")
+        say(f"leaving out {name}, which {reason}")
+    return [name for name in names if name not in reasons]

@@ -19,15 +19,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unisono.check.chaos import FIRST, GAP, Say
+from unisono.check.chaos import FIRST, GAP, STOP_DEADLINE_S, Say
 from unisono.check.observed import Observed, Row
 from unisono.check.one_host import Order
 from unisono.check.strike import Strike
-from unisono.check.trials import arguments
+from unisono.check.trials import arguments, judge_rolled_back, with_snapshots
 from unisono.config import Config
-from unisono.errors import ConfigurationError, WorkerFailed
+from unisono.errors import WorkerFailed
 from unisono.launch.namespaces import Namespaces, unavailable
 from unisono.launch.nodes import free_port
+from unisono.launch.possible import survives_hosts
 from unisono.launch.secret import VARIABLE
 from unisono.observe.records import EVENTS
 
@@ -35,16 +36,20 @@ LOOPBACK = "127.0.0.1"
 LOOK_S = 0.002
 LATE_S, HELD_S, APART_S = 60.0, 4.0, 5.0
 """Until a run must have gone on; for how long a fault lasts that ends by itself; from one to the next."""
+DEADLINE_S = 20.0
+MOMENTS = ("backward", "data", "mid-update", "forward", "mid-reduce", "mid-commit")
 CUT_BOUND_S = 3.0
 """In which the majority goes on."""
 PORT, WITNESS_PORT = 29600, 29601
 
 FAULTS = {
     "host-worker": 2,
+    "host-worker-stop": 2,
     "host-workers": 2,
     "host": 3,
     "host-again": 3,
     "coordinator": 3,
+    "coordinator-again": 3,
     "coordinator-stopped": 3,
     "host-witness": 2,
     "host-fenced": 2,
@@ -56,6 +61,12 @@ FAULTS = {
 }
 """Each with the hosts that it takes."""
 CUTS = tuple(name for name in FAULTS if name.startswith("cut"))
+
+
+def why_not_between_hosts(fault: str) -> str:
+    """Why a fault cannot happen on this machine; empty where it can."""
+    reason = unavailable() if fault in CUTS else None
+    return "" if reason is None else f"needs hosts whose links can be cut: {reason}"
 
 
 @dataclass(slots=True)
@@ -202,38 +213,45 @@ class HostChaos:
     """
 
     def __init__(self, config: Config, workers: int, repeat: int, say: Say) -> None:
-        self._config = config
+        self._rolls_back = not survives_hosts(config)  # all hosts start again, from a snapshot, when one is lost
+        self._config = with_snapshots(config) if self._rolls_back else config
         self._workers = workers
         self._repeat = repeat
         self._say = say
         self._undisturbed: dict[tuple[int, int], Observed] = {}
 
     def run(self, fault: str) -> Row:
-        """Let one kind of fault happen, again and again.
-
-        Raises:
-            ConfigurationError: where links cannot be cut on this machine.
-        """
-        if fault in CUTS and (reason := unavailable()) is not None:
-            raise ConfigurationError(f"{fault} needs hosts whose links can be cut: {reason}")
+        """Let one kind of fault happen, again and again; for those that can (see `why_not_between_hosts`)."""
         self._say(f"{fault}: {self._repeat} times")
         row = Row(fault, self._repeat)
         method: Callable[[Row], None] = getattr(self, f"_{fault.replace('-', '_')}")
         method(row)
+        if self._rolls_back:
+            row.starts_again, row.bound_s = True, None
         return row
 
     # A worker
 
     def _host_worker(self, row: Row) -> None:
-        """A worker of one of two hosts is killed; every few steps another."""
+        """A worker of one of two hosts is killed; every few steps another, at another moment of its step."""
+        self._strike_workers(row, "kill")
+
+    def _host_worker_stop(self, row: Row) -> None:
+        """The same, and it is stopped (SIGSTOP): when the deadline is over, its launcher ends it."""
+        self._strike_workers(row, "stop", STOP_DEADLINE_S)
+
+    def _strike_workers(self, row: Row, how: str, deadline_s: float = DEADLINE_S) -> None:
         size = 2 * self._workers
-        strikes = [Strike(n % size, FIRST + GAP * n, "backward") for n in range(self._repeat)]
+        strikes = [Strike(n % size, FIRST + GAP * n, MOMENTS[n % len(MOMENTS)], how) for n in range(self._repeat)]
         steps = FIRST + GAP * (self._repeat + 1)
-        seen = self._train(2, steps, strikes=strikes)
+        seen = self._train(2, steps, strikes=strikes, deadline_s=deadline_s)
         for step, at in sorted((s["struck"]["step"], s["at"]) for s in seen.strikes):
             row.recovery_s.append(seen.committed_at[step] - at)
-        one = self._expected(2, steps).step_s
-        row.bound_s = one + one + 0.5  # a step, and at the most all of it again
+        struck, count = {strike["struck"]["step"] for strike in seen.strikes}, self._config.micro_batches
+        changes = [change["taken_over"] for change in seen.of("HostsChanged") if change["step"] in struck]
+        row.recomputed_micro_batches = max((count if taken is None else taken for taken in changes), default=0)
+        late_s = deadline_s if how == "stop" else 0.0  # until it is noticed
+        row.bound_s = 2 * self._expected(2, steps).step_s + 0.5 + late_s  # a step, and the lost worker's share of one
         self._judge(row, seen, 2, steps)
 
     def _host_workers(self, row: Row) -> None:
@@ -255,12 +273,18 @@ class HostChaos:
 
     def _host_again(self, row: Row) -> None:
         """The last of three is killed, and started again a little later."""
+        self._come_back(row, 2)
 
+    def _coordinator_again(self, row: Row) -> None:
+        """The first of three, at whose address all meet, is killed, and started again a little later."""
+        self._come_back(row, 0)
+
+    def _come_back(self, row: Row, number: int) -> None:
         def fault(run: Hosts, watch: "Watching") -> None:
-            run.kill(2)
+            run.kill(number)
             row.recovery_s.append(watch.next_commit())
             watch.rest(HELD_S)
-            run.again(2)
+            run.again(number)
 
         self._again_and_again(row, 3, fault)
         row.bound_s = CUT_BOUND_S
@@ -294,8 +318,7 @@ class HostChaos:
             def course(run: Hosts, watch: "Watching", number: int = number) -> None:
                 watch.until(FIRST)
                 run.kill(number % 2)
-                before = watch.rest(HELD_S)
-                row.lost_steps += before  # nothing may be committed
+                row.exactly_once = row.exactly_once and watch.rest(HELD_S) == 0  # nothing may be committed
                 words = [sys.executable, "-m", "unisono", "fence", str(number % 2), str(run.run_dir)]
                 subprocess.run(words, check=True, capture_output=True)
                 row.recovery_s.append(watch.next_commit())
@@ -358,7 +381,7 @@ class HostChaos:
         def fault(run: Hosts, watch: "Watching") -> None:
             run.separate([0], [1])
             watch.rest(0.1)  # what was on its way
-            row.lost_steps += watch.rest(HELD_S)
+            row.exactly_once = row.exactly_once and watch.rest(HELD_S) == 0
             run.join([0], [1])
             row.recovery_s.append(watch.next_commit())
 
@@ -401,8 +424,13 @@ class HostChaos:
         """Compare a run with the undisturbed one."""
         expected = self._expected(hosts, steps)
         row.digest_equal = row.digest_equal and seen.digests == expected.digests and len(seen.digests) == 1
-        row.exactly_once = row.exactly_once and seen.losses == expected.losses
-        row.lost_steps += len(seen.losses) - len({step for step, _ in seen.losses})
+        if self._rolls_back:
+            judge_rolled_back(row, seen, expected)
+            every = self._config.fault.snapshot_every
+            row.may_lose = every if isinstance(every, int) else 0
+        else:
+            row.exactly_once = row.exactly_once and seen.losses == expected.losses
+            row.lost_steps += len(seen.losses) - len({step for step, _ in seen.losses})
         row.survivors_restarted += len(seen.ended - {note["process"] for note in seen.strikes})
 
     def _train(
@@ -415,12 +443,14 @@ class HostChaos:
         network: bool = False,
         witness: bool = False,
         length: int | None = None,
+        deadline_s: float = DEADLINE_S,
     ) -> Observed:
         seen = Observed()
         with tempfile.TemporaryDirectory(prefix="unisono-chaos-") as directory, ExitStack() as stack:
             links = stack.enter_context(Namespaces(hosts + witness)) if network else None
             run = stack.enter_context(Hosts(hosts, self._workers, links, witness, Path(directory)))
-            run.start(arguments(self._config, length or steps, directory, strikes, None, {"deadline_s": 20.0}, False))
+            settings = {"deadline_s": deadline_s}
+            run.start(arguments(self._config, length or steps, directory, strikes, None, settings, False))
             watch = Watching(run, seen)
             course(run, watch)
             watch.until_over()
@@ -517,15 +547,3 @@ class Watching:
             yield
             time.sleep(LOOK_S)
         raise WorkerFailed(f"the run did not come to {what} within {seconds:g} s:\n{self._logs()}")
-
-
-def chosen_host_faults(text: str | None) -> list[str]:
-    """What ``--faults`` names; default: all.
-
-    Raises:
-        ConfigurationError: for one that is not known.
-    """
-    names = list(FAULTS) if text is None else text.split(",")
-    if unknown := [name for name in names if name not in FAULTS]:
-        raise ConfigurationError(f"--faults names {unknown[0]!r}; with --hosts, known are {', '.join(FAULTS)}")
-    return names

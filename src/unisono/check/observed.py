@@ -1,6 +1,7 @@
 """What was seen of a run that faults struck, and what a kind of fault led to: as data."""
 
 import itertools
+import math
 import statistics
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,7 +51,8 @@ class Row:
             "fault": self.fault,
             "repetitions": self.repetitions,
             "recovery_p50_s": round(statistics.median(at), 4) if at else None,
-            "recovery_p95_s": round(at[min(len(at) - 1, int(0.95 * len(at)))], 4) if at else None,
+            "recovery_p95_s": round(at[math.ceil(0.95 * len(at)) - 1], 4) if at else None,  # nearest rank
+            "recovery_max_s": round(at[-1], 4) if at else None,
             "bound_s": None if self.bound_s is None else round(self.bound_s, 4),
             "lost_steps": self.lost_steps,
             "recomputed_micro_batches": self.recomputed_micro_batches,
@@ -66,7 +68,8 @@ class Row:
         times = ""
         if self.recovery_s:
             bound = f", bound {row['bound_s']:.2f} s" if self.bound_s is not None else ""
-            times = f"{row['recovery_p50_s']:.2f} s, p95 {row['recovery_p95_s']:.2f} s{bound}; "
+            longest = f"longest {row['recovery_max_s']:.2f} s"
+            times = f"{row['recovery_p50_s']:.2f} s, p95 {row['recovery_p95_s']:.2f} s, {longest}{bound}; "
         return (
             f"{'ok ' if self.good else 'BAD'} {self.fault:<16} x{self.repetitions:<3} {times}"
             f"{self.recomputed_micro_batches} micro-batches again, {self.lost_steps} steps lost, "

@@ -4,6 +4,7 @@ A program: ``python -m unisono.check.one_host``, with one JSON object (`Order`) 
 """
 
 import json
+import os
 import sys
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -13,6 +14,7 @@ from unisono.comm.header import Course
 from unisono.errors import UnisonoError
 from unisono.launch.local import LocalLauncher
 from unisono.launch.nodes import Nodes, Rendezvous
+from unisono.launch.process import die_with_parent
 from unisono.launch.task import STANDARD_ERROR
 from unisono.launch.worker_set import WorkerSet
 
@@ -72,7 +74,8 @@ def run(order: Order) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Read the order, and print what was seen."""
+    """Read the order, and print what was seen; who is ended without a word takes its hosts along."""
+    die_with_parent(os.getppid())
     given = json.loads(sys.stdin.readline())
     order = Order(**{**given, "witness": tuple(given["witness"]) if given["witness"] else None})
     sys.stdout.write(json.dumps(run(order)) + "\n")

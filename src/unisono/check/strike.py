@@ -24,7 +24,7 @@ from unisono.events import PHASES, Event, PhaseEntered
 from unisono.launch.control import send
 from unisono.launch.world import this_process
 from unisono.state import checkpoint
-from unisono.sync.every_step import EveryStep
+from unisono.sync.updater import Updater
 from unisono.tasks.job import objects_of
 from unisono.tasks.task import make_task
 from unisono.trainer import Trainer
@@ -141,7 +141,7 @@ class Armed:
 
     def install(self) -> None:
         """Reach the moments inside phases too. For a process whose only use this is: nothing is put back."""
-        self._before(EveryStep, "_reduce", lambda *_: self._second("mid-reduce"))
+        self._before(Updater, "reduce", lambda *_: self._second("mid-reduce"))
         self._before(Journal, "advance", self._advance)
         self._before(Engine, "_rescue", lambda *_: self.at("rescue", self.step))
         self._before(Evaluator, "_leaf", lambda *_: self.at("validation", self.step))
@@ -217,6 +217,8 @@ def train(
     settings = validate(Config, config, "configuration")
     torch.set_num_threads(settings.threads)
     task = make_task(settings.task, settings.options)
-    objects = replace(objects_of(task, settings.optimizer), validation=None, summary=None)
+    objects = replace(objects_of(task, settings.optimizer), summary=None)
+    if settings.validation.every is None:
+        objects = replace(objects, validation=None)
     trainer = armed(Trainer.from_config(objects, settings), strikes, storage)
     return asdict(trainer.fit(settings.steps, resume=resume))

@@ -39,7 +39,7 @@ class Trials:
     def __init__(self, launcher: LocalLauncher, config: Config, workers: int) -> None:
         self.launcher = launcher
         self.rolls_back = not survives(config, workers)
-        self._config = _with_snapshots(config) if self.rolls_back else config
+        self._config = with_snapshots(config) if self.rolls_back else config
         self._workers = workers
         self._undisturbed: dict[int, tuple[str, Observed]] = {}
 
@@ -68,7 +68,10 @@ class Trials:
             return
         row.digest_equal = row.digest_equal and result["digest"] == digest
         if self.rolls_back:
-            self._judge_rolled_back(row, seen, undisturbed)
+            judge_rolled_back(row, seen, undisturbed)
+            every = self._config.fault.snapshot_every
+            if seen.struck_outside or any(note["struck"]["how"] != "clock" for note in seen.strikes):
+                row.starts_again, row.may_lose = True, every if isinstance(every, int) else 0
         elif whole:
             row.exactly_once = row.exactly_once and seen.losses == undisturbed.losses
             row.lost_steps += len(seen.losses) - len({step for step, _ in seen.losses})
@@ -91,16 +94,6 @@ class Trials:
             share = -(-self._config.micro_batches // max(1, self._workers // self._config.layout.model_workers))
             one = step_s / max(1, share)
             row.bound_s = step_s + killed * share * one + late_s + 0.5 * killed
-
-    def _judge_rolled_back(self, row: Row, seen: Observed, undisturbed: Observed) -> None:
-        """What was trained twice had the same losses; and at the most what came after a snapshot was."""
-        losses = dict(seen.losses)
-        again = all(losses[step] == loss for step, loss in seen.losses)
-        row.exactly_once = row.exactly_once and again and losses == dict(undisturbed.losses)
-        row.lost_steps = max([row.lost_steps, *(record["lost_steps"] for record in seen.of("RolledBack"))])
-        every = self._config.fault.snapshot_every
-        if seen.struck_outside or any(note["struck"]["how"] != "clock" for note in seen.strikes):
-            row.starts_again, row.may_lose = True, every if isinstance(every, int) else 0
 
     def train(
         self,
@@ -162,6 +155,14 @@ class Trials:
         return seen
 
 
+def judge_rolled_back(row: Row, seen: Observed, undisturbed: Observed) -> None:
+    """Compare a run in which all start again: what was trained twice had the same losses, and how much that was."""
+    losses = dict(seen.losses)
+    again = all(losses[step] == loss for step, loss in seen.losses)
+    row.exactly_once = row.exactly_once and again and losses == dict(undisturbed.losses)
+    row.lost_steps = max([row.lost_steps, *(record["lost_steps"] for record in seen.of("RolledBack"))])
+
+
 def arguments(
     config: Config,
     steps: int,
@@ -196,7 +197,7 @@ def _directory(given: str | None) -> Iterator[str]:
         yield own
 
 
-def _with_snapshots(config: Config) -> Config:
+def with_snapshots(config: Config) -> Config:
     """A configuration that says how many steps may be lost."""
     fault = config.fault
     if fault.snapshot_every == "auto":

@@ -46,6 +46,8 @@ bench_app.command()(bench.memory)
 bench_app.command()(bench.network)
 bench_app.command()(bench.control)
 bench_app.command()(bench.recovery)
+bench_app.command()(bench.optimizers)
+bench_app.command()(bench.sync)
 bench_app.command()(bench.survival)
 bench_app.command()(bench.device)
 

@@ -208,6 +208,46 @@ def device(
             typer.echo(json.dumps({"rows": rows}))
 
 
+def sync(
+    modes: Annotated[
+        str | None, typer.Option(help="Ways of agreeing, by how their names begin; several, with commas; default: all.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 3,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare ways of agreeing where no worker is slow, one is, or one after another: micro-batches sleep. 5 minutes.
+
+    Example: unisono bench sync --modes "every step,server" --rounds 1
+    """
+    with launcher_here() as launcher:
+        from unisono.bench.paced import WAYS
+        from unisono.bench.sync import bench
+
+        wanted = modes.split(",") if modes else [""]
+        ways = [way for way in WAYS if any(way.startswith(start.strip()) for start in wanted)]
+        if not ways:
+            raise ConfigurationError(f"--modes is {modes!r}; there are {', '.join(WAYS)}")
+        rows = bench(launcher, ways, rounds, None if as_json else typer.echo)
+        if as_json:
+            typer.echo(json.dumps({"rows": rows}))
+
+
+def optimizers(
+    seeds: Annotated[int, typer.Option(min=1, help="Of each method and rate, at the largest batch.")] = 5,
+    pairs: Annotated[int, typer.Option(min=1, help="Pairs of runs at batch 32 and 256.")] = 20,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare SGD, LARS and LAMB where the whole training set of digits is one batch; linear scaling: 3 minutes.
+
+    Example: unisono bench optimizers --seeds 3 --pairs 5
+    """
+    from unisono.bench.optimizers import bench
+
+    rows = bench(seeds, pairs, None if as_json else typer.echo)
+    if as_json:
+        typer.echo(json.dumps({"rows": rows}))
+
+
 def survival(
     models: Annotated[str, typer.Option(help="lm (that of configs/lm.yaml), small, large; several.")] = "lm,large",
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 7,

@@ -1,5 +1,6 @@
 """``unisono chaos``: faults against a real run."""
 
+import functools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -41,7 +42,7 @@ def chaos(
     if hosts:
         _of_hosts(config, overrides or [], workers or 1, faults, repeat, as_json)
         return
-    from unisono.check.chaos import Chaos, chosen_faults
+    from unisono.check.chaos import FAULTS, Chaos, chosen_faults, why_not
     from unisono.config import load
     from unisono.launch.launcher import shares_memory
     from unisono.launch.possible import refuse_impossible, rolls_back, survives
@@ -57,44 +58,49 @@ def chaos(
             "chaos needs a run that survives the loss of workers: on Linux, with fault.on_loss=replace or wait, and "
             "without layout.offload and compression"
         )
-    names = chosen_faults(faults, survived=survived)
+    names = chosen_faults(faults, FAULTS, functools.partial(why_not, workers=count, survived=survived), _say)
     from unisono.launch.local import LocalLauncher
 
     with LocalLauncher() as launcher:
         launcher.preload(preloads(settings, [settings.layout]))
-        subject = Chaos(launcher, settings, count, repeat, seed, lambda text: typer.echo(text, err=True))
+        subject = Chaos(launcher, settings, count, repeat, seed, _say)
         _show(map(subject.run, names), as_json)
 
 
 def _of_hosts(config: Path, overrides: list[str], workers: int, faults: str | None, repeat: int, as_json: bool) -> None:
     """Faults of hosts."""
-    from unisono.check.host_chaos import FAULTS, HostChaos, chosen_host_faults
+    from unisono.check.chaos import chosen_faults
+    from unisono.check.host_chaos import FAULTS, HostChaos, why_not_between_hosts
     from unisono.config import load
-    from unisono.launch.possible import refuse_impossible, survives_hosts
+    from unisono.launch.possible import refuse_impossible, rolls_back, survives_hosts
     from unisono.plan.hosts import Hosts
 
-    names = chosen_host_faults(faults)
+    names = chosen_faults(faults, FAULTS, why_not_between_hosts, _say)
     settings = load(config, overrides)
-    whole = settings.layout.model_copy(update={"zero": None if settings.layout.zero in (None, 1) else 0})
-    settings = settings.model_copy(update={"layout": whole})
     refuse_impossible(settings, Hosts((workers,) * max(FAULTS[name] for name in names)))
-    if not survives_hosts(settings):
+    if not (survives_hosts(settings) or rolls_back(settings)):
         raise ConfigurationError(
-            "chaos --hosts needs a run that survives the loss of hosts: each with the whole state (layout.zero=1 or "
-            "left out), device cpu, workers that compute the whole model, and no compression"
+            "chaos --hosts needs a run that survives the loss of hosts: fault.on_loss=replace or wait, and no "
+            "layout.offload and compression"
         )
-    subject = HostChaos(settings, workers, repeat, lambda text: typer.echo(text, err=True))
+    subject = HostChaos(settings, workers, repeat, _say)
     _show(map(subject.run, names), as_json)
 
 
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
 def _show(found: "Iterable[Row]", as_json: bool) -> None:
-    """Rows as they come, or together; exit code 1 where one is bad."""
+    """Rows as they come, or together, even where one more cannot be had; exit code 1 where one is bad."""
     rows = []
-    for row in found:
-        rows.append(row)
-        if not as_json:
-            typer.echo(row.as_text())
-    if as_json:
-        typer.echo(json.dumps({"rows": [row.as_dict() for row in rows]}))
+    try:
+        for row in found:
+            rows.append(row)
+            if not as_json:
+                typer.echo(row.as_text())
+    finally:
+        if as_json:
+            typer.echo(json.dumps({"rows": [row.as_dict() for row in rows]}))
     if not all(row.good for row in rows):
         raise typer.Exit(1)

@@ -72,7 +72,7 @@ def fence(
 
 def _hosts_of(run_dir: Path) -> list[int]:
     """The hosts that have voted in a run."""
-    from unisono.launch.span import DIRECTORY
+    from unisono.launch.quorum import DIRECTORY
 
     names = [path.stem.removeprefix("host-") for path in (run_dir / DIRECTORY).glob("host-*.json")]
     return sorted(int(name) for name in names if name.isdigit())

@@ -221,9 +221,11 @@ def verify(
         from unisono.check.verify import layouts_in, numbers_of_workers
         from unisono.check.verify import verify as check
         from unisono.config import load
+        from unisono.launch.possible import refuse_to_compare
         from unisono.launch.runs import preloads
 
         settings = load(config, overrides or [])
+        refuse_to_compare(settings)
         if layouts is not None:
             trials, what = layouts_in(layouts, settings, hosts), "layouts"
         else:

@@ -128,3 +128,12 @@ class DeviceMemory:
         if region not in self._tensors:
             self._tensors[region] = torch.zeros(region.size_bytes, dtype=torch.uint8, device=self._device)
         return self._tensors[region]
+
+
+def mapped(descriptor: int | None, size_bytes: int) -> Arena:
+    """The arena; the mapping keeps what it needs, so that the descriptor does not keep the memory."""
+    try:
+        return Arena(descriptor, size_bytes)
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)

@@ -62,13 +62,13 @@ def sum_touched(
         _into(canonical_sum(held, count, top, out[piece]), out[piece])
 
 
-def sum_scalars(cover: Cover, count: int, top: Node | None = None) -> tuple[float, float]:
-    """Loss and weight."""
+def sum_scalars(cover: Cover, count: int, top: Node | None = None) -> tuple[float, ...]:
+    """Loss, weight, and the weights of replicas that train apart."""
 
-    def add(a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float]:
-        return a[0] + b[0], a[1] + b[1]
+    def add(a: tuple[float, ...], b: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(x + y for x, y in zip(a, b, strict=True))
 
-    return finish({node: (p.scalars[0], p.scalars[1]) for node, p in cover}, count, add, top)
+    return finish({node: tuple(p.scalars) for node, p in cover}, count, add, top)
 
 
 def sum_buffer(cover: Cover, buffer: int, count: int, top: Node | None = None) -> Tensor | None:
@@ -87,7 +87,8 @@ def sum_heads(loss: Cover, buffers: Sequence[Cover], count: int, into: Partial, 
         loss: the partials that hold the scalars.
         buffers: those that hold each buffer.
     """
-    into.scalars[0], into.scalars[1] = sum_scalars(loss, count, top)
+    for i, value in enumerate(sum_scalars(loss, count, top)):
+        into.scalars[i] = value
     for b, cover in enumerate(buffers):
         total = sum_buffer(cover, b, count, top)
         into.counts[into.uses + b] = sum(int(p.counts[p.uses + b]) for _, p in cover)

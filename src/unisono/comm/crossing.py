@@ -16,6 +16,7 @@ from unisono.comm.blame import Bulletin
 from unisono.comm.exchange import (
     TAGS_A_BUCKET,
     Canonical,
+    Crews,
     ExchangePlan,
     HostSums,
     Lane,
@@ -40,10 +41,11 @@ from unisono.comm.words import store_fence
 from unisono.errors import GroupError, PeerLost, WaitTimeout
 from unisono.plan.assignment import Teams
 from unisono.plan.blocks import FlatLayout
+from unisono.plan.continuation import Continuation
 from unisono.plan.exchange import Bucket, HostShare, host_shares, round_shares
 from unisono.plan.hosts import Place
 from unisono.plan.shards import StateShards
-from unisono.run.summation import accumulation
+from unisono.run.summation import Node, accumulation
 
 T = TypeVar("T")
 
@@ -105,11 +107,13 @@ class Crossing:
         lanes = [team_of[slot] for slot in local.members[: place.hosts.lanes]]
         self.buckets = terms.way.buckets(terms.flat, teams, lanes)
         self._rounds = shards.rounds if shards is not None else 0
+        self._continued: Continuation | None = None
+        self.crews: Crews = local.teams
         self.plan = ExchangePlan(self.buckets, self.shares(terms, local, place), terms.count)
         self.words = Words(local)
         self.remote: dict[int, list[float]] = {}
         self.running: Future[None] | None = None
-        self._heads = Heads(local, place, self.plan, teams, total)
+        self._heads = Heads(local, self.crews, place, self.plan, teams, total)
         self._closed = False
         self._waiter = replace(local.interruptible, revoked=lambda: self._closed or local.interrupted())
         self._step = 0
@@ -151,7 +155,7 @@ class Crossing:
         link, way, lane = self._terms.link, self._terms.way, self.place.local_rank
         on_cpu = replace(link, backend="gloo", device=torch.device("cpu"))
         self.data = self.new_wire("data")
-        control = self.data if link == on_cpu else self._new_wire(on_cpu, "control")
+        self._control = control = self.data if link == on_cpu else self._new_wire(on_cpu, "control")
         if way.may_pack and not self.data.ordered:
             self.packed = Packed(self.data)
         self._thread = Background("unisono-exchange", _one_thread)
@@ -198,7 +202,7 @@ class Crossing:
         """How this lane sums a bucket."""
         way, flat, count, shards = self._terms.way, self._terms.flat, self._terms.count, self._terms.shards
         share = self.plan.shares[self.place.host]
-        sums = HostSums(self._local, flat, share, self._total, count)
+        sums = HostSums(self._local, self.crews, flat, share, self._total, count)
         carrier = self.packed or data
         ends = Ends(carrier, carrier if control is data else control, flat, sums, self._total)
         if way.compression is not None:
@@ -230,10 +234,30 @@ class Crossing:
         """Whether this worker exchanges anything."""
         return self._thread is not None
 
+    def follow(self, continued: Continuation | None) -> None:
+        """Sum what is left of a step that others have begun; None for a step that these begin."""
+        if continued is self._continued:
+            return
+        self._continued, local, terms = continued, self._local, self._terms
+        self.crews = local.all_teams if continued is not None else local.teams
+        shares = continued.shares if continued is not None else self.shares(terms, local, self.place)
+        self.plan = ExchangePlan(self.buckets, shares, terms.count)
+        self._heads = Heads(local, self.crews, self.place, self.plan, terms.teams, self._total)
+        if self.data is not None:
+            self.reduce = self.lane.reduce = self._reduction(self.data, self._control)
+
+    def own_nodes(self) -> list[Node]:
+        """What this worker has to publish in a step, or did before others went on with it."""
+        crews = self.crews[self.team]
+        mine = next(number for number, crew in enumerate(crews) if self._local.slot in crew)
+        return [part.node for part in self.plan.shares[self.place.host].parts if part.replica == mine]
+
     def begin(self, step: int) -> None:
         """Let the exchange of a step begin as its buckets come."""
         self._step = step
         self.readiness.begin(step)
+        if self._continued is not None and not self._continued.left[self.place.rank]:
+            self.readiness.end()
         if self._thread is not None:
             self.running = self._thread.submit(lambda: self._exchange(step))
 

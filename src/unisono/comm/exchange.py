@@ -23,6 +23,7 @@ from unisono.plan.exchange import Bucket, HostShare, slices
 from unisono.run.summation import Node
 
 TAGS_A_BUCKET = 8
+Crews = Sequence[Sequence[Sequence[int]]]
 Reduction = Iterator[Pending]
 
 
@@ -58,13 +59,17 @@ class HostSums:
 
     Arguments:
         local: the workers of this host.
+        crews: for each team, those who compute together, replica by replica.
         flat: where gradients lie.
         share: what they publish.
         total: receives the sum over all hosts; until then it holds this host's sum over its first subtree.
     """
 
-    def __init__(self, local: HostGroup, flat: FlatLayout, share: HostShare, total: Partial, count: int) -> None:
+    def __init__(
+        self, local: HostGroup, crews: Crews, flat: FlatLayout, share: HostShare, total: Partial, count: int
+    ) -> None:
         self._local = local
+        self._crews = crews
         self._flat = flat
         self._share = share
         self._total = total
@@ -76,7 +81,7 @@ class HostSums:
         counts = torch.zeros(len(self._share.nodes), len(bucket.uses), dtype=torch.int32)
         inside = pieces(self._flat, bucket, range(bucket.start, bucket.stop))
         for i, node in enumerate(self._share.nodes):
-            partials = held(self._local, self._share, bucket.team, node)
+            partials = held(self._local, self._crews[bucket.team], self._share, node)
             views = {n: p.segments[bucket.segment][bucket.start : bucket.stop] for n, p in partials.items()}
             each = {n: [p.counts[use] for use in bucket.uses] for n, p in partials.items()}
             counts[i] = torch.tensor(list(each.values()), dtype=torch.int32).sum(0)
@@ -90,10 +95,10 @@ class HostSums:
         return HostSum(values, counts)
 
 
-def held(local: HostGroup, share: HostShare, team: int, node: Node) -> dict[Node, Partial]:
+def held(local: HostGroup, crews: Sequence[Sequence[int]], share: HostShare, node: Node) -> dict[Node, Partial]:
     """What a team of this host has published of one of the host's subtrees."""
     return {
-        part.node: local.view(local.teams[team][part.replica][0], part.entry)
+        part.node: local.view(crews[part.replica][0], part.entry)
         for part in share.parts
         if node.start <= part.node.start < node.stop
     }

@@ -7,7 +7,7 @@ import torch
 
 from unisono.comm.algorithms import as_tensor
 from unisono.comm.canonical import Cover, sum_heads
-from unisono.comm.exchange import ExchangePlan, Reduction, held
+from unisono.comm.exchange import Crews, ExchangePlan, Reduction, held
 from unisono.comm.host import HostGroup
 from unisono.comm.partial import Partial, head_layout, pack_head, unpack_head
 from unisono.comm.wire import Wire
@@ -22,6 +22,7 @@ class Heads:
 
     Arguments:
         local: the workers of this host.
+        crews: for each team, those who compute together, replica by replica.
         teams: who computes what.
         total: receives the sums.
 
@@ -30,8 +31,11 @@ class Heads:
         reports: seconds in each phase of the step before it, by rank.
     """
 
-    def __init__(self, local: HostGroup, place: Place, plan: ExchangePlan, teams: Teams, total: Partial) -> None:
+    def __init__(
+        self, local: HostGroup, crews: Crews, place: Place, plan: ExchangePlan, teams: Teams, total: Partial
+    ) -> None:
         self._local = local
+        self._crews = crews
         self._place = place
         self._plan = plan
         self._teams = teams
@@ -65,7 +69,7 @@ class Heads:
             for i, node in enumerate(self._plan.shares[host].nodes if host != own else ()):
                 heads[node] = self._new()
                 unpack_head(data[8 * words + i * self._head_bytes :], heads[node])
-        cover = list(heads.items())
+        cover = [(node, head) for node, head in heads.items() if node.start < self._plan.count]
         sum_heads(cover, [cover] * len(self._teams.buffers), self._plan.count, self._total)
 
     def _words_of(self, host: int) -> int:
@@ -78,7 +82,7 @@ class Heads:
     def _summed(self, node: Node) -> Partial:
         """The head of one of this host's subtrees."""
         head, share = self._new(), self._plan.shares[self._place.host]
-        covers: list[Cover] = [list(held(self._local, share, team, node).items()) for team in range(self._teams.count)]
+        covers: list[Cover] = [list(held(self._local, crews, share, node).items()) for crews in self._crews]
         buffers = [covers[team] for team in self._teams.buffers]
         sum_heads(covers[self._teams.loss], buffers, self._plan.count, head, node)
         return head

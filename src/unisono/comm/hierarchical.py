@@ -37,8 +37,9 @@ from unisono.comm.patience import GRACE_S
 from unisono.comm.reductions import Compressed
 from unisono.comm.values import Values
 from unisono.comm.wire_state import WireState, gathered, restore, wire_regions, wire_state
-from unisono.errors import GroupError, LaunchError, Regrouped, ReplicaBroken, RunOver
+from unisono.errors import GroupError, LaunchError, Regrouped, RunOver
 from unisono.events import PHASES, Event, HostsChanged, WireUse
+from unisono.plan.continuation import Continuation, continuation
 from unisono.plan.hosts import Hosts, Place
 from unisono.plan.roster import Loss
 from unisono.plan.shards import Piece
@@ -62,13 +63,13 @@ class Continuity:
         parts: the host's state, for a copy elsewhere.
         versions: of its blocks.
         say: what the worker knows of the run besides: "evaluated", the last step that was; "chief", whether it keeps
-            the records; "outcome", of its last step, None where it has done none.
+            the records; "outcome", of its last step, None where it has done none; "ends", why no step follows.
         idle: called while it cannot go on.
     """
 
     parts: Callable[[], list[Tensor]]
     versions: memoryview
-    say: Callable[[], dict[str, Any]] = lambda: {"evaluated": -1, "chief": False, "outcome": None}
+    say: Callable[[], dict[str, Any]] = lambda: {"evaluated": -1, "chief": False, "outcome": None, "ends": ""}
     idle: Callable[[], None] = lambda: None
 
 
@@ -104,6 +105,8 @@ class HierarchicalGroup:
         self._news: list[Event] = []
         self._known = b"{}"
         self._joins = joins
+        self._slots: Mapping[int, Sequence[int]] = {}
+        self._continued: tuple[int, Continuation | None] = (0, None)  # the step that others had begun, and its rest
         self._failed_at: tuple[Hosts, int] = (place.hosts, -1)
         self._tries = 0
         self._trial = Trial() if way.lossless == "auto" and place.rank == 0 else None
@@ -191,16 +194,20 @@ class HierarchicalGroup:
         crossing = self.crossing
         if crossing.packed is not None:
             crossing.packed.on = self._terms.way.lossless == "always" or bool(self._flags & PACKED)
+        crossing.follow(self._rest(step))
         crossing.begin(step)
 
-    def check(self) -> None:
-        """Go on only while the hosts are those of this generation.
+    def _rest(self, step: int) -> Continuation | None:
+        number, continued = self._continued
+        return continued if number == step else None
 
-        Raises:
-            ReplicaBroken: where they are not.
-        """
-        if self._terms.survives and self.local.interrupted():
-            raise ReplicaBroken("other hosts than before go on")
+    def rest(self) -> tuple[Sequence[int], int] | None:
+        """What this worker computes of a step that others have begun, and its first buffer that is free for it."""
+        continued = self._rest(self.local.roll.step)
+        return None if continued is None else (continued.left[self.rank], continued.first[self.rank])
+
+    def check(self) -> None:
+        """What a worker has begun counts, whichever hosts go on with the step."""
 
     def partial(self, entry: int) -> Partial:
         """This worker's buffer number ``entry``; in rounds all share the memory of one gradient, one after another."""
@@ -215,10 +222,7 @@ class HierarchicalGroup:
         """The subtree is complete; with this worker's last one, so are all its buckets."""
         self.local.publish(step, entry, node, whole=whole)
         crossing = self.crossing
-        crews = self.local.teams[crossing.team]
-        replica = next(number for number, crew in enumerate(crews) if self.local.slot in crew)
-        mine = [part for part in crossing.plan.shares[self.place.host].parts if part.replica == replica]
-        if self._rounds or node == mine[-1].node:
+        if self._rounds or node == crossing.own_nodes()[-1]:
             crossing.readiness.end()
 
     def published(self, step: int) -> int:
@@ -301,7 +305,7 @@ class HierarchicalGroup:
         while True:
             self._give_up()
             self._refuse_to_go_round(error)
-            slots = self._await_decision(error)
+            self._slots = slots = self._await_decision(error)
             before = [] if self._crossing is None else list(self.place.hosts.numbers)
             try:
                 self.place = self._all.among(slots)
@@ -347,10 +351,11 @@ class HierarchicalGroup:
         """How far each host is; those that are behind get the state."""
         local, continuity, now = self.local, self.continuity, self.place.hosts.numbers
         assert continuity is not None
-        mine = {"step": self._committed(), "known": self._known.decode(), **continuity.say()}
+        at = self._committed()
+        kept = self.local.kept(at + 1) if self.local.rank == 0 else {}
+        mine = {"step": at, "known": self._known.decode(), "kept": _coded(kept), **continuity.say()}
         said = [json.loads(data) for data in self._gather(json.dumps(mine).encode(), "comparison of hosts")]
-        far = [(w["step"], w["outcome"] is not None, w["evaluated"], w["chief"], -r) for r, w in enumerate(said)]
-        first = max(range(len(said)), key=lambda rank: far[rank])
+        first = max(range(len(said)), key=lambda rank: (*_how_far(said[rank]), -rank))
         known, step = said[first], said[first]["step"]
         if step < 0:
             raise GroupError("none of the hosts that go on has the state")
@@ -365,14 +370,33 @@ class HierarchicalGroup:
                 continuity.versions[block] = step
             local.header.committed = step if local.rank == 0 else local.header.committed
             local.barrier(f"state of step {step}")
+        self._go_on(step + 1, [_decoded(said[r]) if said[r]["step"] == step else {} for r in self._firsts])
         local.finish(step)
         self.enter("wait", step + 1)
         local.header.set_ready(local.slot, False)
         chiefs = [rank for rank, worker in enumerate(said) if worker["chief"]]
         self._chief = first if not chiefs or known["chief"] else chiefs[0]
         lost, joined = sorted(set(before) - set(now)), sorted(set(now) - set(before)) if before else []
-        self._news.append(HostsChanged(step + 1, local.generation, now, self._sizes, joined, lost))
+        rest = self._rest(step + 1)
+        taken_over = None if rest is None else rest.taken_over
+        self._news.append(HostsChanged(step + 1, local.generation, now, self._sizes, joined, lost, taken_over))
         return Regrouped(step, known)
+
+    @property
+    def _firsts(self) -> list[int]:
+        """The rank of the first worker of each host."""
+        hosts = self.place.hosts
+        return [hosts.rank(host, 0) for host in range(len(hosts.sizes))]
+
+    def _go_on(self, step: int, kept: Sequence[Mapping[int, Sequence[Node]]]) -> None:
+        """What all have published of the step that was under way counts; what is missing is divided among them."""
+        local, rest = self.local, None
+        if self._terms.way.algorithm == "canonical":
+            slots = [self._slots[number] for number in self.place.hosts.numbers]
+            rest = continuation(kept, slots, self._terms.count, local.layout.entries)
+        if rest is not None and local.rank == 0:
+            local.keep(step, kept[self.place.host])
+        self._continued = step, rest
 
     @property
     def _sizes(self) -> tuple[int, ...]:
@@ -395,10 +419,10 @@ class HierarchicalGroup:
         if self.place.host != source and checksum.numpy().tobytes() != _checksum(parts):
             raise GroupError(f"{operation} did not arrive as host {self.place.hosts.numbers[source]} has it")
 
-    def enter_run(self) -> int:
-        """Join hosts that train already; the step after which."""
+    def enter_run(self) -> Regrouped:
+        """Join hosts that train already; the step after which, and what is known of it."""
         self.local.header.set_ready(self.local.slot, True)
-        return self._regroup(GroupError("nobody has let this host in")).step
+        return self._regroup(GroupError("nobody has let this host in"))
 
     def distribute(self, step: int, values: View) -> None:
         """Where hosts share one state: what each has updated, to all; nothing is to be done where each has all of it.
@@ -611,6 +635,21 @@ class HierarchicalGroup:
         slots = [self.local.members[local_rank] for host, local_rank in places if host == self.place.host]
         local = self.local.reform(generation, slots)
         return HierarchicalGroup(local, Place(Hosts(sizes), members.index(self.rank)), self._terms)
+
+
+def _how_far(said: Mapping[str, Any]) -> tuple[int, bool, int, bool, bool, bool]:
+    """How much one worker knows of the run: whoever is farthest tells the others."""
+    ends, known = bool(said["ends"]), said["known"] != "{}"
+    return said["step"], said["outcome"] is not None, said["evaluated"], ends, known, said["chief"]
+
+
+def _coded(kept: Mapping[int, Sequence[Node]]) -> dict[str, list[int]]:
+    """Subtrees of slots, for a message."""
+    return {str(slot): [node.code for node in nodes] for slot, nodes in kept.items()}
+
+
+def _decoded(said: Mapping[str, Any]) -> dict[int, list[Node]]:
+    return {int(slot): [Node.from_code(code) for code in codes] for slot, codes in said["kept"].items()}
 
 
 def _checksum(parts: Sequence[Tensor]) -> bytes:

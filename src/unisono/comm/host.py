@@ -43,7 +43,8 @@ class HostGroup:
         slot: this worker's place in the arena.
         members: the slots of this generation's workers, in order of rank.
         generation: from 1.
-        deadline_s: seconds that any wait may take.
+        deadline_s: seconds that a wait for these workers may take.
+        across_s: seconds that one may take that needs other hosts too; default: the same.
         memory: region -> bytes, where tensors do not lie in the arena itself (a CUDA device's).
         names: what the worker of a slot is called in errors.
         teams: for each part of the model, the crews that compute it: the slots of those who do so together, of whom
@@ -63,13 +64,14 @@ class HostGroup:
         waiter: Waiter | None = None,
         names: Callable[[int], str] = "rank {}".format,
         teams: Sequence[Sequence[Sequence[int]]] | None = None,
+        across_s: float | None = None,
     ) -> None:
         self.unlike = ""
         self.arena = arena
         self.layout = layout
         self.header = Header(arena.bytes(layout.regions.named["header"]), layout.slots)
         self.slot = slot
-        self.teams = self._all_teams = teams if teams is not None else [[(slot,) for slot in members]]
+        self.teams = self.all_teams = teams if teams is not None else [[(slot,) for slot in members]]
         replicas = [[slot for team in self.teams for slot in team[number]] for number in range(len(self.teams[0]))]
         self.roll = Roll(self.header, slot, members, replicas)
         self._generation = generation
@@ -84,7 +86,8 @@ class HostGroup:
             told=lambda operation: self.header.note(slot, f"waits in {operation}"),
             beat=lambda: self.header.beat(slot),
         )
-        self.interruptible = replace(self.waiter, revoked=self.interrupted)
+        across_s = self.waiter.deadline_s if across_s is None else across_s
+        self.interruptible = replace(self.waiter, deadline_s=across_s, revoked=self.interrupted)
         self.patient = replace(self.waiter, deadline_s=float("inf"))
         self._views: dict[tuple[int, int], Partial] = {}
         self._mail = Mail(self.header, lambda box, number: arena.bytes(layout.mailbox(box, number)), slot)
@@ -129,7 +132,8 @@ class HostGroup:
             seen = [self.header.layout(slot) for slot in self.members]
             return seen if all(seen) else None
 
-        seen = self.waiter(ready, "assemble", lambda: self.missing(lambda s: bool(self.header.layout(s))))
+        begin = replace(self.waiter, deadline_s=self.deadline_s)  # nobody sees to those who hang yet
+        seen = begin(ready, "assemble", lambda: self.missing(lambda s: bool(self.header.layout(s))))
         differing = [rank for rank, value in enumerate(seen) if value != seen[0]]
         if differing:
             raise LaunchError(
@@ -206,8 +210,8 @@ class HostGroup:
 
     @property
     def deadline_s(self) -> float:
-        """Seconds that any wait may take."""
-        return self.waiter.deadline_s
+        """Seconds that a wait may take that needs all, on other hosts too."""
+        return self.interruptible.deadline_s
 
     def _settled(self, agreement: Agreement) -> bool:
         """Whether the state that a worker joins with is whole, and nobody needs what the place's last worker left."""
@@ -287,6 +291,19 @@ class HostGroup:
             return
         self.header.publish(self.slot, entry, self._generation, step, node, whole=whole)
 
+    def kept(self, step: int) -> dict[int, list[Node]]:
+        """What each slot had published of a step when all workers gave the last generation up, whoever was in it."""
+        slots = range(self.layout.slots)
+        generation = max(map(self.header.left, slots))
+        found = {slot: [p.node for p in self.header.publications(generation, step, [slot])] for slot in slots}
+        return {slot: nodes for slot, nodes in found.items() if nodes}
+
+    def keep(self, step: int, kept: Mapping[int, Sequence[Node]]) -> None:
+        """Let what was kept count in this generation."""
+        for slot, nodes in kept.items():
+            for entry, node in enumerate(nodes):
+                self.header.publish(slot, entry, self._generation, step, node)
+
     def published(self, step: int) -> int:
         """How many subtrees of a step this worker has published: the number of its first buffer that is free."""
         return len(self._publications(step, (self.slot,)))
@@ -349,7 +366,7 @@ class HostGroup:
     def _published(self, step: int, team: int) -> dict[Node, Publication]:
         """What all of a crew of a team have published, as its first worker has; and what anyone has of the whole."""
         found: dict[Node, Publication] = {}
-        for first, *others in self.teams[team]:
+        for first, *others in self.all_teams[team]:  # whoever is lost has published nothing that does not count
             also = [{p.node for p in self._publications(step, (other,))} for other in others]
             for publication in self._publications(step, (first,)):
                 if publication.whole or all(publication.node in nodes for nodes in also):
@@ -471,7 +488,7 @@ class HostGroup:
         def ready() -> bool | None:
             return True if all(arrived(slot) or self.roll.is_lost(slot) for slot in self.members) else None
 
-        waiter = replace(self.interruptible, deadline_s=self.waiter.deadline_s + grace_s)
+        waiter = replace(self.interruptible, deadline_s=self.deadline_s + grace_s)
         waiter(ready, operation, lambda: self.missing(lambda slot: arrived(slot) or self.roll.is_lost(slot)))
 
     def barrier(self, operation: str) -> None:
@@ -565,7 +582,7 @@ class HostGroup:
     def advance(self, generation: int, members: Sequence[int]) -> None:
         """Others than before train from now on, on this host or elsewhere: what was published or said is void."""
         self._generation = generation
-        self.teams = [[crew for crew in team if set(crew) <= set(members)] for team in self._all_teams]
+        self.teams = [[crew for crew in team if set(crew) <= set(members)] for team in self.all_teams]
         self.roll.renew(members)
         self._mail.begin_generation(generation)
 
@@ -590,6 +607,7 @@ class HostGroup:
             self.waiter,
             self.names,
             [[crew for crew in team if set(crew) <= set(members)] for team in self.teams],
+            self.deadline_s,
         )
         self.header.generation = generation
         return group

@@ -90,6 +90,7 @@ def host_layout(
     passages: PassageLayout | None = None,
     crews: int = 0,
     crew: int = 1,
+    pool_bytes: int = 0,
 ) -> HostLayout:
     """Divide an arena.
 
@@ -100,6 +101,7 @@ def host_layout(
         passages: between the stages of a pipeline.
         crews: groups of tensor-parallel workers.
         crew: workers of each.
+        pool_bytes: what workers that wait for nobody take in turn.
     """
     if entries > ENTRIES:
         raise ValueError(f"{entries} partials a slot exceed the {ENTRIES} that can be published")
@@ -123,6 +125,7 @@ def host_layout(
         regions.add("summed", 8 * (buckets + 2))
         regions.add("total", partial_bytes, PAGE)
         regions.add("wire", wire_bytes, PAGE)
+    regions.add("pool", pool_bytes, PAGE)
     if passages is not None:
         passages.add_to(regions)
     meeting = meeting_layout(crew, 0)

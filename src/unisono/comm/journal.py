@@ -17,18 +17,24 @@ from torch import Tensor
 from unisono.comm.header import UNDO_PLACE, UNDO_RUN, UNDO_VERSION
 from unisono.comm.words import store_fence
 
-IN_UNDO_AREA, IN_SNAPSHOT = 0, 1
+IN_UNDO_AREA, IN_SNAPSHOT, COLUMN = 0, 1, 2
+"""Where old bytes are; added, that they are of a column."""
 
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """What a run of blocks consists of in memory, and where its old bytes go: matching lists of views."""
+    """What a run of blocks consists of in memory, and where its old bytes go: matching lists of views.
+
+    Attributes:
+        column: it covers the same run of every replica too, whose blocks' versions stay.
+    """
 
     first: int
     count: int
     live: Sequence[Tensor]
     undo: Sequence[Tensor]
     snapshot: Sequence[Tensor]
+    column: bool = False
 
 
 def _copy(target: Sequence[Tensor], source: Sequence[Tensor]) -> None:
@@ -67,7 +73,7 @@ class Journal:
             return
         self._copy(image.snapshot if snapshot else image.undo, image.live)
         self._row[UNDO_RUN] = (image.first << 32) | image.count
-        self._row[UNDO_PLACE] = IN_SNAPSHOT if snapshot else IN_UNDO_AREA
+        self._row[UNDO_PLACE] = (IN_SNAPSHOT if snapshot else IN_UNDO_AREA) + (COLUMN if image.column else 0)
         store_fence()
         self._row[UNDO_VERSION] = version
         store_fence()
@@ -81,10 +87,11 @@ class Journal:
         for block in range(image.first, image.first + image.count):
             self._versions[block] = version
 
-    def recover(self, image_of: Callable[[int, int], Image], only: tuple[int, int] | None = None) -> Image | None:
-        """Undo a commit that was cut short; ``image_of(first, count)`` tells what it was about.
+    def recover(self, image_of: Callable[[int, int, bool], Image], only: tuple[int, int] | None = None) -> Image | None:
+        """Undo a commit that was cut short.
 
         Arguments:
+            image_of: (first, count, of a column) -> what it was about.
             only: where it was about these blocks, from first to stop, alone.
 
         Returns the run that was put back to the version before, or None where there was nothing to put back.
@@ -98,8 +105,9 @@ class Journal:
             return None
         restored = None
         if self._versions[first + count - 1] < version:
-            restored = image_of(first, count)
-            self._copy(restored.live, restored.snapshot if self._row[UNDO_PLACE] == IN_SNAPSHOT else restored.undo)
+            place = self._row[UNDO_PLACE]
+            restored = image_of(first, count, bool(place & COLUMN))
+            self._copy(restored.live, restored.snapshot if place & IN_SNAPSHOT else restored.undo)
             for block in range(first, first + count):
                 self._versions[block] = version - 1
         store_fence()

@@ -70,6 +70,17 @@ class Leaders:
 
         self._call(work, operation)
 
+    def shift(self, own: Tensor, before: Tensor, operation: str) -> None:
+        """Give the next host a flat tensor, and take that of the one before."""
+        wire = self._wire
+
+        def work() -> bool:
+            sends, receives = [(own, (wire.rank + 1) % wire.size)], [(before, (wire.rank - 1) % wire.size)]
+            wire.post(sends, receives, self._first_tag + PARTS).wait(operation)
+            return True
+
+        self._call(work, operation)
+
     def transfer(self, tensors: Sequence[Tensor], source: int, targets: Sequence[int], operation: str) -> None:
         """What one host has in tensors, into those of others.
 

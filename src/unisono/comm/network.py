@@ -9,8 +9,10 @@ import gc
 import os
 import socket
 import stat
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -23,6 +25,7 @@ from unisono.comm.wire import Addressed, Pending, Wire
 from unisono.errors import ConfigurationError, GroupError, LaunchError, PeerLost, Revoked, WaitTimeout
 
 MESSAGES_A_TAG = 64
+LOOK_S = 0.01
 
 Explain = Callable[[int, str, str], GroupError]
 """(suspected member, operation, what happened) -> the error to raise."""
@@ -39,6 +42,7 @@ class Link:
         deadline_s: seconds that any wait may take.
         device: where tensors lie.
         connect_s: seconds that a connection may take, once the others have said where they are; default: as any wait.
+        useless: asked again and again while a wire is made: whether it is of no use any more.
     """
 
     backend: str
@@ -47,6 +51,7 @@ class Link:
     deadline_s: float
     device: torch.device
     connect_s: float | None = None
+    useless: Callable[[], bool] | None = None
 
 
 class NetworkWire:
@@ -78,7 +83,7 @@ class NetworkWire:
         self._open = True
         before = _connected()
         try:
-            self._group: Any = _process_group(link, PrefixStore(name, link.store), rank, size)
+            self._group: Any = _made(link, PrefixStore(name, link.store), rank, size)
         except (RuntimeError, ValueError) as error:
             raise LaunchError(f"member {rank} of {size} of {name} found no way to the others: {error}") from error
         self._sockets = _connected() - before
@@ -220,6 +225,29 @@ def _plainly(peer: int, operation: str, deadline: str) -> GroupError:
     if deadline:
         return WaitTimeout(f"{operation}: member {peer} is missing ({deadline})")
     return PeerLost(f"{operation}: member {peer} is gone")
+
+
+def _made(link: Link, store: Store, rank: int, size: int) -> object:
+    """The process group; where that may be of no use any more, made on a thread that can be left behind.
+
+    Gloo waits for a connection that another member is to make, whatever happens: one that has left where it is, and has
+    gone on in another generation since, is waited for to the end.
+    """
+    if link.useless is None:
+        return _process_group(link, store, rank, size)
+    made: Future[object] = Future()
+
+    def make() -> None:
+        try:
+            made.set_result(_process_group(link, store, rank, size))
+        except BaseException as error:
+            made.set_exception(error)
+
+    threading.Thread(target=make, name="unisono-connect", daemon=True).start()
+    while not wait([made], LOOK_S).done:
+        if link.useless():
+            raise LaunchError(f"member {rank} of {size} is not waited for any more")
+    return made.result()
 
 
 def _process_group(link: Link, store: Store, rank: int, size: int) -> object:

@@ -1,7 +1,8 @@
 """A partial: the sum over an aligned subtree of micro-batches, as bytes that another worker can read.
 
 It holds a gradient for every use of a parameter, the buffers that the micro-batches wrote, how many micro-batches
-touched each of these entries, and scalars (loss, weight). Entries that nobody touched hold no value.
+touched each of these entries, and scalars (loss, weight; where several replicas train apart, the weight of each).
+Entries that nobody touched hold no value.
 """
 
 import copy
@@ -54,7 +55,7 @@ def is_summed(spec: TensorSpec) -> bool:
 def partial_layout(flat: FlatLayout, buffers: Sequence[TensorSpec]) -> PartialLayout:
     """Lay out the fields of a partial."""
     fields = Regions()
-    fields.add("scalars", 8 * len(SCALARS))
+    fields.add("scalars", 8 * (len(SCALARS) + (1 + flat.replicas if flat.replicas else 0)))
     fields.add("counts", 4 * (len(flat.uses) + len(buffers)))
     for i, spec in enumerate(buffers):
         fields.add(f"buffer {i}", spec.numel * item_size(spec.dtype))
@@ -72,7 +73,7 @@ class Partial:
         segments: the gradients, one flat tensor a segment.
         entries: one tensor for every use, then one for every buffer.
         counts: micro-batches that touched each entry, (uses + buffers,).
-        scalars: loss and weight, summed.
+        scalars: loss and weight, summed; then the weights of the model itself and of its replicas, if any.
     """
 
     def __init__(self, layout: PartialLayout, memory: Tensor) -> None:

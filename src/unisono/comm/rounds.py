@@ -1,7 +1,8 @@
 """Sums of gradients in rounds: every micro-batch's gradient goes to those who keep its parts, and is given back.
 
-In a round every host computes one micro-batch, the next in order of host. Who keeps a part adds the round's gradients
-to the canonical tree's pending sums of that part, leaf by leaf; nobody has more than a part of any sum.
+In a round every host computes one micro-batch, the next in order of host; what is beyond the last does not count. Who
+keeps a part adds the round's gradients to the canonical tree's pending sums of that part, leaf by leaf; nobody has more
+than a part of any sum.
 """
 
 from collections.abc import Callable, Sequence
@@ -73,10 +74,11 @@ class RoundSums:
 
         if number == 0:
             self._held[bucket.index] = [[False] * len(bucket.uses) for _ in self._sums]
-        for h in range(size):
+        counted_hosts = [h for h in range(size) if number * size + h < len(self._leaves)]
+        for h in counted_hosts:
             values = [own[part] for part in parts[me]] if h == me else list(torch.split(received[h], lengths))
             self._add(bucket, self._leaves[number * size + h], values, (counts[h] > 0).tolist(), parts[me])
-        summed = torch.stack([counts[h] for h in range(size)]).sum(0).tolist()
+        summed = torch.stack([counts[h] for h in counted_hosts]).sum(0).tolist()
         for use, touched in zip(bucket.uses, summed, strict=True):
             self._total.counts[use] = touched + (self._total.counts[use] if number else 0)
         self._release(bucket.segment, bucket.start, bucket.stop)

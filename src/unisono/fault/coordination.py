@@ -13,6 +13,8 @@ from typing import Any
 from unisono.fault.generation import WITNESS, Acceptor, Electorate, Generation
 from unisono.fault.voting import Message, Voting, whole
 
+MEETING = 0
+"""The host at whose address all meet: it cannot call another when it comes back, and is called."""
 BEAT_S = 0.25
 MOST_BEATS_A_SECOND = 1250
 """That the coordinator hears: beats of more than 312 hosts are farther apart."""
@@ -26,6 +28,8 @@ STALL_S = 0.6
 """All have stopped: who has caused it, and is lost, should be known by then."""
 HESITATION_S = 0.5
 """A generation that is not decided on by then may be decided by others, without this host."""
+VOTE_S = 5.0
+"""Who has ended stays for others that it does not hear: without its vote they may be too few."""
 BATCH_S = 0.1
 """Changes that come within it are one generation: there are at most ten a second."""
 
@@ -40,6 +44,7 @@ class Report:
         stalled: the generation in which they have stopped, since they cannot go on in it; 0 for none.
         done: they have ended in good order.
         joins: they have started again, and have no state until others give it to them.
+        again: the generation in which one of them was lost, so that the workers of all hosts start again; 0 for none.
     """
 
     step: int = 0
@@ -47,6 +52,7 @@ class Report:
     stalled: int = 0
     done: bool = False
     joins: bool = False
+    again: int = 0
 
     @classmethod
     def read(cls, message: Mapping[str, Any]) -> "Report":
@@ -159,9 +165,11 @@ class Coordination:
             if number != self.number:
                 self._peer(number).heard = now
 
-    def wanted_lines(self) -> list[int]:
+    def wanted_lines(self, now: float) -> list[int]:
         """Those to whom there should be a line, and is none."""
         wanted = [self._seeking[0]] if self._seeking is not None else list(self._probed)
+        if self.follows == self.number and MEETING not in self.current.hosts and self._peer(MEETING).shunned <= now:
+            wanted.append(MEETING)
         if self._witness and self.follows == self.number:
             wanted.append(WITNESS)
         return [number for number in wanted if not self._peer(number).up]
@@ -383,10 +391,10 @@ class Coordination:
         working = [reports[number] for number in staying]
         stalled = bool(working) and all(r.stalled >= current.number for r in working)
         self._stalled_since = (self._stalled_since or now) if stalled else None
-        renewed = False
+        renewed = any(r.again >= current.number for r in working)
         if self._stalled_since is not None and now - self._stalled_since > STALL_S:
             since = now - 2 * self.beat_s
-            renewed = all(self._peer(number).told >= since for number in staying - {self.number})
+            renewed = renewed or all(self._peer(number).told >= since for number in staying - {self.number})
         if not staying or not (lost or joining or others or renewed or current.coordinator != self.number):
             return None
         hosts = tuple(sorted(able))
@@ -394,10 +402,16 @@ class Coordination:
         return Generation(current.number + 1, hosts, slots, self.number, max(r.step for r in reports.values()))
 
     def _end_if_all_done(self, voters: set[int], now: float) -> None:
-        """Everyone has ended in good order; those who are lost by then, or have yet to join, are not waited for."""
+        """Everyone has ended in good order; those who are lost by then, or have yet to join, are not waited for.
+
+        Who has ended itself needs no quorum for that: nothing is left to be committed. Others may need its vote, and
+        are waited for a while.
+        """
         here = set(self.current.hosts) & voters
         absent = [number for number in self.current.hosts if number not in voters]
-        late = not self.decides or now - self._led_since < REACH_S or not self._electorate().is_quorum(voters)
+        apart_s = now - max((self._peer(number).heard for number in absent), default=now)
+        enough = self._electorate().is_quorum(voters) or (self.report.done and apart_s >= VOTE_S)
+        late = not self.decides or now - self._led_since < REACH_S or not enough
         if self.over or not here or (absent and late):
             return
         reports = [self._report(number) for number in here]

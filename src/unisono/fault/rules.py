@@ -106,7 +106,7 @@ def decide(
         return Verdict.SHRINK  # it was not needed any more
     if rules is None or rules.on_loss == "stop" or course is Course.OVER:
         return Verdict.FAIL
-    if course is Course.STARTING and rules.several_hosts:
+    if course is Course.STARTING and rules.several_hosts and not rules.rolls_back:
         return _of_one_host(death, before) if joins else Verdict.FAIL
     if course is Course.STARTING:
         return Verdict.RESTART if restarts < MOST_RESTARTS else Verdict.FAIL

@@ -16,13 +16,19 @@ CONTROL = "UNISONO_CONTROL"
 """Environment: the number of the descriptor that leads to the launcher."""
 
 HOSTS, ADDRESS = "UNISONO_HOSTS", "UNISONO_ADDRESS"
-"""Environment: the numbers of workers on each host, as in "2,2"; this host's address."""
+"""Environment: the numbers of workers on each host (see `Hosts.written`); this host's address."""
 
 MEMBERS, JOINS = "UNISONO_MEMBERS", "UNISONO_JOINS"
 """Environment: how many of a host's workers begin, where there is room for more; set for one that joins later."""
 
 ROLLED_BACK = "UNISONO_ROLLED_BACK"
 """Environment: the step that was committed when a worker was lost, for those who start again from a snapshot."""
+
+GENERATION, BEFORE = "UNISONO_GENERATION", "UNISONO_BEFORE"
+"""Environment: the number of the hosts that start together, where all start again; who was there before them."""
+
+RUN_DIR = "UNISONO_RUN_DIR"
+"""Environment: where the run's records go, as the first of the hosts said, for those who start again."""
 
 SPANS = "UNISONO_SPANS"
 """Environment: set where several launchers are at work, each on a host of its own."""
@@ -88,6 +94,10 @@ class ArenaKeeper:
             return
         send(connection, {"op": "arena"}, [descriptor])
 
+    def kept(self) -> dict[str, int]:
+        """What outlives workers: names, and sizes in bytes."""
+        return {name: self._kept[name][1] for name in sorted(self._outlives) if name in self._kept}
+
     def descriptor(self, name: str) -> int | None:
         """That of an arena, which stays the keeper's."""
         return self._kept[name][0] if name in self._kept else None
@@ -97,6 +107,7 @@ class ArenaKeeper:
         if name in self._kept:
             os.close(self._kept.pop(name)[0])
             self._released.add(name)
+            self._outlives.discard(name)
 
     def renew(self) -> None:
         """All workers start again: let go of all but what outlives them."""

@@ -1,21 +1,38 @@
 """Workers on this host: sets of them, one after another, from one fork server."""
 
 import os
+import selectors
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import FrameType, TracebackType
 from typing import Self
 
 from unisono.errors import ConfigurationError, HostLeaves, LaunchError
-from unisono.fault.rules import Death
+from unisono.fault.rules import Death, Rules
+from unisono.launch.attempt import Attempt, StartAgain
 from unisono.launch.board import Board
-from unisono.launch.control import ADDRESS, HOSTS, SPANS, ArenaKeeper, Message, pair, receive, send
+from unisono.launch.control import (
+    ADDRESS,
+    BEFORE,
+    GENERATION,
+    HOSTS,
+    RUN_DIR,
+    SPANS,
+    ArenaKeeper,
+    Message,
+    pair,
+    receive,
+    send,
+)
 from unisono.launch.nodes import Nodes, free_port
+from unisono.launch.quorum import Quorum
+from unisono.launch.retreat import Retreat
 from unisono.launch.survival import POLL_S
 from unisono.launch.task import STANDARD_OUTPUT, Elastic, Ending, Task
-from unisono.launch.worker_set import END_DEADLINE_S, Attempt, StartAgain, WorkerSet
+from unisono.launch.worker_set import END_DEADLINE_S, WorkerSet
 from unisono.plan.hosts import Hosts, evenly
 
 LOOPBACK = "127.0.0.1"
@@ -55,6 +72,7 @@ class LocalLauncher:
         self._port = free_port(LOOPBACK)
         self._ready = False
         self._set: WorkerSet | None = None
+        self._waits = False  # until others, who train already, let this host in: its end is not theirs
 
     def __enter__(self) -> Self:
         return self
@@ -138,7 +156,7 @@ class LocalLauncher:
             task = Task(target, placed, first, self._environment(placed), workers, room, together, show_all, output)
             return self._run(task, board)
         except BaseException as error:
-            if self._nodes is not None and not isinstance(error, HostLeaves):
+            if self._nodes is not None and not isinstance(error, HostLeaves) and not self._waits:
                 text = str(error) if isinstance(error, Exception) else "it was asked to stop"
                 self._nodes.fail(text, getattr(error, "exit_code", 1))
             if sys.stdout.isatty():  # a worker that was killed could not give the cursor back
@@ -152,14 +170,13 @@ class LocalLauncher:
 
     def _run(self, task: Task, board: Board) -> Ending:
         """Run a task, and start it again where a worker is lost before anything was trained, or its state with it."""
-        attempt = Attempt(joins=self._nodes is not None and self._nodes.rejoined)
-        deaths: list[Death] = []
+        attempt, deaths, ended = self._first_attempt(task), list[Death](), None
         while True:
             if attempt.joins and self._nodes is not None:
                 self._nodes.rejoin()
             try:
                 with WorkerSet(
-                    task,
+                    self._placed(task, attempt),
                     self._server,
                     self._keeper,
                     self._nodes,
@@ -168,15 +185,58 @@ class LocalLauncher:
                     deaths,
                     self.each_turn,
                     self.turn_s,
-                ) as self._set:
-                    return self._set.run()
+                ) as current:
+                    self._set = current
+                    if ended is not None:
+                        current.inherit(ended)
+                    return current.run()
             except StartAgain as again:
                 attempt, ended = again.attempt, self._set
-                self._set = None
-                if ended is not None and ended.interrupts:
+                if ended is not None and ended.interrupts and attempt.rolled_back is None:
                     raise ended.stopped() from None
-                if not attempt.joins:
+                if self._nodes is None:
                     board = Board()
+
+    def _first_attempt(self, task: Task) -> Attempt:
+        """As what the first workers start; where others train already, once they have let this host in.
+
+        Raises:
+            LaunchError: where they have ended before that.
+        """
+        nodes = self._nodes
+        if nodes is None or not nodes.rejoined:
+            return Attempt()
+        if nodes.rules is None or nodes.coordination is None:
+            return Attempt(joins=True)
+        rules = Rules.read(nodes.rules)
+        retreat = Retreat(Quorum(nodes, rules), task.workers, nodes.coordination.current, Attempt())
+        retreat.stop()
+        self._waits = True
+        retreat.quorum.say("the other hosts train already; waiting until they let this one in")
+        with selectors.DefaultSelector() as selector:
+            selector.register(nodes, selectors.EVENT_READ)
+            while retreat.decided is None:
+                selector.select(self.turn_s)
+                retreat.tend(None)
+                failure = retreat.quorum.failure
+                if nodes.over or nodes.failure is not None or failure is not None:
+                    ended = nodes.failure.text if nodes.failure is not None else failure or "the others have ended"
+                    raise LaunchError(f"this host was not let in again: {ended}")
+        self._waits = False
+        return replace(retreat.attempt(retreat.decided), restarts=0)
+
+    def _placed(self, task: Task, attempt: Attempt) -> Task:
+        """The task among the hosts that start together."""
+        generation, nodes = attempt.generation, self._nodes
+        if generation is None or nodes is None:
+            return task
+        hosts = Hosts(tuple(map(len, generation.slots)), generation.hosts)
+        first = hosts.rank(generation.hosts.index(nodes.number), 0)
+        before = ",".join(map(str, attempt.before))
+        environment = {**self._environment(hosts), GENERATION: str(generation.number), BEFORE: before}
+        if nodes.run_dir is not None:
+            environment[RUN_DIR] = nodes.run_dir
+        return replace(task, hosts=hosts, first=first, environment=environment)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._set is not None:
@@ -201,7 +261,7 @@ class LocalLauncher:
         return {
             "MASTER_ADDR": LOOPBACK if nodes is None else nodes.rendezvous.address,
             "MASTER_PORT": str(self._port if nodes is None else nodes.master_port),
-            HOSTS: ",".join(map(str, hosts.sizes)),
+            HOSTS: hosts.written(),
             ADDRESS: LOOPBACK if nodes is None else nodes.address,
             **({} if nodes is None else {SPANS: "1"}),
         }

@@ -26,8 +26,8 @@ from unisono.plan.shards import StateShards
 from unisono.run.fingerprint import fingerprint
 from unisono.state.layout import StateLayout
 
-CONNECT_S = 3.0
-"""For a connection to another host, where others go on without one that is cut off."""
+CONNECT_S = 0.6
+"""For a connection to another host, where others go on without one that is cut off; gloo waits five times as long."""
 
 
 def place_of(world: World, device: torch.device) -> Place:
@@ -70,12 +70,15 @@ def join_hosts(
         deadline_s=local.deadline_s,
         device=device,
         connect_s=CONNECT_S if survives else None,
+        useless=local.gets_nowhere if survives else None,
     )
     if survives and isinstance(link.store, LauncherStore):
         link.store.useless = local.gets_nowhere
     flat = layout.flat
-    name = f"training {world.trainings}"
-    travel = replace(way(config), table=_shared_table(link.store, world) if config.wire.algorithm == "auto" else ())
+    name = f"training {world.trainings} since generation {world.generation}"
+    travel = replace(
+        way(config), table=_shared_table(link.store, name, world) if config.wire.algorithm == "auto" else ()
+    )
     terms = Terms(link, flat, travel, config.micro_batches, teams, name, shards, survives)
     group = HierarchicalGroup(local, place, terms, joins=world.joins)
     given = {"model": layout, "samples": samples, **config.model_dump(exclude={"run_dir", "observe"})}
@@ -163,9 +166,9 @@ def way(config: TrainingConfig) -> Way:
     return Way(wire.bucket_bytes, wire.algorithm, compression, lossless=wire.lossless)
 
 
-def _shared_table(store: Store, world: World) -> list[Measured]:
+def _shared_table(store: Store, name: str, world: World) -> list[Measured]:
     """Rank 0's measurements, so that all choose alike."""
-    key = f"training {world.trainings}/table"
+    key = f"{name}/table"
     if world.rank == 0:
         store.set(key, encode_table(read_table(table_path())))
     return decode_table(store.get(key).decode())

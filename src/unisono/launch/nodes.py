@@ -13,9 +13,10 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from unisono.errors import ConfigurationError, LaunchError
-from unisono.fault.coordination import Coordination, Report
+from unisono.fault.coordination import MEETING, Coordination, Report
 from unisono.fault.generation import WITNESS, Acceptor, Generation
 from unisono.launch.channel import Refused, Role, encode
 from unisono.launch.control import Message
@@ -96,6 +97,7 @@ class Nodes:
         on_set: called with what a worker of another host has left for all.
         known: all that workers have left so far.
         rejoined: the others train already; a launcher before this one was lost.
+        rules: of what is trained (see `fault.rules.Rules`), where all hosts start again when one is lost.
         coordination: who trains, once all have met.
     """
 
@@ -105,6 +107,7 @@ class Nodes:
     on_set: Callable[[str, str], None] = lambda key, value: None
     known: Callable[[], Mapping[str, str]] = dict
     rejoined: bool = False
+    rules: Mapping[str, Any] | None = None
     hosts: Hosts | None = None
     address: str = ""
     master_port: int = 0
@@ -290,11 +293,15 @@ class Nodes:
             ) from error
         self.address = line.socket.getsockname()[0]
         self._lines.listen(self.address, 0, backlog=self.rendezvous.nodes + MOST_STRANGERS)
+        self._lines.know(line, MEETING)
+        line.send(self._about_this_host())
+
+    def _about_this_host(self) -> Message:
+        """With what it joins the others."""
         assert self._lines.listener is not None
-        port = self._lines.listener.getsockname()[1]
-        self._lines.know(line, 0)
-        mine = {"number": self.number, "workers": self._workers, "version": self.version}
-        line.send({"op": "join", **mine, "where": [self.address, port]})
+        where = [self.address, self._lines.listener.getsockname()[1]]
+        about = {"number": self.number, "workers": self._workers, "version": self.version}
+        return {"op": "join", **about, "where": where}
 
     def _greeted(self, where: tuple[str, int]) -> Line:
         """A line on which the other end has shown that it is there; a forwarder may accept in its place.
@@ -367,9 +374,13 @@ class Nodes:
                 first = None if generation is None else Generation.read(generation)
                 self._start(tuple(message["sizes"]), message["master_port"], message["run"], first)
                 self.run_dir, self.rejoined = message["run_dir"], first is not None
+                self.rules = message.get("rules")
                 found = {int(number): (where[0], where[1]) for number, where in message["where"].items()}
                 self._addresses |= {number: where for number, where in found.items() if number != self.number}
                 self._addresses[0] = (self.rendezvous.address, self.rendezvous.port)
+            case "hail" if self.hosts is None and self.number == MEETING:
+                self._lines.know(line, message["number"])  # the others train already
+                line.send(self._about_this_host())
             case "hail":
                 if message["run"] != self._run or message["number"] not in range(self.rendezvous.nodes):
                     raise ValueError("it belongs to another run")
@@ -391,11 +402,11 @@ class Nodes:
                 self.coordination.heard(line.number, message, self.clock())
 
     def _welcome(self, line: Line, message: Message) -> None:
-        number, taken = message["number"], {other.number for other in self._lines.all} | {0}
+        number, taken = message["number"], {other.number for other in self._lines.all if other is not line}
         problem = ""
         if message["version"] != self.version:
             problem = f"it has unisono {message['version']}, host 0 has {self.version}"
-        elif number in taken or not 0 < number < self.rendezvous.nodes:
+        elif number in taken or number == self.number or number not in range(self.rendezvous.nodes):
             problem = f"--node-rank {number} is taken, or not below --nnodes {self.rendezvous.nodes}"
         elif self.hosts is not None:
             problem = self._not_back(number, message["workers"])
@@ -413,7 +424,7 @@ class Nodes:
             self._welcome_back(line, number)
 
     def _start_if_all_joined(self) -> None:
-        known = [line for line in self._lines.all if line.number is not None]
+        known = [line for line in self._lines.all if line.number is not None and line.workers]
         joined = sorted(known, key=lambda line: line.number or 0)
         if len(joined) == self.rendezvous.nodes - 1:
             sizes = (self._workers, *(line.workers for line in joined))
@@ -442,6 +453,7 @@ class Nodes:
         self._addresses[number] = line.where
         self._to_all({"op": "where", "number": number, "where": list(line.where)})
         about = {"sizes": list(self.hosts.sizes), "master_port": self.master_port, "run": self._run}
+        about["rules"] = self.rules
         current = self.coordination.current.written()
         with suppress(OSError, ValueError):  # its end is noticed when it is read next
             line.send({"op": "start", **about, "run_dir": self.run_dir, "where": self._where(), "generation": current})
@@ -494,7 +506,7 @@ class Nodes:
 
     def _dial(self, coordination: Coordination, now: float) -> None:
         """Make connections that are wanted."""
-        for number in coordination.wanted_lines():
+        for number in coordination.wanted_lines(now):
             calling = number in self._dials or any(line.called == number for line in self._lines.all)
             if not calling and number in self._addresses:
                 try:

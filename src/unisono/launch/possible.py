@@ -3,6 +3,7 @@
 from unisono.config import TrainingConfig, more_replicas_than_micro_batches
 from unisono.errors import ConfigurationError
 from unisono.launch.task import Elastic
+from unisono.plan.exchange import turns
 from unisono.plan.hosts import Hosts
 
 MOST_ROUNDS = 200
@@ -24,8 +25,64 @@ def refuse_impossible(config: TrainingConfig, hosts: Hosts) -> None:
         _refuse_on_devices(config)
     for host, workers in enumerate(hosts.sizes):
         layout.refuse_broken_replicas(workers, f"host {host}")
+    if config.sync.replay is not None and hosts.size > 1:
+        raise ConfigurationError(f"sync.replay is done by one worker, and there are {hosts.size}; start one (-n 1)")
+    if config.sync.relaxed and len(hosts.sizes) > 1:
+        raise ConfigurationError(
+            f"sync.mode {config.sync.mode} trains on one host so far, and there are {len(hosts.sizes)}; start one, or "
+            "use sync.mode=every_step"
+        )
     if layout.zero and len(hosts.sizes) > 1:
         _refuse_shared_state(config, layout.zero, hosts.sizes)
+
+
+def with_replicas(config: TrainingConfig, hosts: Hosts) -> TrainingConfig:
+    """The configuration with what follows from the number of workers where it is not given: how many replicas train
+    apart, or how many pushes count in a round.
+
+    Raises:
+        ConfigurationError: where micro-batches cannot be shared evenly by them.
+    """
+    if config.sync.in_rounds and config.sync.accepted is None:
+        if config.sync.backup >= hosts.size:
+            raise ConfigurationError(
+                f"sync.backup is {config.sync.backup}, and there are {hosts.size} workers: nothing would count; use "
+                "fewer, or give sync.accepted"
+            )
+        accepted = hosts.size - config.sync.backup
+        return config.model_copy(update={"sync": config.sync.model_copy(update={"accepted": accepted})})
+    if not config.sync.apart or config.sync.replicas is not None:
+        return config
+    if config.micro_batches % hosts.size:
+        raise ConfigurationError(
+            f"{config.micro_batches} micro-batches cannot be shared evenly by {hosts.size} replicas, one a worker; "
+            "give sync.replicas, a number that divides them"
+        )
+    return config.model_copy(update={"sync": config.sync.model_copy(update={"replicas": hosts.size})})
+
+
+def refuse_to_compare(config: TrainingConfig) -> None:
+    """Check that a run on one number of workers can be compared with the same on another.
+
+    Raises:
+        ConfigurationError: where they would not be the same.
+    """
+    sync = config.sync
+    if sync.inexact is not None:
+        raise ConfigurationError(
+            f"sync.mode is {sync.mode}, and {sync.inexact}: no two runs are alike; record one and replay it "
+            "(sync.record, sync.replay)"
+        )
+    if sync.apart and sync.replicas is None:
+        raise ConfigurationError(
+            f"sync.mode is {sync.mode} with one replica a worker, another run on each number of workers; give "
+            "sync.replicas"
+        )
+    if sync.in_rounds and sync.accepted is None:
+        raise ConfigurationError(
+            "in each round of sync.mode server one push a worker counts, another run on each number of workers; give "
+            "sync.accepted"
+        )
 
 
 def refuse_inelastic(config: TrainingConfig, elastic: Elastic | None) -> None:
@@ -130,14 +187,8 @@ def _refuse_shared_state(config: TrainingConfig, zero: int, sizes: tuple[int, ..
             f"layout.zero is {zero} over {hosts} hosts of up to {max(sizes)} workers; between hosts of several workers "
             f"layout.zero=1 is possible{alone}"
         )
-    if count % hosts:
-        near = [n * config.micro_batch_size for n in (count - count % hosts, count + -count % hosts) if n]
+    if (rounds := turns(count, hosts)) > MOST_ROUNDS:
         raise ConfigurationError(
-            f"layout.zero is {zero} over {hosts} hosts, which take turns, and a step has {count} micro-batches; use "
-            f"global_batch_size {' or '.join(map(str, near))}, or layout.zero=1"
-        )
-    if count // hosts > MOST_ROUNDS:
-        raise ConfigurationError(
-            f"layout.zero is {zero} and each of {hosts} hosts has {count // hosts} micro-batches in a step; at most "
+            f"layout.zero is {zero} and each of {hosts} hosts has {rounds} micro-batches in a step; at most "
             f"{MOST_ROUNDS} are possible: use a larger micro_batch_size, or layout.zero=1"
         )

@@ -59,6 +59,7 @@ class WorkerProcess:
         for descriptor in (self.handle, self.log, self.stacks):
             if descriptor is not None and descriptor >= 0:
                 os.close(descriptor)
+        self.handle = -1
 
     def how_it_ended(self, workers: int) -> str:
         """For a reader; ``workers``: how many there were."""

@@ -8,16 +8,19 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from unisono.comm.header import Course
 from unisono.errors import ConfigurationError, HostLeaves, LaunchError, UnisonoError, WorkerFailed
 from unisono.fault.rules import Death, Verdict
+from unisono.launch.attempt import Attempt, StartAgain
 from unisono.launch.board import Board
 from unisono.launch.control import JOINS, MEMBERS, ROLLED_BACK, ArenaKeeper, Message, pair, receive, send
 from unisono.launch.door import opened, visitor
 from unisono.launch.nodes import Failure, Nodes
 from unisono.launch.process import kill_group
+from unisono.launch.quorum import Quorum
+from unisono.launch.retreat import Retreat, is_consequence
 from unisono.launch.span import Span
 from unisono.launch.survival import Subject, Survival
 from unisono.launch.task import STANDARD_ERROR, Ending, Task
@@ -33,33 +36,6 @@ AGAIN = {
     Verdict.ROLL_BACK: ", and its state with it; all start again, from the newest snapshot",
 }
 """The ends of workers after which all start again, in words."""
-
-
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """What came before a set of workers that runs a task.
-
-    Attributes:
-        restarts: how often it was started anew, before anything was trained.
-        joins: the workers of other hosts train already.
-        rolled_back: the last step that was committed, where there are snapshots to go on from; None for none.
-    """
-
-    restarts: int = 0
-    joins: bool = False
-    rolled_back: int | None = None
-
-
-class StartAgain(Exception):
-    """A worker was lost, and all workers of this host start once more.
-
-    Attributes:
-        attempt: what they start as.
-    """
-
-    def __init__(self, attempt: Attempt) -> None:
-        super().__init__("all workers of this host start again")
-        self.attempt = attempt
 
 
 def _error_of(failure: Failure) -> UnisonoError:
@@ -109,7 +85,11 @@ class WorkerSet:
         self._turn_s = turn_s
         self.survival = Survival(deaths, first=task.first, rolled_back=attempt.rolled_back is not None)
         self._span: Span | None = None
+        self._retreat: Retreat | None = None
+        if nodes is not None and attempt.rules is not None and attempt.generation is not None:
+            self._retreat = Retreat(Quorum(nodes, attempt.rules), task.workers, attempt.generation, attempt)
         self.interrupts = 0
+        self._signal: int | None = None  # the first one
         self._orderly = False
         self._drained_by = float("inf")
         self.notes: list[Message] = []
@@ -216,11 +196,14 @@ class WorkerSet:
                 self._nodes.poll()
             if self._span is not None and not self._reported:
                 self._span.tend([w.rank - self._task.first for w in self._workers if w.status is None])
-                self.survival.failure = self.survival.failure or self._span.failure
+                self.survival.failure = self.survival.failure or self._span.quorum.failure
+            if self._retreat is not None and not self._reported:
+                self._tend(self._retreat)
             if self._each_turn is not None:
                 self._each_turn(self)
             self._look_for_notice()
-            self._survive()
+            if self._retreat is None or not self._retreat.waiting:
+                self._survive()
             if self._short:
                 self._short = False
                 self._fill_up()
@@ -230,10 +213,35 @@ class WorkerSet:
             elsewhere = self._nodes is not None and self._nodes.failure is not None
             if cause or elsewhere or self.interrupts > 1:
                 break
-            if consequence and patience is None:
+            if consequence and self._retreat is not None:
+                self._retreat.stop()
+            elif consequence and patience is None:
                 patience = time.monotonic() + CONSEQUENCE_PATIENCE_S
             if patience is not None and time.monotonic() >= patience:
                 break
+
+    def _tend(self, retreat: Retreat) -> None:
+        """All hosts start again together, where that is decided; until then, workers that cannot go on end.
+
+        Raises:
+            StartAgain: once it is.
+        """
+        header = self.survival.header
+        if header is not None and header.course is Course.OVER and not retreat.waiting:
+            return
+        retreat.tend(header)
+        self.survival.failure = self.survival.failure or retreat.quorum.failure
+        if retreat.decided is not None:
+            raise StartAgain(retreat.attempt(retreat.decided))
+        if retreat.waiting:
+            for worker in self._workers:
+                if worker.error is not None and retreat.explains(worker.error):
+                    if not worker.error["consequence"]:
+                        print(f"unisono: worker {worker.rank}: {worker.error['text']}", file=sys.stderr, flush=True)
+                    worker.error = None
+                worker.lost = worker.lost or worker.error is None
+            if self.alive:
+                self.kill()
 
     def _survive(self) -> None:
         """Go on without those who have ended, where that can be; end those who hang.
@@ -287,12 +295,18 @@ class WorkerSet:
         verdict = self.survival.ended(
             worker.subject, worker.status, self._attempt.restarts, others, joins=worker.joins, dismissed=worker.leaves
         )
-        if verdict in AGAIN and self.interrupts:
+        if verdict is Verdict.RESTART and self._nodes is not None and self._retreat is None:
+            verdict = Verdict.FAIL  # the others could not be told
+        if verdict in AGAIN and self.interrupts and verdict is not Verdict.ROLL_BACK and self._retreat is None:
             verdict = Verdict.FAIL
         elif verdict in AGAIN:
             how = worker.how_it_ended(self._task.hosts.size)
             print(f"unisono: {how}{AGAIN[verdict]}", file=sys.stderr, flush=True)
-            raise StartAgain(self._next_attempt(verdict))
+            if self._retreat is None:
+                raise StartAgain(self._next_attempt(verdict))
+            worker.lost = True
+            self._retreat.lose()
+            return
         if self._span is not None:
             self._span.lose(worker.rank - self._task.first)
         fatal = verdict in (Verdict.FAIL, Verdict.LEAVE)
@@ -380,18 +394,21 @@ class WorkerSet:
         Raises:
             ConfigurationError: where that cannot be.
         """
-        if message.get("op") == "scale" and self._span is None:
+        if message.get("op") == "scale" and self._nodes is None:
             return self.scale(int(message["workers"]))
-        if message.get("op") == "fence" and self._span is not None:
-            return self._span.fence(int(message["host"]))
-        several = "over several hosts" if self._span is not None else "on one host"
+        spanning = self._span or self._retreat
+        if message.get("op") == "fence" and spanning is not None:
+            return spanning.quorum.fence(int(message["host"]))
+        several = "over several hosts" if spanning is not None else "on one host"
         raise ConfigurationError(f"a run {several} does not know {message.get('op')!r}")
 
     def _all_ended(self) -> bool:
         """Whether all workers have ended: those of this host, and in good order those of the others."""
+        if self._retreat is not None and self._retreat.waiting:  # the others may have ended without this host
+            return self._nodes is not None and self._nodes.over
         if any(w.status is None for w in self._workers):
             return False
-        if self._nodes is None or any(w.status for w in self._workers):
+        if self._nodes is None or self._failed:
             return True
         if not self._reported:
             self._reported = True
@@ -400,7 +417,8 @@ class WorkerSet:
 
     def _failures(self) -> tuple[bool, bool]:
         """Whether a cause of failure is known, and whether a consequence of one is."""
-        causes = [w for w in self._failed if not (w.error and w.error["consequence"])]
+        explains = is_consequence if self._retreat is None else self._retreat.explains
+        causes = [w for w in self._failed if not (w.error and explains(w.error))]
         return bool(causes) or self.survival.failure is not None, any(w.error for w in self._workers)
 
     @property
@@ -450,6 +468,8 @@ class WorkerSet:
             self._attach(message)
         elif message["op"] == "present":
             send(worker.control, {"present": self._present_at(message["training"])})
+        elif message["op"] == "kept":
+            send(worker.control, {"kept": self._keeper.kept()})
         elif message["op"] == "output":
             send(worker.control, {"op": "output"}, [self._task.output, STANDARD_ERROR])
         elif message["op"] in ("set", "get"):
@@ -486,12 +506,18 @@ class WorkerSet:
         if self._trained != message["training"]:
             self._trained = message["training"]
             rules, header = self.survival.rules, self.survival.header
-            if self._nodes is not None and rules is not None and header is not None:
-                self._span = Span(self._nodes, rules, header, self._joins)
+            coordination = self._nodes.coordination if self._nodes is not None else None
+            if self._nodes is not None and coordination is not None and rules is not None and header is not None:
+                quorum = Quorum(self._nodes, rules)
+                if not rules.rolls_back:
+                    self._span = Span(quorum, header, self._joins)
+                elif self._retreat is None:
+                    self._retreat = Retreat(quorum, self._task.workers, coordination.current, self._attempt)
             else:
                 self.survival.want(self._wanted)
                 self._short = True
-            run_dir = self._span.run_dir if self._span is not None else self.survival.run_dir
+            spanning = self._span or self._retreat
+            run_dir = spanning.quorum.run_dir if spanning is not None else self.survival.run_dir
             number = self._nodes.number if self._nodes is not None else 0
             self._door = opened(run_dir, number) if run_dir is not None else None
             if self._door is not None:
@@ -499,7 +525,7 @@ class WorkerSet:
 
     def _detach(self) -> None:
         """A training is over."""
-        self._span = None
+        self._span = self._retreat = None
         self._attached.clear()
         if self._door is not None:
             self._selector.unregister(self._door)
@@ -509,13 +535,22 @@ class WorkerSet:
 
     def interrupt(self, number: int) -> None:
         """The first signal lets workers end in good order; the second ends them at once."""
-        if number == signal.SIGUSR1 and self.interrupts:
+        if number == signal.SIGUSR1 and self._signal is not None:
             return
-        self.interrupts += 1
-        if self.interrupts == 1:
-            self._drain(orderly=number != signal.SIGINT, why="stopping after this step; once more to stop at once")
+        if self._signal is None:
+            self._stop(number)
         else:
+            self.interrupts = 2
             self.kill()
+
+    def inherit(self, before: "WorkerSet") -> None:
+        """What the workers before these were asked, and what has come while they ended, holds for these."""
+        self._signal = self._signal or before._signal
+        self.interrupts = max(self.interrupts, before.interrupts if before.interrupts > 1 else 0)
+
+    def _stop(self, number: int) -> None:
+        self.interrupts, self._signal = 1, number
+        self._drain(orderly=number != signal.SIGINT, why="stopping after this step; once more to stop at once")
 
     def stopped(self) -> BaseException:
         """What is raised where it was asked to stop before there was anything to end in good order."""
@@ -536,8 +571,11 @@ class WorkerSet:
     def _look_for_notice(self) -> None:
         """Stop where a notice has come; end a run that does not stop in time."""
         if not self.interrupts and (said := self.survival.notice()):
-            self.interrupts = 1
+            self.interrupts, self._signal = 1, signal.SIGTERM
             self._drain(orderly=True, why=f"{said}: stopping after this step")
+        header = self.survival.header
+        if self._signal is not None and not self.interrupts and header is not None and header.course is Course.TRAINING:
+            self._stop(self._signal)  # asked of those before these workers
         if time.monotonic() > self._drained_by:
             self._drained_by = float("inf")
             self.survival.failure = WorkerFailed(

@@ -5,12 +5,26 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from unisono.errors import LaunchError, RunOver
-from unisono.launch.control import ADDRESS, CONTROL, HOSTS, JOINS, MEMBERS, ROLLED_BACK, SPANS, Message, receive, send
+from unisono.launch.control import (
+    ADDRESS,
+    BEFORE,
+    CONTROL,
+    GENERATION,
+    HOSTS,
+    JOINS,
+    MEMBERS,
+    ROLLED_BACK,
+    RUN_DIR,
+    SPANS,
+    Message,
+    receive,
+    send,
+)
 from unisono.launch.keeper import CONNECT_DEADLINE_S, connect
 from unisono.plan.hosts import Hosts
 
@@ -18,8 +32,8 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
 
-SNAPSHOTS = "snapshots"
-"""The arena of them."""
+SNAPSHOTS = "snapshots "
+"""What the names of their arenas begin with."""
 
 
 @dataclass(slots=True)
@@ -37,6 +51,9 @@ class World:
         joins: this worker, or its host, joins those who train already.
         spans: every host has a launcher of its own.
         rolled_back: the step that was committed when a worker was lost, where all start again from a snapshot.
+        generation: of the hosts that start together; it grows where all start again.
+        before: the numbers of the hosts that trained before these; empty where none did.
+        run_dir: where records go, in place of what is configured here; None for that.
     """
 
     rank: int
@@ -48,8 +65,12 @@ class World:
     joins: bool = False
     spans: bool = False
     rolled_back: int | None = None
+    generation: int = 1
+    before: tuple[int, ...] = ()
+    run_dir: str | None = None
     present: tuple[int, ...] = ()
     _arenas: int = 0
+    _snapshots: set[str] = field(default_factory=set)
     _place: str = ""
     _store: "Store | None" = None
     _asking: threading.Lock = field(default_factory=threading.Lock)
@@ -119,14 +140,29 @@ class World:
             raise RunOver("training was over before this worker could take part")
         return descriptors[0]
 
-    def snapshots(self, size_bytes: int) -> int:
+    def snapshots(self, name: str, size_bytes: int) -> int:
         """The descriptor of memory for the first training's snapshots, which outlives all workers and which all share.
+
+        Arguments:
+            name: of what is kept there.
 
         Raises:
             LaunchError: where it cannot be had.
         """
-        request = {"op": "arena", "name": SNAPSHOTS, "size_bytes": size_bytes, "outlives": True}
+        self._snapshots.add(SNAPSHOTS + name)
+        request = {"op": "arena", "name": SNAPSHOTS + name, "size_bytes": size_bytes, "outlives": True}
         return self._ask(request, descriptors=1)[1][0]
+
+    def kept_snapshots(self) -> dict[str, int]:
+        """The names of what is kept in the memory of snapshots, each with that memory's size in bytes."""
+        found = self._ask({"op": "kept"})[0]["kept"]
+        return {name.removeprefix(SNAPSHOTS): size for name, size in found.items() if name.startswith(SNAPSHOTS)}
+
+    def release_snapshots(self, but: str) -> None:
+        """The keeper may let go of the memory of all others."""
+        older = self._snapshots - {SNAPSHOTS + but}
+        self._snapshots -= older
+        self._release(older)
 
     def _arena_name(self) -> str:
         return f"{self._place} arena {self._arenas}"
@@ -173,8 +209,12 @@ class World:
 
     def release_arena(self) -> None:
         """Training is over: the keeper may let go of the last arena, so that its memory ends with the workers' maps."""
-        if self.control is not None and self._arenas:
-            for name in (self._arena_name(), SNAPSHOTS):
+        if self._arenas:
+            self._release({self._arena_name(), *self._snapshots})
+
+    def _release(self, names: Iterable[str]) -> None:
+        if self.control is not None:
+            for name in sorted(names):
                 send(self.control, {"op": "release", "name": name})
 
 
@@ -195,12 +235,15 @@ def discover(environ: Mapping[str, str]) -> World:
     rank = int(environ.get("RANK", "0"))
     if CONTROL in environ:
         control = socket.socket(fileno=os.dup(int(environ[CONTROL])))
-        hosts = Hosts(tuple(int(n) for n in environ.get(HOSTS, str(size)).split(",")))
+        hosts = Hosts.read(environ.get(HOSTS, str(size)))
         world = World(rank, hosts, control, "unisono", environ.get(ADDRESS))
         world.members = int(environ.get(MEMBERS, world.local_size))
         world.joins = JOINS in environ
         world.spans = SPANS in environ
         world.rolled_back = int(environ[ROLLED_BACK]) if ROLLED_BACK in environ else None
+        world.generation = int(environ.get(GENERATION, 1))
+        world.run_dir = environ.get(RUN_DIR)
+        world.before = tuple(map(int, filter(None, environ.get(BEFORE, "").split(","))))
         return world
     if size == 1:
         return World(0, Hosts((1,)), None, "python")

@@ -13,6 +13,7 @@ from unisono.events import PHASES, Event, RunFinished, readable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 POINTS = 500
 NAME = "report.html"
@@ -64,6 +65,7 @@ def write_report(run_dir: Path) -> Path:
         workers=_workers(steps),
         membership=_membership(events),
         wire=_wire(steps),
+        staleness=_staleness(steps),
         config=config.read_text(encoding="utf-8") if config.exists() else "",
         versions=_versions(),
     )
@@ -191,10 +193,38 @@ def _plot(steps: Sequence[Record], events: Sequence[Record], what: str) -> str:
         axes.axvline(step, color="tab:red", linewidth=0.6, alpha=0.6, label="a worker was lost" if not number else None)
     axes.set_xlabel("step")
     axes.set_ylabel({"loss": "loss", "throughput": "samples/s", "phases": "ms a step"}[what])
+    return _svg(figure)
+
+
+def _svg(figure: "Figure") -> str:
+    from matplotlib import pyplot
+
     out = io.StringIO()
     figure.savefig(out, format="svg")
     pyplot.close(figure)
     return out.getvalue()[out.getvalue().index("<svg") :]
+
+
+def _staleness(steps: Sequence[Record]) -> Record | None:
+    """How stale the values were that pushes were computed with; None where workers wait for each other."""
+    counts: dict[int, int] = {}
+    for step in steps:
+        for late, pushes in (step.get("staleness") or {}).items():
+            counts[int(late)] = counts.get(int(late), 0) + pushes
+    if not counts:
+        return None
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 2.6), layout="constrained")
+    axes.bar(list(counts), list(counts.values()))
+    axes.set_xlabel("updates of a server between reading it and updating it")
+    axes.set_ylabel("pushes")
+    pushes = sum(counts.values())
+    mean = sum(late * count for late, count in counts.items()) / pushes
+    return {"plot": _svg(figure), "pushes": pushes, "mean": mean, "most": max(counts)}
 
 
 def _stack(axes: "Axes", steps: Sequence[Record], at: Sequence[int]) -> None:

@@ -1,1 +1,8 @@
-"""What optimizers need to be exact over blocks: their class, their state, rates over time, clipping."""
+"""Optimizers for large batches, and what any optimizer needs to be exact over blocks: class, state, rates, clipping."""
+
+from unisono.optim.kfac import KFAC
+from unisono.optim.lamb import LAMB
+from unisono.optim.lars import LARS
+from unisono.optim.newton import GIANT, NewtonCG
+
+__all__ = ["GIANT", "KFAC", "LAMB", "LARS", "NewtonCG"]

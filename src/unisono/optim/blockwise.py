@@ -95,6 +95,10 @@ class BlockOptimizer:
             self._optimizer.state[parameter] = {key: _part(key, value, unit) for key, value in constructed.items()}
             self._adopt(unit, parameter)
 
+    def gradient(self, unit: Unit) -> Tensor:
+        """The memory that holds a unit's gradient, in the shape of its values."""
+        return self._gradients[id(unit)]
+
     def detach_all(self) -> None:
         """Forget all units; their state stays in the arena."""
         self._parameters.clear()

@@ -6,6 +6,8 @@ import torch
 from torch.optim import Optimizer
 
 from unisono.errors import ConfigurationError
+from unisono.optim.kfac import KFAC
+from unisono.optim.newton import NewtonCG
 from unisono.plan.assignment import UpdateClass
 
 _ELEMENT: tuple[type[Optimizer], ...] = (
@@ -17,6 +19,8 @@ _FUSED_ON_CPU: tuple[type[Optimizer], ...] = (torch.optim.SGD, torch.optim.Adam,
 _FUSED_ON_DEVICES: tuple[type[Optimizer], ...] = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 _REFUSED: dict[type[Optimizer], str] = {
     torch.optim.LBFGS: "it evaluates the loss several times in a step through a closure; use SGD or AdamW",
+    NewtonCG: "it evaluates the loss several times in a step through a closure; it is for a loop of your own so far",
+    KFAC: "it learns the curvature from a model's backwards, in a loop of your own so far; use LAMB or AdamW",
     torch.optim.SparseAdam: "it needs sparse gradients, which are summed densely here; use AdamW",
 }
 
@@ -71,14 +75,18 @@ def pin_variant(optimizer: Optimizer, device: torch.device) -> None:
             group["foreach"] = False
 
 
-def described(optimizer: Optimizer) -> dict[str, Any]:
-    """An optimizer's class and the settings of its groups, to record with the run."""
+def described(optimizer: Optimizer, replicas: int = 0) -> dict[str, Any]:
+    """An optimizer's class and the settings of its groups, to record with the run.
+
+    Arguments:
+        replicas: that train apart, whose groups are those of the model itself.
+    """
     groups = [
         {
             k: list(v) if isinstance(v, tuple) else v
             for k, v in group.items()
             if isinstance(v, int | float | str | tuple)
         }
-        for group in optimizer.param_groups
+        for group in optimizer.param_groups[: len(optimizer.param_groups) // (1 + replicas)]
     ]
     return {"class": type(optimizer).__name__, "groups": groups}

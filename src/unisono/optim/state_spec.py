@@ -5,7 +5,7 @@ The arena has to be divided before the first step, and an optimizer makes its st
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class ElementState:
     """What an element-wise optimizer keeps for the parameters of one group and dtype.
 
     Attributes:
+        replica: whose parameters they are (see `ParameterSpec`).
         elements: state with a value for each element.
         scalars: state with one value a parameter.
     """
@@ -37,6 +38,7 @@ class ElementState:
     dtype: str
     elements: Keys
     scalars: Keys
+    replica: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +59,10 @@ class OptimizerSpec:
         """What is kept for the parameters of a group and dtype."""
         return next(state for state in self.element_states if (state.group, state.dtype) == (group, dtype))
 
-    def element_keys(self, dtype: str) -> Keys:
+    def element_keys(self, dtype: str, replica: int = 0) -> Keys:
         """What is kept for each element of any parameter of a dtype, in order of key."""
-        return tuple(sorted({item for state in self.element_states if state.dtype == dtype for item in state.elements}))
+        states = (state for state in self.element_states if (state.dtype, state.replica) == (dtype, replica))
+        return tuple(sorted({item for state in states for item in state.elements}))
 
     def scalar_keys(self) -> tuple[str, ...]:
         """All keys with one value a parameter, in order."""
@@ -94,10 +97,10 @@ def state_spec(
     if any(p.is_meta for p in parameters):
         _refuse_what_needs_values(optimizer, update, parameters)
     if update is UpdateClass.ELEMENT:
-        kinds: dict[tuple[int, str], nn.Parameter] = {}
+        kinds: dict[tuple[int, str, int], nn.Parameter] = {}
         for spec, parameter in zip(flat.parameters, parameters, strict=True):
             if spec.group is not None:
-                kinds.setdefault((spec.group, spec.tensor.dtype), parameter)
+                kinds.setdefault((spec.group, spec.tensor.dtype, spec.replica), parameter)
         return OptimizerSpec(update, tuple(_element_state(optimizer, *kind, first) for kind, first in kinds.items()))
     groups = [spec.group for spec in flat.parameters]
     if update is UpdateClass.PARAMETER:
@@ -110,6 +113,26 @@ def state_spec(
     for state in found:
         _refuse_what_cannot_be_kept(optimizer, state, numbers=update is UpdateClass.COUPLED)
     return OptimizerSpec(update, tensors=tuple(tuple(_specs(state)) for state in found))
+
+
+def with_further(
+    spec: OptimizerSpec, flat: FlatLayout, keys: Sequence[str], of_replicas: Sequence[str]
+) -> OptimizerSpec:
+    """What an optimizer keeps, and what agreements between replicas do besides, in the parameters' own dtype and shape.
+
+    Arguments:
+        keys: of the model itself.
+        of_replicas: of each replica.
+    """
+    states = []
+    for state in spec.element_states:
+        further = tuple((key, state.dtype) for key in (of_replicas if state.replica else keys))
+        states.append(replace(state, elements=(*state.elements, *further)))
+    tensors = []
+    for parameter, specs in zip(flat.parameters, spec.tensors, strict=False):
+        further_keys = () if parameter.group is None else of_replicas if parameter.replica else keys
+        tensors.append((*specs, *(replace(parameter.tensor, name=key) for key in further_keys)))
+    return replace(spec, element_states=tuple(states), tensors=tuple(tensors))
 
 
 def _refuse_what_needs_values(optimizer: Optimizer, update: UpdateClass, parameters: Sequence[nn.Parameter]) -> None:
@@ -191,7 +214,7 @@ def _take_step(optimizer: Optimizer) -> None:
         ) from error
 
 
-def _element_state(optimizer: Optimizer, group: int, dtype: str, first: nn.Parameter) -> ElementState:
+def _element_state(optimizer: Optimizer, group: int, dtype: str, replica: int, first: nn.Parameter) -> ElementState:
     state = initial_state(optimizer, first)
     numel = first.numel()
     if not state:
@@ -215,7 +238,7 @@ def _element_state(optimizer: Optimizer, group: int, dtype: str, first: nn.Param
                 f"optimizer {type(optimizer).__name__} keeps state {key!r} of type {type(value).__name__}, "
                 "which is not element-wise; leave its update_class out, and one owner will update everything"
             )
-    return ElementState(group, dtype, tuple(elements), tuple(scalars))
+    return ElementState(group, dtype, tuple(elements), tuple(scalars), replica)
 
 
 def _alone(optimizer: Optimizer, group: int, parameter: nn.Parameter) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from unisono.errors import ConfigurationError
-from unisono.plan.blocks import FlatLayout, ParameterSpec, TensorSpec
+from unisono.plan.blocks import FlatLayout, ParameterSpec, TensorSpec, split_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class ModelTensors:
         specs = []
         for p, uses in self.parameters:
             group = groups.get(id(p)) if p.requires_grad else None
-            specs.append(ParameterSpec(tensor_spec(uses[0], p), uses, group))
+            specs.append(ParameterSpec(tensor_spec(uses[0], p), uses, group, split_name(uses[0])[0]))
         if not any(spec.group is not None for spec in specs):
             raise ConfigurationError("the optimizer trains no parameter of the model; nothing would be learned")
         return specs

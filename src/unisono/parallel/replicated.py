@@ -18,6 +18,7 @@ from unisono.parallel.sharded import ShardedValues
 from unisono.parallel.split import Rest, first_part, second_part
 from unisono.parallel.stages import Left, Stages
 from unisono.parallel.tensor import TensorParallel
+from unisono.parallel.virtual import member
 from unisono.plan.schedule import WHOLE
 from unisono.run.rng import Draws, ModuleRandom
 
@@ -36,6 +37,7 @@ class Forwarded:
         buffers: copies of those that it wrote.
         draws: what its modules draw from.
         rest: what the first part of a backward has left for the second.
+        replica: the virtual replica that computes it; 0 for the model itself.
     """
 
     micro_batch: int
@@ -47,6 +49,7 @@ class Forwarded:
     buffers: Sequence[Tensor | None]
     draws: Draws
     rest: Rest | None = None
+    replica: int = 0
 
 
 def split(batch: object) -> tuple[object, object]:
@@ -102,6 +105,7 @@ class Replica:
         recomputation: which of its blocks are computed again in the backward; None for none.
         tensor: this worker's part of layers that several divide; None where it computes whole layers.
         sharded: brings parameters that other hosts keep; None where all are here.
+        replica_of: (step, micro-batch) -> the virtual replica that computes it; 0 for the model itself.
     """
 
     def __init__(
@@ -117,8 +121,10 @@ class Replica:
         recomputation: Recomputation | None = None,
         tensor: TensorParallel | None = None,
         sharded: ShardedValues | None = None,
+        replica_of: Callable[[int, int], int] = lambda step, micro_batch: 0,
     ) -> None:
         self.model = model
+        self._replica_of = replica_of
         self.buffers = buffers
         self.random = random
         self._loss = loss
@@ -177,17 +183,20 @@ class Replica:
         draws = self.random.enter(step - 1, micro_batch)
         inputs, target = split(batch)
         entrance = Entrance([tensor for tensor, _ in arrived], [needed for _, needed in arrived])
+        replica = self._replica_of(step, micro_batch)
+        model = member(self.model, replica)
         with self._precision():
             if self._stages is None or stage == WHOLE:
-                result = self._loss(call(self.model, inputs), target)
+                result = self._loss(call(model, inputs), target)
             else:
-                result = self._stages.run(stage, entrance, lambda: self._loss(call(self.model, inputs), target))
+                result = self._stages.run(stage, entrance, lambda: self._loss(call(model, inputs), target))
         if isinstance(result, Left):
             made, value, weight = result.tensors, 0.0, 0.0
         else:
             made, value, weight = self._lost(result, step, micro_batch)
         self._check_versions()
-        return Forwarded(micro_batch, stage, made, entrance, value, weight, self.buffers.gather(), draws)
+        buffers = self.buffers.gather()
+        return Forwarded(micro_batch, stage, made, entrance, value, weight, buffers, draws, replica=replica)
 
     def _precision(self) -> AbstractContextManager[object]:
         """Autocast, entered once for each micro-batch."""
@@ -348,7 +357,9 @@ class Replica:
             self._sharded.end()
         self.buffers.add(chain, forwarded.buffers, self._buffer_sets[forwarded.stage])
         if forwarded.stage in (self._last, WHOLE):
-            for i, value in enumerate((forwarded.value, forwarded.weight)):
+            own = {0: forwarded.value, 1: forwarded.weight, 2 + forwarded.replica: forwarded.weight}
+            for i in range(len(chain[0].scalars)):
+                value = own.get(i, 0.0)
                 for partial in chain:
                     value = partial.scalars[i] = partial.scalars[i] + value
 

@@ -208,10 +208,12 @@ def owners(
         return (tuple(here), *([()] * (total - 1)))
     result: list[tuple[int, ...]] = [()] * total
     team_of = teams.of_blocks(layout)
-    for team, ranks in enumerate(members):
-        blocks = [i for i in here if team_of[i] == team]
-        for rank, share in zip(ranks, _shares(layout, update, blocks, len(ranks)), strict=True):
-            result[rank] = share
+    replica_of = [layout.parameters[block.parameter].replica for block in layout.blocks]
+    for replica in range(1 + layout.replicas):  # the same of each, so that nobody waits where they agree
+        for team, ranks in enumerate(members):
+            blocks = [i for i in here if (team_of[i], replica_of[i]) == (team, replica)]
+            for rank, share in zip(ranks, _shares(layout, update, blocks, len(ranks)), strict=True):
+                result[rank] += share
     return tuple(result)
 
 

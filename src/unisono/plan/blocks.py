@@ -3,8 +3,9 @@
 A block is at most 65,536 elements of one parameter. Blocks never span two parameters, so norms and optimizer groups do
 not depend on how a model is cut.
 
-Parameters of one dtype lie behind each other in one *segment*; every one starts on a multiple of 64 elements, so its
-address is a multiple of 64 bytes in every layout (a kernel's last bits can depend on it).
+Parameters of one dtype (and of one replica, where several train apart) lie behind each other in one *segment*; every
+one starts on a multiple of 64 elements, so its address is a multiple of 64 bytes in every layout (a kernel's last bits
+can depend on it).
 """
 
 from bisect import bisect_left, bisect_right
@@ -14,6 +15,8 @@ from itertools import groupby
 
 BLOCK_ELEMENTS = 65_536
 ALIGNMENT_ELEMENTS = 64
+REPLICA = "replica@"
+"""Begins the names of what a virtual replica has of its own."""
 
 
 def aligned(size: int, multiple: int = ALIGNMENT_ELEMENTS) -> int:
@@ -23,6 +26,18 @@ def aligned(size: int, multiple: int = ALIGNMENT_ELEMENTS) -> int:
     (128, 64)
     """
     return -(-size // multiple) * multiple
+
+
+def split_name(name: str) -> tuple[int, str]:
+    """The replica that a name belongs to, 0 for the model itself, and its name there.
+
+    >>> split_name("replica@2.layer.weight"), split_name("layer.weight"), split_name("replica@1")
+    ((2, 'layer.weight'), (0, 'layer.weight'), (1, ''))
+    """
+    if not name.startswith(REPLICA):
+        return 0, name
+    first, _, rest = name.partition(".")
+    return int(first.removeprefix(REPLICA)), rest
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +65,13 @@ class ParameterSpec:
         tensor: name (the first of its uses), dtype and shape.
         uses: every name in ``named_parameters(remove_duplicate=False)``; two or more where weights are tied.
         group: the optimizer's parameter group, or None where it is not trained.
+        replica: 0 for the model itself; from 1, where several train apart, whose own copy it is.
     """
 
     tensor: TensorSpec
     uses: tuple[str, ...]
     group: int | None
+    replica: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +103,8 @@ class FlatLayout:
         uses: name and parameter of every trained use, in flat order.
         use_places: of the uses' gradients.
         segment_dtypes: dtype of each segment.
+        segment_replicas: of each segment, as of its parameters. Every replica has the segments of the model itself,
+            with everything at the same places.
         segment_elements: elements of each segment that hold parameters.
         gradient_elements: elements of each segment of a gradient; further uses of tied weights come last.
         blocks: the blocks of trained parameters.
@@ -96,9 +115,30 @@ class FlatLayout:
     uses: tuple[tuple[str, int], ...]
     use_places: tuple[Place, ...]
     segment_dtypes: tuple[str, ...]
+    segment_replicas: tuple[int, ...]
     segment_elements: tuple[int, ...]
     gradient_elements: tuple[int, ...]
     blocks: tuple[Block, ...]
+
+    @property
+    def replicas(self) -> int:
+        """How many train apart; 0 where there is the model alone."""
+        return max(self.segment_replicas, default=0)
+
+    @property
+    def own(self) -> tuple[ParameterSpec, ...]:
+        """The parameters of the model itself, which come first."""
+        return self.parameters[: len(self.parameters) // (1 + self.replicas)]
+
+    def column(self, first: int, stop: int) -> list[tuple[int, int]]:
+        """Blocks [first, stop) of the model itself, and the same of every replica, in order."""
+        each = len(self.blocks) // (1 + self.replicas)
+        return [(first + each * replica, stop + each * replica) for replica in range(1 + self.replicas)]
+
+    def segments(self, segment: int) -> list[int]:
+        """A segment of the model itself, and the same of every replica, in order."""
+        each = len(self.segment_dtypes) // (1 + self.replicas)
+        return [segment + each * replica for replica in range(1 + self.replicas)]
 
     def block_place(self, block: Block) -> Place:
         """Where a block's values lie."""
@@ -127,14 +167,14 @@ class FlatLayout:
 
 
 def flat_layout(parameters: Sequence[ParameterSpec], block_elements: int = BLOCK_ELEMENTS) -> FlatLayout:
-    """Lay parameters out, segment by segment, keeping the model's order inside each dtype."""
-    ordered = sorted(parameters, key=lambda p: p.tensor.dtype)
+    """Lay parameters out, segment by segment, keeping the model's order inside each dtype of each replica."""
+    ordered = sorted(parameters, key=lambda p: (p.replica, p.tensor.dtype))
     places: list[Place] = []
     uses: list[tuple[str, int]] = []
     use_places: list[Place] = []
     blocks: list[Block] = []
-    dtypes, elements, gradient_elements = [], [], []
-    for segment, (dtype, members) in enumerate(groupby(ordered, key=lambda p: p.tensor.dtype)):
+    dtypes, replicas, elements, gradient_elements = [], [], [], []
+    for segment, ((replica, dtype), members) in enumerate(groupby(ordered, key=lambda p: (p.replica, p.tensor.dtype))):
         offset = 0
         further: list[tuple[str, int]] = []
         for spec in members:
@@ -149,6 +189,7 @@ def flat_layout(parameters: Sequence[ParameterSpec], block_elements: int = BLOCK
                 blocks += [Block(index, i, s, min(s + block_elements, numel)) for i, s in enumerate(starts)]
             offset += aligned(numel)
         dtypes.append(dtype)
+        replicas.append(replica)
         elements.append(offset)
         for name, index in further:
             uses.append((name, index))
@@ -161,6 +202,7 @@ def flat_layout(parameters: Sequence[ParameterSpec], block_elements: int = BLOCK
         uses=tuple(uses),
         use_places=tuple(use_places),
         segment_dtypes=tuple(dtypes),
+        segment_replicas=tuple(replicas),
         segment_elements=tuple(elements),
         gradient_elements=tuple(gradient_elements),
         blocks=tuple(blocks),

@@ -107,6 +107,12 @@ class HostShare:
     parts: tuple[Part, ...]
 
 
+def turns(count: int, hosts: int) -> int:
+    """Rounds in which hosts of one worker each take turns with ``count`` micro-batches; in the last, some compute one
+    that does not count: parameters that hosts share are brought together by all of them."""
+    return -(-count // hosts)
+
+
 def round_shares(hosts: int, count: int) -> tuple[HostShare, ...]:
     """The shares of hosts of one worker each that take turns: one micro-batch each, then the next.
 
@@ -115,7 +121,7 @@ def round_shares(hosts: int, count: int) -> tuple[HostShare, ...]:
     """
     result = []
     for host in range(hosts):
-        nodes = tuple(Node(0, m) for m in range(host, count, hosts))
+        nodes = tuple(Node(0, m) for m in range(host, turns(count, hosts) * hosts, hosts))
         result.append(HostShare(nodes, tuple(Part(node, 0, number) for number, node in enumerate(nodes))))
     return tuple(result)
 

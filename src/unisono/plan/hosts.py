@@ -20,6 +20,21 @@ class Hosts:
     sizes: tuple[int, ...]
     names: tuple[int, ...] = ()
 
+    @classmethod
+    def read(cls, text: str) -> "Hosts":
+        """From what `written` gives.
+
+        >>> Hosts.read("2,3"), Hosts.read(Hosts((2, 3), (0, 4)).written())
+        (Hosts(sizes=(2, 3), names=()), Hosts(sizes=(2, 3), names=(0, 4)))
+        """
+        names, _, sizes = text.rpartition("=")
+        return cls(*(tuple(map(int, some.split(","))) if some else () for some in (sizes, names)))
+
+    def written(self) -> str:
+        """As a word: the sizes, and the names before them where there are any."""
+        sizes, names = (",".join(map(str, some)) for some in (self.sizes, self.names))
+        return f"{names}={sizes}" if names else sizes
+
     @property
     def numbers(self) -> tuple[int, ...]:
         """By which hosts are known, whoever else is there."""

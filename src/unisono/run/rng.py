@@ -6,6 +6,7 @@ what ran before it, on which worker runs it, or on how the model is cut.
 
 import hashlib
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -119,9 +120,14 @@ class ModuleRandom:
     A module entered again during the backward (activation checkpointing) must draw what it drew in the forward.
     Checkpointing restores the generator as it was at the start of the region, and a generator remembers the seed
     it was last given; (module, seed found on entry) therefore names one call, and the same pair is given the same seed.
+
+    Arguments:
+        name_of: a module's name -> the name that its random state is keyed by.
     """
 
-    def __init__(self, model: nn.Module, seed: int, device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, seed: int, device: torch.device, name_of: Callable[[str], str] = lambda name: name
+    ) -> None:
         self._seed = seed
         self._generator = torch.default_generator
         self._device_generator: torch.Generator | None = None
@@ -131,7 +137,8 @@ class ModuleRandom:
         self._draws = Draws(0)
         self._inside: list[int] = []  # seeds of the modules that are under way
         self._handles: list[RemovableHandle] = []
-        for name, module in model.named_modules():
+        for path, module in model.named_modules():
+            name = name_of(path)
             if may_draw(module):
                 self._handles.append(module.register_forward_pre_hook(self._hook(derive("module", name))))
                 if name:

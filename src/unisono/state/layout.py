@@ -70,6 +70,10 @@ class StateLayout:
                 spans.append((place.segment, place.offset, place.offset + place.numel))
         return spans
 
+    def column(self, run: Run) -> list[Region]:
+        """Every byte range that an agreement on a run of the model itself may change: the same run of every replica."""
+        return [region for part in self.flat.column(run.first, run.stop) for region in self.image(Run(*part))]
+
     def image(self, run: Run) -> list[Region]:
         """Every byte range that an update of the run may change."""
         named = self.regions.named
@@ -77,7 +81,7 @@ class StateLayout:
             return [named[f"buffer {b}"] for b in range(len(self.buffers))]
         ranges: list[Region] = []
         for segment, start, stop in self.spans(run):
-            keys = self.optimizer.element_keys(self.flat.segment_dtypes[segment])
+            keys = self.optimizer.element_keys(self.flat.segment_dtypes[segment], self.flat.segment_replicas[segment])
             for name in (f"values {segment}", *(f"state {key} {segment}" for key, _ in keys)):
                 region = named[name]
                 size = region.size_bytes // max(1, self.flat.segment_elements[segment])
@@ -96,9 +100,10 @@ class StateLayout:
 def state_layout(flat: FlatLayout, optimizer: OptimizerSpec, buffers: Sequence[TensorSpec]) -> StateLayout:
     """Divide the region of one replica's state."""
     regions = Regions()
-    for segment, (dtype, elements) in enumerate(zip(flat.segment_dtypes, flat.segment_elements, strict=True)):
+    kinds = zip(flat.segment_dtypes, flat.segment_replicas, flat.segment_elements, strict=True)
+    for segment, (dtype, replica, elements) in enumerate(kinds):
         regions.add(f"values {segment}", elements * item_size(dtype), 4096)
-        for key, key_dtype in optimizer.element_keys(dtype):
+        for key, key_dtype in optimizer.element_keys(dtype, replica):
             regions.add(f"state {key} {segment}", elements * item_size(key_dtype), 4096)
     scalars = optimizer.scalar_keys()
     regions.add("scalars", CELL * (1 + len(scalars)) * max(1, len(flat.blocks)))

@@ -15,6 +15,7 @@ from unisono.comm.hierarchical import HierarchicalGroup
 from unisono.plan.assignment import Run, UpdateClass
 from unisono.plan.blocks import Block
 from unisono.plan.shards import StateShards
+from unisono.state.portions import merged, overlap
 from unisono.state.training_state import BUFFER, OPTIMIZER, PARAMETER, TrainingState
 
 CHUNK_BYTES = 4 << 20
@@ -97,7 +98,7 @@ class SharedState:
             if part.dim() == 0:  # scalars and buffers follow in `spread`
                 continue
             place = self._place(part)
-            kept = [inside for own in self._kept_here if (inside := _overlap(place, own)) is not None]
+            kept = [inside for own in self._kept_here if (inside := overlap(place, own)) is not None]
             self._spread_region(place, kept)
             if self._host == 0:
                 self._release_all_but(place, kept)
@@ -123,7 +124,7 @@ class SharedState:
             self._spread(region.part(start, min(CHUNK_BYTES, region.size_bytes - start)), kept)
 
     def _spread(self, chunk: Region, kept: Sequence[Region]) -> None:
-        inside = [part for part in (_overlap(chunk, own) for own in kept) if part is not None]
+        inside = [part for part in (overlap(chunk, own) for own in kept) if part is not None]
         if self._host == 0 or inside == [chunk]:
             self._leaders.broadcast(self._bytes(chunk), "initial state")
             return
@@ -190,9 +191,9 @@ class SharedState:
         layout = self._state.layout
         found: list[Region | None] = []
         for i in self._shards.blocks(self._host):
-            found += [_overlap(region, own) for own in layout.image(Run(i, i + 1))]
-        found += [_overlap(region, self._place(value)) for value in self._frozen() if value.numel()]
-        return _merged([part for part in found if part is not None])
+            found += [overlap(region, own) for own in layout.image(Run(i, i + 1))]
+        found += [overlap(region, self._place(value)) for value in self._frozen() if value.numel()]
+        return merged([part for part in found if part is not None])
 
     def _frozen(self) -> list[Tensor]:
         """Parameters that nobody trains: everyone has them."""
@@ -231,24 +232,6 @@ def streamed(shared: SharedState | None, mates: Group, operation: str) -> Iterat
         mates.all_gather(b"more", operation)
         yield item
     mates.all_gather(b"", operation)
-
-
-def _overlap(a: Region, b: Region) -> Region | None:
-    start, stop = max(a.offset, b.offset), min(a.offset + a.size_bytes, b.offset + b.size_bytes)
-    return Region(start, stop - start) if stop > start else None
-
-
-def _merged(regions: Sequence[Region]) -> list[Region]:
-    """Regions in order, those that touch as one."""
-    result: list[Region] = []
-    for region in sorted(regions, key=lambda region: region.offset):
-        last = result[-1] if result else None
-        if last is not None and region.offset <= last.offset + last.size_bytes:
-            stop = max(last.offset + last.size_bytes, region.offset + region.size_bytes)
-            result[-1] = Region(last.offset, stop - last.offset)
-        else:
-            result.append(region)
-    return result
 
 
 def _joined(blocks: Iterator[tuple[Block, int]]) -> list[tuple[int, int, int]]:

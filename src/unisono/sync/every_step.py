@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from unisono.comm.group import SNAPSHOT, Group
+from unisono.config import ClipConfig
 from unisono.errors import TrainingError
 from unisono.optim.blockwise import BlockOptimizer
 from unisono.optim.clipping import clip_factor, global_norm, squared_norms
@@ -21,15 +22,16 @@ from unisono.sync.ownership import OwnedRun
 from unisono.sync.phases import Phases
 from unisono.sync.policy import Outcome
 from unisono.sync.sums import StepSums
+from unisono.sync.updater import Updater
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """The learning rate: a factor over steps, a factor by the batch size, and the limit of the gradient's norm."""
+    """The learning rate: a factor over steps, and one by the batch size; and the limits of gradients."""
 
     schedule: Schedule
     scale: float
-    clip: float | None
+    clip: ClipConfig | None
 
 
 class Squares(Protocol):
@@ -81,10 +83,14 @@ class GatheredSquares:
 
 @dataclass(frozen=True, slots=True)
 class _UnderWay:
-    """What the update of a step goes by, for those runs too that come to this worker later."""
+    """What the update of a step goes by, for those runs too that come to this worker later.
+
+    Attributes:
+        factors: by which clipping makes gradients smaller: of the model itself and of each replica.
+    """
 
     sums: StepSums
-    factor: float
+    factors: Sequence[float]
     snapshot: bool
 
 
@@ -123,7 +129,7 @@ class EveryStep:
         self._holdings = holdings
         self._optimizer = optimizer
         self._rates = rates
-        self._uses_of = [flat.uses_of(p) for p in range(len(flat.parameters))]
+        self._updater = Updater(flat, optimizer, rates.clip)
         self._under_way: _UnderWay | None = None
 
     @torch.no_grad()
@@ -137,14 +143,14 @@ class EveryStep:
         phases.enter("reduce")
         sums = StepSums(covers, self._count, self._flat, self._teams)
         self._optimizer.set_rate(self._rates.schedule, self._rates.scale, step - 1)
-        norm, factor = None, 1.0
-        if sums.weight != 0 and self._rates.clip is not None:
-            norm = self._norm(step, sums, phases)
-            factor = clip_factor(norm, self._rates.clip)
-        self._under_way = _UnderWay(sums, factor, bool(flags & SNAPSHOT))
+        norm, factors = None, [1.0] * (1 + self._flat.replicas)
+        limit = self._rates.clip.norm if self._rates.clip is not None else None
+        if sums.weight != 0 and limit is not None:
+            norms = self._norms(step, sums, phases)
+            norm, factors = max(norms), [clip_factor(each, limit) for each in norms]
+        self._under_way = _UnderWay(sums, factors, bool(flags & SNAPSHOT))
         phases.enter("update")
-        for owned in list(self._holdings.runs):
-            self._update(owned, step)
+        self._bring(list(self._holdings.runs), step, phases)
         if sums.weight != 0:
             phases.enter("wait")
             self._group.distribute(step, self._values)
@@ -161,48 +167,46 @@ class EveryStep:
     def inherit(self, step: int, lost: Sequence[Loss], phases: Phases) -> None:
         """Update and commit this worker's part of what lost workers would have."""
         phases.enter("update")
-        for owned in self._holdings.inherit(lost):
-            self._update(owned, step)
+        self._bring(self._holdings.inherit(lost), step, phases)
         self._commit_buffers(step)
+
+    def _bring(self, runs: Sequence[OwnedRun], step: int, phases: Phases) -> None:
+        """Bring runs to the state after ``step``."""
+        for owned in runs:
+            self._update(owned, step)
 
     def _update(self, owned: OwnedRun, step: int) -> None:
         """Bring a run to the state after ``step``, unless it is there: whoever owned it before may have done so."""
         assert self._under_way is not None
-        sums, journal = self._under_way.sums, self._holdings.journal
+        sums = self._under_way.sums
         if self._holdings.is_done(owned.run, step):
             return
-        if sums.weight == 0:
-            journal.commit(owned.image, step, lambda: None, snapshot=self._under_way.snapshot)
+        if sums.weights[owned.replica] == 0:
+            self._commit(owned, step, None)
             return
         self._reduce(owned, sums)
-        if self._under_way.factor != 1.0:
-            for span in owned.spans:
-                span.scratch.mul_(self._under_way.factor)
-        units, stretch = owned.units, owned.stretch
-        if not sums.complete:  # like grad=None: what no micro-batch touched is skipped
-            units = [unit for unit in units if sums.touched[self._uses_of[unit.parameter]].any()]
+        self._updater.clip(owned, self._under_way.factors[owned.replica])
+        self._commit(owned, step, self._updater.update(owned, sums))
 
-        def update() -> None:
-            if stretch is not None and len(units) == len(owned.units) and stretch.uniform:
-                self._optimizer.step_stretch(stretch)
-            elif units:
-                self._optimizer.step(units)
+    def _commit(self, owned: OwnedRun, step: int, update: Callable[[], None] | None) -> None:
+        """Let a run be at the state after ``step``.
 
-        journal.commit(owned.image, step, update, snapshot=self._under_way.snapshot)
+        Arguments:
+            update: changes it; None where the step does not.
+        """
+        assert self._under_way is not None
+        journal, snapshot = self._holdings.journal, self._under_way.snapshot
+        if update is None and not snapshot:
+            journal.advance(owned.image, step)
+        else:
+            journal.commit(owned.image, step, update or (lambda: None), snapshot=snapshot)
 
     def _reduce(self, owned: OwnedRun, sums: StepSums) -> None:
         """The canonical mean of the run's gradient, into its scratch memory."""
-        if sums.complete and owned.team is not None:
-            for span in owned.spans:
-                sums.mean_span(span, owned.team)
-            return
-        for span in owned.spans:
-            span.scratch.zero_()
-        for block, gradient in zip(self._flat.blocks[owned.run.first : owned.run.stop], owned.gradients, strict=True):
-            sums.mean_block(block, self._uses_of[block.parameter], gradient)
+        self._updater.reduce(owned, sums)
 
-    def _norm(self, step: int, sums: StepSums, phases: Phases) -> float:
-        """The global norm, from the norms of blocks.
+    def _norms(self, step: int, sums: StepSums, phases: Phases) -> list[float]:
+        """The global norm, from the norms of blocks: of the model itself, and of each replica.
 
         Gradients are summed for it, and again for their update: to keep them would take 4 bytes a parameter.
         """
@@ -212,30 +216,37 @@ class EveryStep:
             phases.enter("reduce")
             self._leave_squares(step, sums, self._holdings.inherit(lost))
             phases.enter("wait")
-        norm = global_norm(self._squares.all(step))
-        if not np.isfinite(norm):
+        squares, models = self._squares.all(step), 1 + self._flat.replicas
+        each = len(squares) // models
+        norms = [global_norm(squares[i * each : (i + 1) * each]) for i in range(models)]
+        if broken := [norm for norm in norms if not np.isfinite(norm)]:
             raise TrainingError(
-                f"the gradient's norm is {norm} at step {step} though the loss is finite; "
+                f"the gradient's norm is {broken[0]} at step {step} though the loss is finite; "
                 "lower the learning rate, or look at the model's numerics"
             )
-        return norm
+        return norms
 
     def _leave_squares(self, step: int, sums: StepSums, runs: Sequence[OwnedRun]) -> None:
         for owned in runs:
             if not self._squares.has(step, owned.run):
-                self._reduce(owned, sums)
-                self._squares.put(step, owned.run, squared_norms(owned.gradients))
+                if sums.weights[owned.replica]:
+                    self._reduce(owned, sums)
+                    self._squares.put(step, owned.run, squared_norms(owned.gradients))
+                else:
+                    self._squares.put(step, owned.run, [0.0] * len(owned.gradients))
 
     def _commit_buffers(self, step: int) -> None:
         buffers, under_way = self._holdings.buffers, self._under_way
         assert under_way is not None
         if buffers is None or self._holdings.is_done(buffers.run, step):
             return
-        sums, uses = under_way.sums, len(self._flat.uses)
+        sums = under_way.sums
 
         def update() -> None:
-            for b, values in enumerate(buffers.values):
-                if sums.touched[uses + b]:
-                    sums.mean_buffer(uses + b, values)
+            self._updater.update_buffers(buffers, sums)
+            self._finish_buffers(step, buffers.values)
 
         self._holdings.journal.commit(buffers.image, step, update, snapshot=under_way.snapshot)
+
+    def _finish_buffers(self, step: int, values: Sequence[Tensor]) -> None:
+        """What else changes in the buffers with a step: nothing."""

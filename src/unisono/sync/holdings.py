@@ -94,5 +94,5 @@ class Holdings:
         return self._owner.prepare(trained, self._optimizer), buffers
 
 
-def _image(memory: RunMemory, first: int, count: int) -> Image:
-    return memory.image(Run(first, first + count))
+def _image(memory: RunMemory, first: int, count: int, column: bool) -> Image:
+    return memory.image(Run(first, first + count), column=column)

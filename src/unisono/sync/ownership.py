@@ -29,6 +29,7 @@ class OwnedRun:
         gradients: of each block of the run, in the spans' scratch memory.
         team: whose partials hold the whole of it; None where a parameter is used under several names, or by several
             teams.
+        replica: whose run it is, where several train apart; 0 for the model itself.
     """
 
     run: Run
@@ -38,6 +39,7 @@ class OwnedRun:
     stretch: Stretch | None
     gradients: Sequence[Tensor]
     team: int | None
+    replica: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,17 +65,21 @@ class RunMemory:
         self._undo = undo
         self._snapshot = snapshot
 
-    def image(self, run: Run) -> Image:
-        """One run's memory."""
+    def image(self, run: Run, *, column: bool = False) -> Image:
+        """One run's memory.
+
+        Arguments:
+            column: and that of the same run of every replica.
+        """
         live, undo, snapshot = [], [], []
         used = 0
-        for stripes in _stripes(self._layout.image(run)):
+        for stripes in _stripes(self._layout.column(run) if column else self._layout.image(run)):
             live.append(stripes.of(self._live))
             snapshot.append(stripes.of(self._snapshot))
             size_bytes = stripes.count * stripes.size_bytes
             undo.append(stripes.packed(self._undo[used : used + size_bytes]))
             used += aligned(size_bytes)
-        return Image(run.first, run.stop - run.first, live, undo, snapshot)
+        return Image(run.first, run.stop - run.first, live, undo, snapshot, column)
 
 
 WORD, PIECE_WORDS = 8, 512
@@ -139,6 +145,9 @@ def undo_bytes(layout: StateLayout, most: int) -> int:
     flat, update = layout.flat, layout.optimizer.update
     everything = runs(flat, update, range(len(flat.blocks)), most)
     images = [layout.image(run) for run in everything]
+    if flat.replicas:
+        each = len(flat.blocks) // (1 + flat.replicas)
+        images += [layout.column(run) for run in everything if run.stop <= each]
     most = max((sum(aligned(region.size_bytes) for region in image) for image in images), default=0)
     buffers = sum(aligned(region.size_bytes) for region in layout.image(layout.buffer_run))
     return max(2 * most if update is UpdateClass.ELEMENT else most, buffers)
@@ -190,9 +199,25 @@ class Owner:
             if self._elementwise and self.joinable and len(spans) == 1:
                 stretch = self._stretch(spans[0], run, units[0][0])
                 optimizer.attach(stretch.unit, spans[0].scratch)
-            members = [unit for unit, _ in units]
-            result.append(OwnedRun(run, self.memory.image(run), spans, members, stretch, gradients, self._team(run)))
+            members, replica = [unit for unit, _ in units], self._replica(run)
+            image, team = self.memory.image(run), self._team(run)
+            result.append(OwnedRun(run, image, spans, members, stretch, gradients, team, replica))
         return result
+
+    def columns(self, run: Run) -> list[tuple[Unit, ...]]:
+        """For each unit of a run of the model itself: it, and the same of every replica."""
+        parts = [self._units(Run(*part)) for part in self._layout.flat.column(run.first, run.stop)]
+        return [tuple(unit for unit, _ in column) for column in zip(*parts, strict=True)]
+
+    def beside_the_model(self, span: Span) -> tuple[Tensor, Tensor]:
+        """The values of a span of a replica, and those of the model itself."""
+        flat = self._layout.flat
+        own = span.segment % (len(flat.segment_dtypes) // (1 + flat.replicas))
+        return self.state.span(span.segment, span.start, span.stop), self.state.span(own, span.start, span.stop)
+
+    def _replica(self, run: Run) -> int:
+        flat = self._layout.flat
+        return flat.parameters[flat.blocks[run.first].parameter].replica
 
     def prepare_buffers(self) -> OwnedBuffers:
         """The buffers, which may be none, with all that their owner needs."""

@@ -1,6 +1,6 @@
 """The contract between the engine and whatever decides when replicas agree."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,6 +18,8 @@ class Outcome:
         gradient_norm: before clipping, where it was needed.
         learning_rate: of the optimizer's first group.
         flags: requests that workers sent with the step.
+        staleness: how many pushes to a server were computed with values that so many others had made old; None where
+            workers wait for each other.
     """
 
     loss: float
@@ -25,6 +27,7 @@ class Outcome:
     gradient_norm: float | None
     learning_rate: float
     flags: int
+    staleness: Mapping[int, int] | None = None
 
 
 class Policy(Protocol):
@@ -39,3 +42,15 @@ class Policy(Protocol):
 
     def inherit(self, step: int, lost: Sequence[Loss], phases: Phases) -> None:
         """Do this worker's part of what lost workers have not done of `conclude`."""
+
+
+class Executes(Protocol):
+    """An engine: does one worker's part of a step; who trains with it does not know which."""
+
+    def step(self, step: int, *, check_purity: bool = False, last: bool = False) -> Outcome:
+        """Train one step (from 1); the new state may be read when it returns.
+
+        Arguments:
+            check_purity: compute a micro-batch twice, and raise where the results differ.
+            last: no step follows.
+        """

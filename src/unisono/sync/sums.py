@@ -41,8 +41,10 @@ class StepSums:
 
     Attributes:
         loss, weight: summed over all micro-batches.
+        weights: the same of the model itself and of each replica, where several train apart.
         touched: whether any micro-batch touched each entry (uses, then buffers).
-        complete: every partial holds a gradient for every use, so sums need not be taken use by use.
+        complete: every partial holds a gradient for every use, so sums need not be taken use by use; or for every use
+            of some replicas, and none of others.
     """
 
     def __init__(self, covers: Sequence[Cover], count: int, flat: FlatLayout, teams: Teams) -> None:
@@ -50,7 +52,10 @@ class StepSums:
         self._count = count
         self._flat = flat
         self._teams = teams
-        self.loss, self.weight = sum_scalars(self._covers[teams.loss], count)
+        self.loss, self.weight, *weights = sum_scalars(self._covers[teams.loss], count)
+        self.weights = tuple(weights) or (self.weight,)
+        self._use_of = {place.segment: use for use, place in enumerate(flat.use_places)} if flat.replicas else {}
+        replica_of = np.array([flat.parameters[p].replica for _, p in flat.uses], dtype=np.int64)
         self.touched: NDArray[np.bool_] = np.zeros(len(teams.uses) + len(teams.buffers), dtype=np.bool_)
         self.complete = True
         members = np.array((*teams.uses, *teams.buffers), dtype=np.int64)
@@ -59,18 +64,27 @@ class StepSums:
             for _, partial in cover:
                 counts = partial.counts_array() > 0
                 self.touched |= counts & own
-                self.complete = self.complete and bool((counts | ~own)[: len(teams.uses)].all())
+                has, there = counts[: len(teams.uses)], own[: len(teams.uses)]
+                for replica in range(1 + flat.replicas):
+                    of_replica = has[there & (replica_of == replica)]
+                    self.complete = self.complete and bool(of_replica.all() or (flat.replicas and not of_replica.any()))
 
     def mean_span(self, span: Span, team: int) -> None:
         """The weighted mean of a span of one team, into its scratch memory; only where the step is `complete`."""
-        out = span.scratch
-        cover = self._covers[team]
-        total = add_trees(cover, self._count, lambda p: p.segments[span.segment][span.start : span.stop], out)
-        assert total is not None
-        if math.frexp(self.weight)[0] == 0.5:  # a power of two: to multiply gives the same bits, in half the time
-            torch.mul(total, 1.0 / self.weight, out=out)
+        out, use = span.scratch, self._use_of.get(span.segment)  # by which one sees whether a replica was computed
+        weight = self.weights[self._flat.segment_replicas[span.segment]]
+
+        def view(partial: Partial) -> Tensor | None:
+            held = use is None or partial.counts[use]
+            return partial.segments[span.segment][span.start : span.stop] if held else None
+
+        total = add_trees(self._covers[team], self._count, view, out)
+        if total is None:
+            out.zero_()
+        elif math.frexp(weight)[0] == 0.5:  # a power of two: to multiply gives the same bits, in half the time
+            torch.mul(total, 1.0 / weight, out=out)
         else:
-            torch.div(total, self.weight, out=out)
+            torch.div(total, weight, out=out)
 
     def mean_block(self, block: Block, uses: Sequence[int], out: Tensor) -> None:
         """The weighted mean of a block, over micro-batches, then over its uses in the given order."""
@@ -86,7 +100,7 @@ class StepSums:
         if total is None:
             out.zero_()
         else:
-            torch.div(total, self.weight, out=out)
+            torch.div(total, self.weights[self._flat.parameters[block.parameter].replica], out=out)
 
     def mean_buffer(self, entry: int, out: Tensor) -> None:
         """A buffer's mean over the micro-batches that wrote it; a counter's value after the first of them."""

@@ -1,13 +1,16 @@
 """What every worker of ``unisono train`` does: from a configuration to a trained task."""
 
+import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
+from types import ModuleType
 from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from unisono import optim
 from unisono.config import Config, OptimizerConfig, validate
 from unisono.data.feed import Dataset
 from unisono.errors import ConfigurationError
@@ -39,12 +42,18 @@ def optimizer_factory(config: OptimizerConfig) -> Callable[[Iterable[nn.Paramete
     """The optimizer that a configuration names.
 
     Raises:
-        ConfigurationError: where torch.optim has none of that name.
+        ConfigurationError: where neither torch.optim nor unisono.optim has one of that name.
     """
-    kind = getattr(torch.optim, config.name, None)
-    if not (isinstance(kind, type) and issubclass(kind, Optimizer)) or kind is Optimizer:
-        known = sorted(n for n in dir(torch.optim) if isinstance(getattr(torch.optim, n), type) and n != "Optimizer")
-        raise ConfigurationError(f"optimizer.name is {config.name!r}; torch.optim has {', '.join(known)}")
+    kinds = {**_optimizers(torch.optim), **_optimizers(optim)}
+    if config.name not in kinds:
+        lower = {name.lower(): name for name in kinds}
+        near = difflib.get_close_matches(config.name.lower(), lower, n=1, cutoff=0.5)
+        hint = f"did you mean {lower[near[0]]}? " if near else ""
+        raise ConfigurationError(
+            f"optimizer.name is {config.name!r}; {hint}unisono.optim has {', '.join(sorted(_optimizers(optim)))}, and "
+            f"torch.optim has {', '.join(sorted(_optimizers(torch.optim)))}"
+        )
+    kind = kinds[config.name]
 
     def make(parameters: Iterable[nn.Parameter]) -> Optimizer:
         try:
@@ -53,6 +62,12 @@ def optimizer_factory(config: OptimizerConfig) -> Callable[[Iterable[nn.Paramete
             raise ConfigurationError(f"optimizer.options do not fit {config.name}: {error}") from error
 
     return make
+
+
+def _optimizers(module: ModuleType) -> dict[str, type[Optimizer]]:
+    """The optimizers that a module offers, by name."""
+    found = {name: value for name, value in vars(module).items() if isinstance(value, type)}
+    return {name: kind for name, kind in found.items() if issubclass(kind, Optimizer) and kind is not Optimizer}
 
 
 def train(config: Mapping[str, Any], resume: bool = False, evaluate: bool = True) -> dict[str, Any]:

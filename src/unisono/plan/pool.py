@@ -1,0 +1,241 @@
+"""What workers that wait for nobody take in turn, and the order in which servers take what they bring: as words.
+
+A step is a pool of *units*, each a few micro-batches, whose gradient is *pushed* to every server. A server keeps some
+of the model's runs, and counts its updates: its *version*. The order of a step is, for every server, whose pushes it
+took one after another, and which versions of all servers their values were made of.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Words = NDArray[np.int64]
+SPARE = 64
+"""Entries of a server besides one for each unit: a push that a dying worker has begun takes two."""
+
+
+def words_by_name(memory: memoryview, sizes: Mapping[str, int]) -> dict[str, Words]:
+    """Words by name."""
+    words: Words = np.frombuffer(memory, dtype=np.int64)
+    parts, start = {}, 0
+    for name, size in sizes.items():
+        parts[name] = words[start : start + size]
+        start += size
+    return parts
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One push, as a server took it.
+
+    Attributes:
+        unit: which it was.
+        slot: of the worker that pushed it.
+        first, stop: of the server's runs, those that it changed: all, unless the worker died in the middle.
+        read: the version of each server whose values the gradient was computed with.
+    """
+
+    unit: int
+    slot: int
+    first: int
+    stop: int
+    read: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PoolLayout:
+    """How a pool's words are divided.
+
+    Attributes:
+        slots: workers at the most.
+        units: of a step.
+        servers: how many there are.
+    """
+
+    slots: int
+    units: int
+    servers: int
+
+    @property
+    def entry_words(self) -> int:
+        """Words of an entry."""
+        return 4 + self.servers
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Words by name."""
+        return {
+            "head": 3,
+            "under way": self.slots,
+            "clock": self.slots,
+            "version": self.servers,
+            "base": self.servers,
+            "busy": self.servers,
+            "done": self.units * self.servers,
+            "sums": 2 * self.units,
+            "order": self.servers * (self.units + SPARE) * self.entry_words,
+        }
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all."""
+        return 8 * sum(self.sizes.values())
+
+
+class Pool:
+    """A step's units, and who has them.
+
+    Each method says under which lock it is called: that of the pool, or a server's. Words are written in an order in
+    which a worker that dies between any two leaves what the next can go on with.
+
+    Attributes:
+        under_way: the unit that each slot's worker computes, plus 1; 0 for none.
+        clock: how many units each slot's worker has done in the step.
+        version: of each server.
+        done: how many runs of each server a unit has changed, (units, servers).
+        sums: loss and weight of each unit, (units, 2).
+    """
+
+    def __init__(self, layout: PoolLayout, memory: memoryview) -> None:
+        self.layout, parts = layout, words_by_name(memory, layout.sizes)
+        self._head = parts["head"]
+        self.under_way, self.clock = parts["under way"], parts["clock"]
+        self.version, self._base, self._busy = parts["version"], parts["base"], parts["busy"]
+        self.done = parts["done"].reshape(layout.units, layout.servers)
+        self.sums = parts["sums"].view(np.float64).reshape(layout.units, 2)
+        self._order = parts["order"].reshape(layout.servers, layout.units + SPARE, layout.entry_words)
+
+    @property
+    def base(self) -> Sequence[int]:
+        """The version of each server as the step began."""
+        return [int(version) for version in self._base]
+
+    @property
+    def snapshot(self) -> int:
+        """The step before which the state was last copied."""
+        return int(self._head[2])
+
+    @snapshot.setter
+    def snapshot(self, step: int) -> None:
+        self._head[2] = step
+
+    def is_of(self, step: int) -> bool:
+        """Under the pool's lock: whether another worker has begun the step."""
+        return bool(self._head[0] == step)
+
+    def begin(self, step: int, versions: Sequence[int]) -> None:
+        """Under the pool's lock: let it be that of ``step``.
+
+        Arguments:
+            versions: of all servers.
+        """
+        self._head[1] = 0
+        self.version[:] = versions
+        self.under_way[:], self.clock[:], self._busy[:] = 0, 0, 0
+        self.done[:], self.sums[:] = 0, 0.0
+        self._base[:] = self.version
+        self._head[0] = step
+
+    def take(self, slot: int) -> int | None:
+        """Under the pool's lock: the next unit; None where there is no more."""
+        unit = int(self._head[1])
+        if unit >= self.layout.units:
+            return None
+        self.under_way[slot] = unit + 1
+        self._head[1] = unit + 1
+        return unit
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether all units have been taken."""
+        return bool(self._head[1] >= self.layout.units)
+
+    def inherit(self, slot: int, lost: int, runs: Sequence[int]) -> int | None:
+        """Under the pool's lock: the unit that a lost worker has left undone, which is this one's now.
+
+        Arguments:
+            runs: of each server.
+        """
+        unit = int(self.under_way[lost]) - 1
+        if unit < 0 or self.is_done(unit, runs):
+            return None
+        self._head[1] = max(int(self._head[1]), unit + 1)  # it may have died as it took it
+        self.under_way[slot], self.under_way[lost] = unit + 1, 0
+        return unit
+
+    def is_done(self, unit: int, runs: Sequence[int]) -> bool:
+        """Whether every server has all of a unit."""
+        return bool((self.done[unit] == np.asarray(runs)).all())
+
+    def all_done(self, runs: Sequence[int]) -> bool:
+        """Whether every server has all of every unit, and nobody is about to say so of the last."""
+        return bool((self.done == np.asarray(runs)).all()) and not self._busy.any()
+
+    def open_entry(self, server: int, entry: Entry) -> None:
+        """Under the server's lock: a push begins."""
+        number = self.version[server] - self._base[server]
+        self._order[server, number] = (entry.unit, entry.slot, entry.first, entry.stop, *entry.read)
+        self._busy[server] = 1 + number
+
+    def opened(self, server: int) -> Entry | None:
+        """Under the server's lock: the push that somebody began and died in; None for none."""
+        number = int(self.version[server] - self._base[server])
+        if self._busy[server] != 1 + number:  # none, or one that is over, but for the last word of it
+            self._busy[server] = 0
+            return None
+        return self._entry(server, number)
+
+    def shorten(self, server: int, stop: int) -> None:
+        """Under the server's lock: the push that somebody died in has changed runs up to ``stop``."""
+        self._order[server, self.version[server] - self._base[server], 3] = stop
+
+    def close_entry(self, server: int, entry: Entry, stop: int) -> None:
+        """Under the server's lock: a push is over, having changed runs up to ``stop``: none where that is its first."""
+        if stop > entry.first:
+            words = self._order[server, self.version[server] - self._base[server]]
+            words[3] = stop
+            self.done[entry.unit, server] = stop
+            self.version[server] += 1
+        self._busy[server] = 0
+
+    def order(self) -> list[list[Entry]]:
+        """The entries of every server in the step so far."""
+        counts = self.version - self._base
+        return [[self._entry(server, i) for i in range(int(counts[server]))] for server in range(self.layout.servers)]
+
+    def _entry(self, server: int, number: int) -> Entry:
+        unit, slot, first, stop, *read = map(int, self._order[server, number])
+        return Entry(unit, slot, first, stop, tuple(read))
+
+
+def staleness(order: Sequence[Sequence[Entry]], base: Sequence[int]) -> dict[int, int]:
+    """How many pushes were computed with values that so many updates of their server had made old since.
+
+    Arguments:
+        base: each server's version as the step began.
+
+    >>> staleness([[Entry(0, 0, 0, 1, (5,)), Entry(1, 1, 0, 1, (5,))]], [5])
+    {0: 1, 1: 1}
+    """
+    found: dict[int, int] = {}
+    for server, entries in enumerate(order):
+        for number, entry in enumerate(entries):
+            late = base[server] + number - entry.read[server]
+            found[late] = found.get(late, 0) + 1
+    return dict(sorted(found.items()))
+
+
+def may_begin(clocks: Sequence[int], mine: int, bound: int | None) -> bool:
+    """Whether a worker may begin a further unit: it has done no more than ``bound`` above the one that has done least.
+
+    Ho et al., "More Effective Distributed ML via a Stale Synchronous Parallel Parameter Server", 2013.
+
+    Arguments:
+        clocks: units that each worker has done, this one's among them.
+
+    >>> may_begin([3, 1, 2], mine=3, bound=2), may_begin([4, 1, 2], mine=4, bound=2)
+    (True, False)
+    """
+    return bound is None or mine <= min(clocks) + bound

@@ -1,0 +1,287 @@
+"""Replicas take steps of their own, and agree now and then: local SGD, DiLoCo, and their streaming form.
+
+In every step the replicas' blocks are updated by their owners, like those of any model, each replica's from its own
+micro-batches. After some steps the owner of a part of the model itself brings it up to what replicas have made of that
+part, and gives it back to them. That is a commit of its own in the same step, once all replicas have done the step.
+
+McMahan et al., 2017 (federated averaging); Stich, 2018; Li et al., 2018 (FedProx); Lin et al., 2018 (post-local);
+Douillard et al., 2023 (DiLoCo) and 2025 (streaming).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from unisono.comm.compression import Cast, Codec, Quantized
+from unisono.comm.journal import Image
+from unisono.config import OuterConfig, SyncConfig, TrainingConfig
+from unisono.optim.blockwise import Unit
+from unisono.plan.agreement import Agreements, fragments
+from unisono.plan.assignment import Run
+from unisono.plan.blocks import FlatLayout
+from unisono.plan.roster import Loss
+from unisono.run.rng import derive, mix
+from unisono.run.summation import fold
+from unisono.sync.every_step import EveryStep
+from unisono.sync.ownership import OwnedRun, Owner
+from unisono.sync.phases import Phases
+from unisono.sync.sums import StepSums
+
+MOMENTUM, SENT = "outer_momentum", "sent"
+"""State of the model itself, and of a replica whose words are under way."""
+
+
+class Versions(Protocol):
+    """How far blocks are."""
+
+    def await_all(self, step: int, blocks: slice) -> Sequence[Loss]:
+        """Wait until some blocks are at ``step``; workers that were lost meanwhile."""
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """How replicas agree.
+
+    Attributes:
+        when: after which steps.
+        outer: how the model follows them; None where it is their average.
+        codec: of how far they have moved; None where that is told as it is.
+        mix: how much of its own values a replica keeps, where an agreement comes with a delay.
+        proximal: the rate by which replicas are pulled towards the model.
+        seed: of random rounding.
+    """
+
+    when: Agreements
+    outer: OuterConfig | None
+    codec: Codec | None
+    mix: float
+    proximal: float
+    seed: int
+
+
+class LocalSteps(EveryStep):
+    """The policy of replicas that train apart; until they do, it is the exact one.
+
+    Arguments:
+        terms: how they agree.
+        fragment_of: a parameter of the model itself -> when it is its turn.
+        owner: whose memory the replicas' values are.
+        versions: how far all blocks are.
+        arguments: as of `EveryStep`.
+    """
+
+    def __init__(
+        self, terms: Terms, fragment_of: Sequence[int], owner: Owner, versions: Versions, *arguments: object
+    ) -> None:
+        super().__init__(*arguments)  # type: ignore[arg-type]
+        self._terms = terms
+        self._fragment_of = fragment_of
+        self._owner = owner
+        self._all_versions = versions
+        self._columns: dict[Run, list[tuple[Unit, ...]]] = {}
+        self._images: dict[Run, Image] = {}
+
+    def _bring(self, runs: Sequence[OwnedRun], step: int, phases: Phases) -> None:
+        """First what is each replica's own, then what they agree on."""
+        when = self._terms.when
+        if not when.apart(step):
+            super()._bring(runs, step, phases)
+            return
+        mine = list(runs)
+        super()._bring([owned for owned in mine if owned.replica], step, phases)
+        if when.due(step):
+            phases.enter("wait")
+            each = len(self._flat.blocks) // (1 + self._flat.replicas)
+            while lost := self._all_versions.await_all(step, slice(each, len(self._flat.blocks))):
+                phases.enter("update")
+                further = self._holdings.inherit(lost)
+                super()._bring([owned for owned in further if owned.replica], step, phases)
+                mine += further
+                phases.enter("wait")
+            phases.enter("update")
+        for owned in mine:
+            if not owned.replica and not self._holdings.is_done(owned.run, step):
+                self._agree(owned, step)
+
+    def _commit(self, owned: OwnedRun, step: int, update: Callable[[], None] | None) -> None:
+        """As of `EveryStep`; where replicas part after the step, they take the model's values with it."""
+        if not self._terms.when.parts(step):
+            super()._commit(owned, step, update)
+        elif owned.replica:
+            self._holdings.journal.advance(owned.image, step)
+        else:
+            columns = self._columns_of(owned)
+
+            def update_and_part() -> None:
+                if update is not None:
+                    update()
+                for common, *replicas in columns:
+                    for replica in replicas:
+                        _take_over(replica, common)
+                    if MOMENTUM in common.state:
+                        common.state[MOMENTUM].zero_()
+
+            self._commit_column(owned, step, update_and_part)
+
+    def _agree(self, owned: OwnedRun, step: int) -> None:
+        """Bring a run of the model itself, and of all replicas, to what they have agreed on after ``step``."""
+        when, columns = self._terms.when, self._columns_of(owned)
+        parts = {self._fragment_of[common.parameter] for common, *_ in columns}
+        if not any(when.sends(step, part) or when.applies(step, part) for part in parts):
+            super()._commit(owned, step, None)
+            return
+
+        def update() -> None:
+            for number, (common, *replicas) in enumerate(columns):
+                part, moved = self._fragment_of[common.parameter], []
+                if when.sends(step, part):
+                    key = mix(mix(self._terms.seed, step), owned.run.first + number)
+                    moved = [self._moved(common, replica, mix(key, r)) for r, replica in enumerate(replicas)]
+                if when.delay:
+                    for replica, words in zip(replicas, moved, strict=False):
+                        replica.state[SENT].copy_(words)
+                if when.applies(step, part):
+                    self._apply(common, replicas, moved or [replica.state[SENT] for replica in replicas])
+
+        self._commit_column(owned, step, update)
+
+    def _moved(self, common: Unit, replica: Unit, key: int) -> Tensor:
+        """How far a replica has moved away from the model, as it tells the others."""
+        moved, codec = common.values - replica.values, self._terms.codec
+        if codec is None:
+            return moved
+        data = codec.encode(moved.flatten().float(), torch.Generator().manual_seed(key))
+        return codec.decode(data, moved.numel()).to(moved.dtype).view_as(moved)
+
+    def _apply(self, common: Unit, replicas: Sequence[Unit], moved: Sequence[Tensor]) -> None:
+        """The model follows replicas that have told how far they had moved, and they follow it."""
+        terms = self._terms
+        if terms.outer is None and terms.codec is None and not terms.when.delay:
+            common.values.copy_(fold([replica.values for replica in replicas], torch.add) / len(replicas))
+        else:
+            follow(common, fold(moved, torch.add) / len(moved), terms.outer)
+        keep = terms.mix if terms.when.delay else 0.0
+        for replica in replicas:
+            if keep:
+                replica.values.lerp_(common.values, 1 - keep)
+            else:
+                replica.values.copy_(common.values)
+
+    def _reduce(self, owned: OwnedRun, sums: StepSums) -> None:
+        """The mean gradient, and the pull towards the model."""
+        super()._reduce(owned, sums)
+        if self._terms.proximal and owned.replica:
+            for span in owned.spans:
+                apart, common = self._owner.beside_the_model(span)
+                span.scratch.add_(apart - common, alpha=self._terms.proximal)
+
+    def _finish_buffers(self, step: int, values: Sequence[Tensor]) -> None:
+        """Replicas agree on buffers with the first fragment; counters are those of the first replica."""
+        when, each = self._terms.when, len(values) // (1 + self._flat.replicas)
+        for b in range(each):
+            common, *replicas = values[b::each]
+            if when.applies(step, 0) and common.dtype.is_floating_point:
+                common.copy_(fold(replicas, torch.add) / len(replicas))
+            elif when.applies(step, 0):
+                common.copy_(replicas[0])
+            for replica in replicas if when.applies(step, 0) or when.parts(step) else ():
+                replica.copy_(common)
+
+    def _columns_of(self, owned: OwnedRun) -> list[tuple[Unit, ...]]:
+        """For each unit of a run of the model itself: it, and that of every replica."""
+        if owned.run not in self._columns:
+            self._columns[owned.run] = self._owner.columns(owned.run)
+        return self._columns[owned.run]
+
+    def _commit_column(self, owned: OwnedRun, step: int, update: Callable[[], None]) -> None:
+        """Change a run of the model itself and of all replicas, whole or not at all."""
+        if owned.run not in self._images:
+            self._images[owned.run] = self._owner.memory.image(owned.run, column=True)
+        image = self._images[owned.run]
+        if self._under_way is not None and self._under_way.snapshot:
+            keep_aside(image if self._terms.when.parts(step) else owned.image)
+        self._holdings.journal.commit(image, step, update)
+
+
+def follow(common: Unit, moved: Tensor, outer: OuterConfig | None) -> None:
+    """The model goes by what replicas have moved on average: all of it, or as the outer optimizer says."""
+    if outer is None:
+        common.values.sub_(moved)
+        return
+    momentum = common.state[MOMENTUM]
+    if not common.present[0]:
+        momentum.zero_()
+    momentum.mul_(outer.momentum).add_(moved)
+    step = moved.add(momentum, alpha=outer.momentum) if outer.nesterov else momentum
+    common.values.sub_(step, alpha=outer.lr)
+    common.present[0] = 1
+
+
+def keep_aside(image: Image) -> None:
+    """The consistent copy of what is about to change."""
+    for target, source in zip(image.snapshot, image.live, strict=True):
+        target.copy_(source)
+
+
+def _take_over(replica: Unit, common: Unit) -> None:
+    """A replica begins with the model's values and state."""
+    replica.values.copy_(common.values)
+    for key, value in replica.state.items():
+        if key in common.state:
+            value.copy_(common.state[key])
+    replica.present[0] = common.present[0]
+
+
+def kept_by_agreements(config: SyncConfig) -> tuple[list[str], list[str]]:
+    """The state that agreements keep for the model itself, and for each replica."""
+    return [MOMENTUM] if config.mode == "diloco" else [], [SENT] if config.delay else []
+
+
+def agreements(config: SyncConfig) -> Agreements:
+    """After which steps replicas agree."""
+    assert config.period is not None
+    return Agreements(config.period, config.after, config.fragments, config.delay)
+
+
+def terms_of(config: TrainingConfig) -> Terms:
+    """How replicas agree in a run."""
+    sync = config.sync
+    codecs: dict[str, Codec | None] = {"none": None, "bf16": Cast(torch.bfloat16), "int8": Quantized()}
+    outer = sync.outer if sync.mode == "diloco" else None
+    return Terms(
+        agreements(sync), outer, codecs[sync.compression], sync.mix, sync.proximal, derive(config.seed, "sent")
+    )
+
+
+def turns_of(flat: FlatLayout, config: SyncConfig) -> list[int]:
+    """The fragment of each parameter of the model itself: when it is its turn."""
+    return fragments([spec.tensor.numel for spec in flat.own], config.fragments)
+
+
+def replica_of(config: TrainingConfig) -> Callable[[int, int], int]:
+    """(step, micro-batch) -> the virtual replica that computes it, 0 for the model itself."""
+    if not config.sync.apart:
+        return lambda step, micro_batch: 0
+    when, replicas, count = agreements(config.sync), config.sync.replicas, config.micro_batches
+    assert replicas is not None
+    return lambda step, micro_batch: 1 + micro_batch * replicas // count if when.apart(step) else 0
+
+
+def told_of(config: SyncConfig, steps: int) -> list[str]:
+    """What a user should know of a run whose replicas train apart."""
+    told = [
+        f"{config.replicas} replicas train apart, and agree every {config.period} steps: the result depends on how "
+        "many there are, not on workers"
+    ]
+    when = agreements(config)
+    last = max(
+        (step for step in range(1, steps + 1) if when.parts(step) or when.applies(step, 0)), default=config.after
+    )
+    if last < steps and steps > config.after:
+        told.append(
+            f"replicas agree for the last time after step {last} of {steps}: what they learn later is not in the model"
+        )
+    return told

@@ -1,0 +1,350 @@
+"""A parameter server whose servers are parts of the arena: workers read and update them, and wait for nobody.
+
+Every worker computes with values of its own, which it *pulls* from the servers, one after another, and *pushes* the
+gradient of each unit of work to each server: the server's runs are updated by whoever pushes, under the server's lock.
+What a worker that dies in a push has begun is put back, or counts, run by run; another computes its unit again.
+
+Dean et al., "Large scale distributed deep networks", 2012; Li et al., "Scaling distributed machine learning with the
+parameter server", 2014; Ho et al., 2013 (bounded staleness); Zhang et al., "Staleness-aware async-SGD", 2016.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from unisono.comm.journal import Image, Journal
+from unisono.comm.locks import Locks
+from unisono.comm.partial import torch_dtype
+from unisono.optim.blockwise import BlockOptimizer
+from unisono.optim.clipping import global_norm, squared_norms
+from unisono.optim.schedules import Schedule
+from unisono.plan.assignment import Run, UpdateClass, contiguous_shares, runs
+from unisono.plan.blocks import ALIGNMENT_ELEMENTS
+from unisono.plan.pool import Entry, Pool, Words
+from unisono.plan.rounds import RoundsPool
+from unisono.state.layout import StateLayout
+from unisono.state.training_state import TrainingState
+from unisono.sync.ownership import OwnedBuffers, OwnedRun, Owner, RunMemory
+from unisono.sync.sums import StepSums
+from unisono.sync.updater import Updater
+
+Change = Callable[[], Callable[[], None]]
+"""Prepares a run's change, and returns what does it."""
+POOL = 0
+"""The number of the pool's lock; those of servers follow."""
+
+
+class PulledValues:
+    """A worker's own copy of parameters and buffers, which its model computes with.
+
+    Attributes:
+        values: of the parameters, in flat order.
+        buffers: of the buffers.
+    """
+
+    def __init__(self, state: TrainingState) -> None:
+        flat = state.layout.flat
+        kinds = zip(flat.segment_dtypes, flat.segment_elements, strict=True)
+        self._segments = [_aligned_zeros(elements, torch_dtype(dtype)) for dtype, elements in kinds]
+        self.values = []
+        for spec, place in zip(flat.parameters, flat.places, strict=True):
+            whole = self._segments[place.segment][place.offset : place.offset + place.numel]
+            self.values.append(whole.view(spec.tensor.shape))
+        self.buffers = [torch.empty_like(buffer) for buffer in state.buffers]
+        self._state = state
+        for segment, own in enumerate(self._segments):
+            own.copy_(state.span(segment, 0, own.numel()))
+        for buffer, common in zip(self.buffers, state.buffers, strict=True):
+            buffer.copy_(common)
+
+    def pull(self, runs: Sequence[Run]) -> None:
+        """Copy some runs from the state."""
+        state = self._state
+        for run in runs:
+            if run == state.layout.buffer_run:
+                for own, common in zip(self.buffers, state.buffers, strict=True):
+                    own.copy_(common)
+                continue
+            for segment, start, stop in state.layout.spans(run):
+                self._segments[segment][start:stop].copy_(state.span(segment, start, stop))
+
+    def take(self, other: "PulledValues") -> None:
+        """Have the values of others."""
+        for own, theirs in zip([*self._segments, *self.buffers], [*other._segments, *other.buffers], strict=True):
+            own.copy_(theirs)
+
+
+def _aligned_zeros(elements: int, dtype: torch.dtype) -> Tensor:
+    """Memory that begins on a line's boundary, as the arena does."""
+    memory = torch.zeros(elements + ALIGNMENT_ELEMENTS, dtype=dtype)
+    skipped = -memory.data_ptr() % (ALIGNMENT_ELEMENTS * dtype.itemsize) // dtype.itemsize
+    return memory[skipped : skipped + elements]
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A part of the state with a lock and a version of its own.
+
+    Attributes:
+        runs: of parameters, each updated as one.
+        buffers: of the model, on one of the servers, where there are any.
+    """
+
+    runs: Sequence[OwnedRun]
+    buffers: OwnedBuffers | None
+
+    @property
+    def images(self) -> list[Image]:
+        """The memory of its runs; the buffers' is the last."""
+        return [owned.image for owned in self.runs] + ([self.buffers.image] if self.buffers is not None else [])
+
+    @property
+    def parts(self) -> list[Run]:
+        """Its runs, the buffers' among them."""
+        return [Run(image.first, image.first + image.count) for image in self.images]
+
+
+class Servers:
+    """All servers, as one worker sees them.
+
+    Arguments:
+        slot: of the worker.
+        servers: with memory that this worker prepared.
+        pool: whose words say how far each is, where workers wait for nobody.
+        locks: of the pool and of the servers.
+        values: what this worker computes with.
+        updater, optimizer: how runs are updated.
+        rate: the schedule, and the factor of the batch size.
+        damping: lower the rate of a push by how stale it is.
+        versions: one word a block.
+        row, memory: of a slot: its words, and where runs lie with its undo area.
+    """
+
+    def __init__(
+        self,
+        slot: int,
+        servers: Sequence[Server],
+        pool: Pool | None,
+        locks: Locks,
+        values: PulledValues,
+        updater: Updater,
+        optimizer: BlockOptimizer,
+        rate: tuple[Schedule, float],
+        damping: bool,
+        versions: memoryview,
+        row: Callable[[int], memoryview],
+        memory: Callable[[int], RunMemory],
+        *,
+        protects: bool,
+    ) -> None:
+        self._slot = slot
+        self._servers = servers
+        self._pool = pool
+        self._locks = locks
+        self._values = values
+        self._updater = updater
+        self._optimizer = optimizer
+        self._rate = rate
+        self._damping = damping
+        self._versions = versions
+        self._row = row
+        self._memory = memory
+        self._journal = Journal(row(slot), versions, protects=protects)
+        self._read = [-1] * len(servers)
+        self.runs = [len(server.images) for server in servers]
+
+    def begin(self, step: int, pool: Pool | RoundsPool) -> None:
+        """Let the pool be that of a step; every server is where its blocks are."""
+        self._locks.hold(POOL, f"the pool of step {step}")
+        if not pool.is_of(step):
+            pool.begin(step, [self.version_of(number) for number in range(len(self._servers))])
+        self._locks.let_go(POOL)
+
+    def pull_all(self) -> None:
+        """Compute with what the servers have, where nobody updates them."""
+        for server in self._servers:
+            self._values.pull(server.parts)
+
+    def update_all(
+        self, versions: Sequence[int], busy: Words, sums: StepSums, factor: float, step: int, first: int
+    ) -> None:
+        """Bring every server that is still at the version with which a round began to the next.
+
+        Arguments:
+            versions: of each.
+            busy: of each, the slot plus 1 of who updates it, or died in that.
+            first: the server to begin with; others may begin with others.
+        """
+        count = len(self._servers)
+        for number in (*range(first % count, count), *range(first % count)):
+            self._locks.hold(1 + number, f"server {number}, to update it")
+            version, images = versions[number], self._servers[number].images
+            if busy[number]:
+                self._recover(int(busy[number]) - 1)
+            left = [self._versions[image.first + image.count - 1] <= version for image in images]
+            if any(left):
+                busy[number] = self._slot + 1
+                self._set_rate(step, 0)
+                for (image, change), behind in zip(self._changes(number, sums, factor), left, strict=True):
+                    if behind:
+                        self._commit(image, version, change, sums)
+            busy[number] = 0
+            self._locks.let_go(1 + number)
+
+    def pull(self) -> None:
+        """Compute with what the servers have now."""
+        pool = self._own_pool
+        for number, server in enumerate(self._servers):
+            self._locks.hold(1 + number, f"server {number}, to read it")
+            self._mend(number)
+            if self._read[number] != pool.version[number]:
+                self._values.pull(server.parts)
+                self._read[number] = int(pool.version[number])
+            self._locks.let_go(1 + number)
+
+    def push(self, unit: int, sums: StepSums, factor: float, step: int) -> None:
+        """Update every server that does not have all of a unit yet.
+
+        Arguments:
+            factor: by which clipping makes its gradient smaller.
+            step: which is under way (from 1).
+        """
+        for number, server in enumerate(self._servers):
+            self._locks.hold(1 + number, f"server {number}, to update it")
+            self._mend(number)
+            self._update(number, server, unit, sums, factor, step)
+            self._locks.let_go(1 + number)
+
+    def _update(self, number: int, server: Server, unit: int, sums: StepSums, factor: float, step: int) -> None:
+        pool, images = self._own_pool, server.images
+        first, version = int(pool.done[unit, number]), int(pool.version[number])
+        if first == len(images):
+            return
+        entry = Entry(unit, self._slot, first, len(images), tuple(self._read))
+        pool.open_entry(number, entry)
+        self.apply(number, entry, version, version - entry.read[number], sums, factor, step)
+        pool.close_entry(number, entry, entry.stop)
+
+    def apply(
+        self, number: int, entry: Entry, version: int, late: int, sums: StepSums, factor: float, step: int
+    ) -> None:
+        """Change a server at ``version`` by a push; runs that it does not change come along.
+
+        Arguments:
+            late: how many updates of the server came since it was read.
+        """
+        self._set_rate(step, late)
+        changes = self._changes(number, sums, factor)
+        for image, change in changes[entry.first : entry.stop]:
+            self._commit(image, version, change, sums)
+        for image, _ in changes[: entry.first] + changes[entry.stop :]:
+            self._journal.advance(image, version + 1)
+
+    def _changes(self, number: int, sums: StepSums, factor: float) -> list[tuple[Image, Change]]:
+        """Each run of a server, and what prepares its change."""
+        server = self._servers[number]
+        changes: list[tuple[Image, Change]] = [
+            (owned.image, partial(self._change, owned, sums, factor)) for owned in server.runs
+        ]
+        if (buffers := server.buffers) is not None:
+            changes.append((buffers.image, lambda: partial(self._updater.update_buffers, buffers, sums)))
+        return changes
+
+    def _commit(self, image: Image, version: int, change: Change, sums: StepSums) -> None:
+        """One run goes from ``version`` to the next; what weighs nothing changes nothing."""
+        if sums.weight == 0:
+            self._journal.advance(image, version + 1)
+        else:
+            self._journal.commit(image, version + 1, change())
+
+    def _change(self, owned: OwnedRun, sums: StepSums, factor: float) -> Callable[[], None]:
+        self._updater.reduce(owned, sums)
+        self._updater.clip(owned, factor)
+        return self._updater.update(owned, sums)
+
+    def _set_rate(self, step: int, late: int) -> None:
+        """The rate of a push; damped, that of values which ``late`` updates have made old is divided by 1 + late."""
+        schedule, scale = self._rate
+        self._optimizer.set_rate(schedule, scale / (1 + late) if self._damping else scale, step - 1)
+
+    def _mend(self, number: int) -> None:
+        """Put right what a worker has begun on a server, and died in: what it has committed counts."""
+        pool = self._own_pool
+        entry = pool.opened(number)
+        if entry is None:
+            return
+        self._recover(entry.slot)
+        images, version = self._servers[number].images, int(pool.version[number])
+        at = [self._versions[image.first + image.count - 1] for image in images]
+        stop = entry.first
+        while stop < entry.stop and at[stop] > version:
+            stop += 1
+        if stop > entry.first:
+            pool.shorten(number, stop)  # for whoever goes on where this worker dies too
+            for image, own in zip(images, at, strict=True):
+                if own <= version:
+                    self._journal.advance(image, version + 1)
+        pool.close_entry(number, entry, stop)
+
+    def _recover(self, slot: int) -> None:
+        """Put back what the worker of a slot was changing when it died."""
+        memory = self._memory(slot)
+
+        def image_of(first: int, count: int, column: bool) -> Image:
+            return memory.image(Run(first, first + count), column=column)
+
+        Journal(self._row(slot), self._versions).recover(image_of)
+
+    def pull_into(self, number: int, values: PulledValues) -> None:
+        """Copy what a server has now."""
+        values.pull(self._servers[number].parts)
+
+    def version_of(self, number: int) -> int:
+        """How far a server's blocks are, where nobody updates it."""
+        return self._versions[self._servers[number].parts[-1].stop - 1]
+
+    def norm(self, sums: StepSums) -> float:
+        """The norm of a push's gradient."""
+        squares: list[float] = []
+        for server in self._servers:
+            for owned in server.runs:
+                self._updater.reduce(owned, sums)
+                squares += squared_norms(owned.gradients)
+        return global_norm(squares)
+
+    @property
+    def _own_pool(self) -> Pool:
+        assert self._pool is not None
+        return self._pool
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self._servers)
+
+    def rate(self, step: int) -> float:
+        """The learning rate in a step, before damping."""
+        self._set_rate(step, 0)
+        return self._optimizer.learning_rate
+
+
+def divided(layout: StateLayout, update: UpdateClass, count: int, most: int) -> list[Sequence[Run]]:
+    """A state's runs, divided among servers about evenly; as many as are wanted, or as there are runs for.
+
+    Arguments:
+        most: elements of a run.
+    """
+    blocks = layout.flat.blocks
+    everything = runs(layout.flat, update, range(len(blocks)), most)
+    costs = [sum(b.stop - b.start for b in blocks[run.first : run.stop]) for run in everything]
+    shares = contiguous_shares(costs, min(count, len(everything)))
+    return [everything[share.start : share.stop] for share in shares if share]
+
+
+def servers_of(parts: Sequence[Sequence[Run]], owner: Owner, optimizer: BlockOptimizer) -> list[Server]:
+    """Servers over a worker's memory; the buffers are the first one's."""
+    buffers = owner.prepare_buffers()
+    return [Server(owner.prepare(part, optimizer), None if number else buffers) for number, part in enumerate(parts)]

@@ -1,0 +1,317 @@
+"""Replicas that train apart: the papers' algorithms as plain loops, one result on any workers, and faults."""
+
+import copy
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from tests import toys
+from unisono.config import SyncConfig, TrainingConfig, validate
+from unisono.errors import ConfigurationError
+from unisono.launch.local import LocalLauncher
+from unisono.launch.possible import refuse_impossible
+from unisono.optim.classes import pin_variant
+from unisono.plan.agreement import Agreements, fragments
+from unisono.plan.hosts import Hosts
+from unisono.run.rng import Isolation, derive
+from unisono.run.sampling import Sampler
+from unisono.sync.local import told_of
+from unisono.trainer import Trainer
+
+BATCH, REPLICAS = 8, 4
+LOCAL: dict[str, dict[str, Any]] = {
+    "local SGD": {"optimizer": "momentum", "sync": {"mode": "local", "period": 2}},
+    "post-local": {"optimizer": "momentum", "sync": {"mode": "local", "period": 2, "after": 3}},
+    "FedProx": {"optimizer": "sgd", "sync": {"mode": "local", "period": 3, "proximal": 0.3}},
+    "DiLoCo": {"optimizer": "adamw", "sync": {"mode": "diloco", "period": 3}},
+    "DiLoCo after some steps": {"optimizer": "adamw", "sync": {"mode": "diloco", "period": 2, "after": 2}},
+    "streaming DiLoCo": {
+        "optimizer": "adamw",
+        "sync": {"mode": "diloco", "period": 4, "fragments": 3, "delay": 1, "mix": 0.5},
+    },
+    "streaming, all at once": {"optimizer": "adamw", "sync": {"mode": "diloco", "period": 3, "fragments": 3}},
+    "by LAMB": {"optimizer": "lamb", "sync": {"mode": "diloco", "period": 3, "delay": 1, "after": 2}},
+}
+
+
+def plain() -> nn.Module:
+    """In double precision: Adam makes much of a last bit."""
+    return toys.MODELS["plain"]().double()
+
+
+SAMPLES = [(x.double(), y.double()) for x, y in (toys.Samples()[i] for i in range(toys.SAMPLES))]
+
+
+def plain_loop(optimizer_name: str, sync: dict[str, Any], steps: int) -> list[list[Tensor]]:
+    """The algorithm from its papers, in one process: the model's parameters after every step."""
+    with Isolation() as isolation:
+        isolation.seed(derive(0, "init"))
+        model = plain()
+    make = toys.OPTIMIZERS[optimizer_name]
+    period, after, delay = sync["period"], sync.get("after", 0), sync.get("delay", 0)
+    count, keep, pull = sync.get("fragments", 1), sync.get("mix", 0.5) if delay else 0.0, sync.get("proximal", 0.0)
+    part_of = fragments([p.numel() for p in model.parameters()], count)
+    diloco = sync["mode"] == "diloco"
+    replicas, optimizers = [model], [optimizer(make, model)]
+    momentum = [torch.zeros_like(p) for p in model.parameters()]
+    told: dict[int, list[Tensor]] = {}
+    history = []
+    for step in range(1, steps + 1):
+        if step == after + 1:
+            replicas = [copy.deepcopy(model) for _ in range(REPLICAS)]
+            apart = [optimizer(make, replica) for replica in replicas]
+            for made in apart:
+                made.load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+            optimizers = apart
+        for number, (replica, own_optimizer) in enumerate(zip(replicas, optimizers, strict=True)):
+            take_step(replica, own_optimizer, step, number, len(replicas), None if step <= after else model, pull)
+        for part in range(count) if step > after else ():
+            own = [i for i, p in enumerate(part_of) if p == part]
+            if (step - after) % period == part * period // count % period:
+                for i in own:
+                    told[i] = [at(model, i) - at(one, i) for one in replicas]
+            since = step - after - delay
+            if since > 0 and since % period == part * period // count % period:
+                for i in own:
+                    mean = sum(told[i], torch.zeros(())) / REPLICAS
+                    if diloco:
+                        momentum[i] = 0.9 * momentum[i] + mean
+                        mean = 0.7 * (mean + 0.9 * momentum[i])
+                    with torch.no_grad():
+                        at(model, i).sub_(mean)
+                        for one in replicas:
+                            list(one.parameters())[i].copy_(keep * at(one, i) + (1 - keep) * at(model, i))
+        history.append([p.detach().clone() for p in model.parameters()])
+    return history
+
+
+def optimizer(make: Callable[..., torch.optim.Optimizer], model: nn.Module) -> torch.optim.Optimizer:
+    made = make(model.parameters())
+    pin_variant(made, torch.device("cpu"))
+    return made
+
+
+def at(model: nn.Module, index: int) -> Tensor:
+    return list(model.parameters())[index].detach()
+
+
+def take_step(
+    replica: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    number: int,
+    replicas: int,
+    model: nn.Module | None,
+    pull: float,
+) -> None:
+    """With a replica's own part of the step's samples."""
+    indices = Sampler(toys.SAMPLES, 0, BATCH, BATCH).indices(step - 1, 0).tolist()
+    rows = [SAMPLES[i] for i in indices[number * BATCH // replicas : (number + 1) * BATCH // replicas]]
+    optimizer.zero_grad()
+    toys.LOSSES["mse"](replica(torch.stack([r[0] for r in rows])), torch.stack([r[1] for r in rows])).backward()
+    if model is not None:
+        for own, common in zip(replica.parameters(), model.parameters(), strict=True):
+            assert own.grad is not None
+            own.grad += pull * (own.detach() - common.detach())
+    optimizer.step()
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_it_is_the_algorithm_of_the_paper(name: str) -> None:
+    """Parameter for parameter, over three agreements of each fragment."""
+    case = LOCAL[name]
+    steps = case["sync"].get("after", 0) + 3 * case["sync"]["period"] + case["sync"].get("delay", 0)
+    expected = plain_loop(case["optimizer"], case["sync"], steps)
+    for until in range(1, steps + 1):
+        trainer = Trainer(
+            model=plain,
+            loss=toys.LOSSES["mse"],
+            data=SAMPLES,
+            optimizer=toys.OPTIMIZERS[case["optimizer"]],
+            sync={"replicas": REPLICAS, **case["sync"]},
+            global_batch_size=BATCH,
+            micro_batch_size=1,
+            observe={"progress": False},
+        )
+        trainer.fit(until)
+        assert trainer.model is not None
+        for ours, theirs in zip(trainer.model.parameters(), expected[until - 1], strict=True):
+            torch.testing.assert_close(ours.detach(), theirs, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("after", [0, 4])
+def test_it_is_torchs_averager(pool: LocalLauncher, after: int) -> None:
+    """Two workers, a replica on each; post-local where some steps are trained together first."""
+    arguments = {"period": 3, "after": after, "steps": after + 9}
+    ours = pool.run({"call": "tests.jobs:averaged_by_ours", "arguments": arguments}, 2).results
+    theirs = pool.run({"call": "tests.jobs:averaged_by_torch", "arguments": arguments}, 2).results
+    assert ours[0] == ours[1]
+    for own, other in zip(ours[0], theirs[0], strict=True):
+        assert own == pytest.approx(other, rel=1e-9, abs=1e-12)
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "local SGD": {"model": "mlp", "optimizer": "momentum", "sync": {"mode": "local", "period": 2}},
+    "BatchNorm": {"model": "norm", "optimizer": "adamw", "sync": {"mode": "local", "period": 2, "after": 2}},
+    "tied, embedded": {"model": "tied", "sync": {"mode": "diloco", "period": 2}},
+    "weighted": {"model": "mlp", "loss": "weighted", "sync": {"mode": "diloco", "period": 2}},
+    "clipped": {"model": "mlp", "clip": 0.05, "sync": {"mode": "local", "period": 3}},
+    "by LAMB": {"model": "mlp", "optimizer": "lamb", "sync": {"mode": "diloco", "period": 2, "after": 2}},
+    "streaming int8": {
+        "model": "mlp",
+        "sync": {"mode": "diloco", "period": 3, "fragments": 2, "delay": 1, "compression": "int8"},
+    },
+    "bf16 and momentum": {
+        "model": "mlp",
+        "optimizer": "momentum",
+        "sync": {"mode": "local", "period": 2, "compression": "bf16", "proximal": 0.1},
+    },
+}
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    """Six micro-batches, two for each of three replicas."""
+    way = WAYS[name]
+    return {"global_batch_size": 24, "steps": 7, **way, "sync": {"replicas": 3, **way["sync"]}}
+
+
+def train(pool: LocalLauncher, workers: int, **arguments: Any) -> dict[str, Any]:
+    result: dict[str, Any] = pool.run({"call": "tests.jobs:train", "arguments": arguments}, workers).results[0]
+    return result
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_one_result_on_any_workers(pool: LocalLauncher, name: str) -> None:
+    expected = train(pool, 1, validated=True, validate={"every": 2}, **settings_of(name))
+    for workers in (2, 3, 4):
+        found = train(pool, workers, validated=True, validate={"every": 2}, **settings_of(name))
+        assert found["digest"] == expected["digest"]
+        assert found["losses"] == expected["losses"] and found["validations"] == expected["validations"]
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_one_result_across_a_resume(pool: LocalLauncher, name: str, tmp_path: Path) -> None:
+    """Stopped after step 4 on 3 workers, in the middle of a period or of an exchange, resumed on 2."""
+    settings = settings_of(name)
+    expected = train(pool, 1, **settings)
+    train(pool, 3, run_dir=str(tmp_path), **{**settings, "steps": 4})
+    found = train(pool, 2, run_dir=str(tmp_path), resume=True, **settings)
+    assert found["digest"] == expected["digest"] and found["losses"] == expected["losses"][4:]
+
+
+@pytest.mark.parametrize("after", [0, 3, 6])
+def test_until_replicas_part_it_is_the_exact_run(pool: LocalLauncher, after: int) -> None:
+    """Bit for bit; and one replica that agrees with itself after every step is, too."""
+    exact = train(pool, 2, model="norm", steps=6, global_batch_size=24)["losses"]
+    sync = {"mode": "local", "replicas": 3, "period": 3, "after": after}
+    assert train(pool, 2, model="norm", steps=6, global_batch_size=24, sync=sync)["losses"][:after] == exact[:after]
+    alone = {"mode": "local", "replicas": 1, "period": 1}
+    assert train(pool, 2, model="norm", steps=6, global_batch_size=24, sync=alone)["losses"] == exact
+
+
+@pytest.mark.parametrize("moment", ["forward", "backward", "mid-reduce", "update", "mid-update", "mid-commit", "wait"])
+@pytest.mark.parametrize("step", [3, 4])
+def test_a_worker_is_killed_between_agreements_and_in_one(pool: LocalLauncher, moment: str, step: int) -> None:
+    """(rank 1 of 3, a step without an agreement and one with it): the bits of the undisturbed run."""
+    sync = {"mode": "diloco", "replicas": 3, "period": 2, "fragments": 2, "delay": 1}
+    options: dict[str, Any] = {"model": "mlp", "global_batch_size": 24, "clip": 0.1, "steps": 8, "sync": sync}
+    expected = train(pool, 1, **options)["digest"]
+    strikes = [{"rank": 1, "step": step, "moment": moment, "how": "kill"}]
+    ending = pool.run(
+        {"call": "tests.jobs:struck", "arguments": {"strikes": strikes, "deadline_s": 20.0, **options}}, 3
+    )
+    assert ending.result["digest"] == expected
+
+
+@given(st.integers(1, 9), st.integers(0, 5), st.integers(1, 5), st.integers(0, 5))
+def test_every_fragment_agrees_once_in_a_period(period: int, after: int, count: int, delay: int) -> None:
+    count, delay = min(count, period), min(delay, period - 1)
+    when = Agreements(period, after, count, delay)
+    for fragment in range(count):
+        sent = [step for step in range(1, 60) if when.sends(step, fragment)]
+        applied = [step for step in range(1, 60) if when.applies(step, fragment)]
+        assert all(b - a == period for a, b in itertools.pairwise(sent)) and sent[0] <= after + period
+        assert applied == [step + delay for step in sent if step + delay < 60]
+        assert all(when.apart(step) and when.due(step) for step in {*sent, *applied})
+
+
+def test_fragments_share_the_model_evenly() -> None:
+    assert fragments([10] * 12, 4) == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert fragments([5, 100, 5], 2) == [0, 1, 1] or fragments([5, 100, 5], 2) == [0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"sync": {"mode": "local"}}, "mode is local and period is missing"),
+        ({"sync": {"period": 3}}, "period is given and mode is every_step; it is for local or diloco"),
+        ({"sync": {"mode": "local", "period": 4, "outer": {"lr": 1.0}}}, "outer is for mode diloco, not local"),
+        ({"sync": {"mode": "diloco", "period": 2, "fragments": 3}}, "3 fragments cannot agree in turn within 2 steps"),
+        ({"sync": {"mode": "diloco", "period": 2, "delay": 2}}, "delay is 2; an agreement comes before the next"),
+        (
+            {"sync": {"mode": "local", "period": 2, "replicas": 3}},
+            "8 micro-batches cannot be shared evenly by sync.repl",
+        ),
+        ({"layout": {"pipeline": 2}}, "sync.mode local has whole models"),
+        ({"layout": {"zero": 0}}, "sync.mode local keeps all replicas in one state; leave layout.zero out"),
+        ({"init": "by_name"}, "use init: stream"),
+        ({"wire": {"compression": "bf16"}}, "with sync.mode local use sync.compression"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(changes: dict[str, Any], said: str) -> None:
+    given = {"global_batch_size": 8, "micro_batch_size": 1, "sync": {"mode": "local", "period": 2, "replicas": 2}}
+    with pytest.raises(ConfigurationError, match=said):
+        validate(TrainingConfig, {**given, **changes}, "test")
+
+
+def test_a_run_goes_on_with_the_replicas_it_has(tmp_path: Path) -> None:
+    def fit(replicas: int, resume: bool) -> None:
+        Trainer(
+            model=lambda: nn.Linear(6, 4),
+            loss=nn.functional.mse_loss,
+            data=toys.Samples(),
+            optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+            sync={"mode": "local", "period": 2, "replicas": replicas},
+            global_batch_size=8,
+            micro_batch_size=1,
+            run_dir=str(tmp_path),
+            observe={"progress": False},
+        ).fit(4, resume=resume)
+
+    fit(2, False)
+    with pytest.raises(ConfigurationError, match=r"sync.replicas is 4, but the run in .* has 2"):
+        fit(4, True)
+
+
+def test_several_hosts_are_refused() -> None:
+    given = {"global_batch_size": 8, "micro_batch_size": 1, "sync": {"mode": "local", "period": 2, "replicas": 2}}
+    with pytest.raises(ConfigurationError, match=r"sync\.mode local trains on one host so far, and there are 2"):
+        refuse_impossible(validate(TrainingConfig, given, "test"), Hosts((1, 1)))
+
+
+def test_what_is_learned_after_the_last_agreement_is_told_of() -> None:
+    sync = SyncConfig(mode="diloco", replicas=2, period=5, after=3)
+    assert len(told_of(sync, 13)) == 1
+    assert "the last time after step 13 of 15" in told_of(sync, 15)[1]
+
+
+def test_an_unknown_optimizer_would_couple_replicas() -> None:
+    trainer = Trainer(
+        model=toys.MODELS["mlp"],
+        loss=toys.LOSSES["mse"],
+        data=toys.Samples(),
+        optimizer=toys.OPTIMIZERS["coupled"],
+        sync={"mode": "local", "period": 2, "replicas": 2},
+        global_batch_size=8,
+        micro_batch_size=1,
+        observe={"progress": False},
+    )
+    with pytest.raises(ConfigurationError, match="would couple what is apart"):
+        trainer.fit(1)

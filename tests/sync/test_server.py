@@ -1,0 +1,510 @@
+"""A parameter server whose workers wait for nobody: a plain loop with one worker, replays, bounds, and faults."""
+
+import copy
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from tests import toys
+from unisono.config import TrainingConfig, validate
+from unisono.errors import CheckpointError, ConfigurationError, UnisonoError
+from unisono.events import StepFinished
+from unisono.launch.local import LocalLauncher
+from unisono.launch.possible import refuse_to_compare
+from unisono.optim.classes import pin_variant
+from unisono.plan.pool import Entry, Pool, PoolLayout, may_begin, staleness
+from unisono.plan.replay import Apply, Read, replayed
+from unisono.plan.rounds import Arrival, RoundsLayout, RoundsPool
+from unisono.run.sampling import Sampler
+from unisono.state.checkpoint import newest_intact
+from unisono.state.export import state_dict
+from unisono.state.order import path_of, read_order, read_rounds, write_order
+from unisono.trainer import Trainer
+
+
+def run(pool: LocalLauncher, workers: int, strikes: list[dict[str, Any]] | None = None, **options: Any) -> Any:
+    arguments = {"strikes": strikes or [], "deadline_s": 20.0, "global_batch_size": 160, "steps": 6, **options}
+    return pool.run({"call": "tests.jobs:struck", "arguments": arguments}, workers)
+
+
+def digest_of(ending: Any) -> str:
+    found: str = next(result for result in ending.results if result)["digest"]
+    return found.rpartition(": ")[2]
+
+
+def replayed_digest(pool: LocalLauncher, directory: Path, sync: dict[str, Any], **options: Any) -> str:
+    kept = {key: value for key, value in options.items() if key != "run_dir"}
+    return digest_of(run(pool, 1, sync={"mode": "server", "replay": str(directory), **sync}, **kept))
+
+
+@pytest.mark.parametrize("name", ["momentum", "adamw", "lamb"])
+def test_one_worker_does_what_a_plain_loop_does(name: str) -> None:
+    """An update after each micro-batch, in order: nothing is stale."""
+    plain, make = toys.MODELS["plain"]().double(), toys.OPTIMIZERS[name]
+    data = [(x.double(), y.double()) for x, y in (toys.Samples()[i] for i in range(toys.SAMPLES))]
+    trainer = Trainer(
+        model=lambda: copy.deepcopy(plain),
+        loss=toys.LOSSES["mse"],
+        data=data,
+        optimizer=make,
+        sync={"mode": "server"},
+        global_batch_size=24,
+        micro_batch_size=4,
+        clip=0.5,
+        observe={"progress": False},
+    )
+    trainer.fit(2)
+    sampler = Sampler(toys.SAMPLES, 0, 24, 4)
+    optimizer = make(plain.parameters())
+    pin_variant(optimizer, torch.device("cpu"))
+    for step, m in itertools.product(range(2), range(6)):
+        rows = [data[i] for i in sampler.indices(step, m).tolist()]
+        optimizer.zero_grad()
+        toys.LOSSES["mse"](plain(torch.stack([r[0] for r in rows])), torch.stack([r[1] for r in rows])).backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        optimizer.step()
+    assert trainer.model is not None
+    for ours, theirs in zip(trainer.model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-10)
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "asynchronous": {"model": "mlp", "sync": {"servers": 3}},
+    "one server, BatchNorm, clipped": {"model": "norm", "clip": 0.1, "sync": {"servers": 1}},
+    "bounded": {"model": "mlp", "optimizer": "sgd", "sync": {"staleness": 1, "servers": 2}},
+    "damped, several at once, by LAMB": {"model": "mlp", "optimizer": "lamb", "sync": {"damping": True, "push": 2}},
+    "some weigh nothing": {"model": "mlp", "loss": "sometimes", "sync": {"servers": 2}},
+    "tied": {"model": "tied", "sync": {"servers": 2}},
+    "untouched parameters": {"model": "untouched", "optimizer": "adam", "sync": {}},
+}
+
+
+@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("workers", [2, 4])
+def test_a_recorded_run_is_replayed_bit_for_bit(pool: LocalLauncher, name: str, workers: int, tmp_path: Path) -> None:
+    way = WAYS[name]
+    options = {key: value for key, value in way.items() if key != "sync"}
+    sync = way["sync"]
+    live = run(pool, workers, run_dir=str(tmp_path), sync={"mode": "server", "record": True, **sync}, **options)
+    assert live.result["digest"].startswith("not exact (workers push in whatever order they come)")
+    assert replayed_digest(pool, tmp_path, sync, **options) == digest_of(live)
+
+
+MOMENTS = [("compute", 3), ("update", 3), ("mid-reduce", 3), ("mid-update", 60), ("mid-commit", 60), ("wait", 3)]
+
+
+@pytest.mark.parametrize(("moment", "at"), MOMENTS)
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_worker_is_killed_at_any_moment(pool: LocalLauncher, moment: str, at: int, rank: int, tmp_path: Path) -> None:
+    """(rank, step 3; or at a server's version 60): every unit counts once, and the run can be replayed all the same."""
+    sync = {"servers": 2}
+    strikes = [{"rank": rank, "step": at, "moment": moment, "how": "kill"}]
+    live = run(pool, 3, strikes, model="mlp", run_dir=str(tmp_path), sync={"mode": "server", "record": True, **sync})
+    assert {result["reason"] for result in live.results if result} == {"finished"}
+    for step in range(1, 7):
+        for entries in read_order(tmp_path, step)[0]:
+            runs = max(entry.stop for entry in entries)
+            pushed = dict.fromkeys(range(40), 0)
+            for entry in entries:
+                assert pushed[entry.unit] == entry.first
+                pushed[entry.unit] = entry.stop
+            assert set(pushed.values()) == {runs}
+    assert replayed_digest(pool, tmp_path, sync, model="mlp") == digest_of(live)
+
+
+def test_it_is_resumed_and_the_resumed_part_is_replayed(pool: LocalLauncher, tmp_path: Path) -> None:
+    """Stopped after step 3 on 3 workers, resumed on 2; what was recorded before and after is one run."""
+    options: dict[str, Any] = {"model": "norm", "run_dir": str(tmp_path)}
+    sync = {"mode": "server", "record": True, "servers": 2}
+    arguments = {"deadline_s": 20.0, "global_batch_size": 160, "sync": sync, **options}
+    pool.run({"call": "tests.jobs:train", "arguments": {**arguments, "steps": 3}}, 3)
+    live = pool.run({"call": "tests.jobs:train", "arguments": {**arguments, "steps": 6, "resume": True}}, 2)
+    assert sorted(path.name for path in (tmp_path / "order").iterdir())[-1] == "step-00000006.npz"
+    assert replayed_digest(pool, tmp_path, {"servers": 2}, model="norm") == digest_of(live)
+
+
+@pytest.mark.parametrize("bound", [1, 3])
+def test_nobody_is_further_ahead_than_the_bound(pool: LocalLauncher, bound: int, tmp_path: Path) -> None:
+    """One of three takes longer for each micro-batch; a fast one has to wait for it."""
+    sync = {"mode": "server", "staleness": bound, "servers": 2, "record": True}
+    slow = {"rank": 1, "step": 0, "moment": "data", "how": "slow", "seconds": 0.02}
+    run(pool, 3, [slow], model="mlp", run_dir=str(tmp_path), steps=2, sync=sync)
+    clocks = [0, 0, 0]
+    order, _ = read_order(tmp_path, 2)
+    for entry in order[-1]:  # the last server: with its push a unit is done
+        clocks[entry.slot] += 1
+        assert clocks[entry.slot] <= min(clocks) + bound + 1
+    assert max(clocks) - min(clocks) <= bound + 1
+
+
+def test_a_fast_worker_does_more_where_nothing_binds_it(pool: LocalLauncher, tmp_path: Path) -> None:
+    sync = {"mode": "server", "servers": 1, "record": True}
+    slow = {"rank": 1, "step": 0, "moment": "data", "how": "slow", "seconds": 0.03}
+    run(pool, 2, [slow], model="mlp", run_dir=str(tmp_path), steps=2, sync=sync)
+    order, _ = read_order(tmp_path, 2)
+    units = [sum(entry.slot == slot for entry in order[0]) for slot in range(2)]
+    assert units[0] > 3 * units[1] and sum(units) == 40
+    found = staleness(order, [0])
+    assert sum(found.values()) == 40 and max(found) > 3  # the slow one's
+
+
+def test_staleness_is_on_record(tmp_path: Path) -> None:
+    """In the events of a run; with one worker nothing is stale."""
+    Trainer(
+        model=lambda: nn.Linear(6, 4),
+        loss=nn.functional.mse_loss,
+        data=toys.Samples(),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        sync={"mode": "server"},
+        global_batch_size=12,
+        micro_batch_size=4,
+        run_dir=str(tmp_path),
+        observe={"progress": False},
+    ).fit(2)
+    records = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [r["staleness"] for r in records if r["event"] == "StepFinished"] == [{"0": 3}] * 2
+    assert "6 pushes to a server; on average 0.00 others came between, 0 at the most" in (
+        (tmp_path / "report.html").read_text()
+    )
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 12), st.randoms(use_true_random=False))
+def test_any_order_that_can_happen_can_be_replayed(workers: int, servers: int, units: int, random: Any) -> None:
+    """Workers that read and push, server by server, in any interleaving: every attempt reads what it read."""
+    base = [random.randrange(5) for _ in range(servers)]
+    versions, order = list(base), [[] for _ in range(servers)]  # type: ignore[var-annotated]
+    waiting = list(range(units))
+    workers_at: list[dict[str, Any]] = [{"unit": None} for _ in range(workers)]
+    while waiting or any(worker["unit"] is not None for worker in workers_at):
+        slot = random.randrange(workers)
+        worker = workers_at[slot]
+        if worker["unit"] is None:
+            if waiting:
+                worker.update(unit=waiting.pop(0), read=[], pushed=0)
+        elif len(worker["read"]) < servers:
+            worker["read"].append(versions[len(worker["read"])])
+        else:
+            server = worker["pushed"]
+            order[server].append(Entry(worker["unit"], slot, 0, 1, tuple(worker["read"])))
+            versions[server] += 1
+            worker["pushed"] += 1
+            if worker["pushed"] == servers:
+                worker["unit"] = None
+    at, read, applied = list(base), {}, 0
+    for action in replayed(order, base):
+        if isinstance(action, Read):
+            read[action.attempt, action.server] = at[action.server]
+        else:
+            assert isinstance(action, Apply)
+            assert [read[action.attempt, server] for server in range(servers)] == list(action.entry.read)
+            assert action.late == at[action.server] - action.entry.read[action.server]
+            at[action.server] += 1
+            applied += 1
+    assert applied == units * servers and at == versions
+
+
+def test_an_order_that_contradicts_itself_is_refused() -> None:
+    order = [
+        [Entry(0, 0, 0, 1, (0, 1)), Entry(1, 1, 0, 1, (1, 0))],
+        [Entry(1, 1, 0, 1, (1, 0)), Entry(0, 0, 0, 1, (0, 1))],
+    ]
+    with pytest.raises(CheckpointError, match="contradicts itself"):
+        list(replayed(order, [0, 0]))
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=5), st.integers(0, 3))
+def test_whoever_has_done_least_may_always_begin(clocks: list[int], bound: int) -> None:
+    assert may_begin(clocks, min(clocks), bound)
+    assert may_begin(clocks, max(clocks), bound) == (max(clocks) - min(clocks) <= bound)
+    assert may_begin(clocks, max(clocks), None)
+
+
+def test_a_pool_gives_each_unit_once_and_again_where_its_worker_is_lost() -> None:
+    layout = PoolLayout(slots=2, units=3, servers=2)
+    pool = Pool(layout, memoryview(bytearray(layout.size_bytes)))
+    pool.begin(1, [4, 4])
+    assert [pool.take(0), pool.take(1), pool.take(0), pool.take(1)] == [0, 1, 2, None]
+    entry = Entry(1, 1, 0, 5, (4, 4))
+    pool.open_entry(0, entry)
+    assert pool.opened(0) == entry and pool.opened(1) is None
+    pool.close_entry(0, entry, 2)  # it died after two of five runs
+    assert pool.order()[0] == [Entry(1, 1, 0, 2, (4, 4))] and pool.version[0] == 5 and pool.done[1, 0] == 2
+    assert pool.inherit(0, 1, [5, 3]) == 1 and pool.inherit(0, 1, [5, 3]) is None
+    pool.begin(2, [5, 4])
+    assert pool.take(1) == 0 and pool.order() == [[], []] and not pool.all_done([5, 3])
+
+
+def test_orders_on_disk(tmp_path: Path) -> None:
+    order = [[Entry(0, 1, 0, 3, (7, 8))], [Entry(0, 1, 0, 2, (7, 8)), Entry(1, 0, 0, 2, (7, 9))]]
+    sums = np.array([[0.1, 1.0], [0.3, 2.0]])
+    write_order(tmp_path, 3, order, [7, 8], sums)
+    found, kept = read_order(tmp_path, 3)
+    assert found == [[replace(e, read=(e.read[0] - 7, e.read[1] - 8)) for e in entries] for entries in order]
+    assert kept.tolist() == sums.tolist()
+    with pytest.raises(CheckpointError, match=r"step-00000004\.npz is not there: the run was not recorded at step 4"):
+        read_order(tmp_path, 4)
+    path_of(tmp_path, 3).write_bytes(b"torn")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_order(tmp_path, 3)
+
+
+def test_a_replay_of_another_run_is_refused(pool: LocalLauncher, tmp_path: Path) -> None:
+    run(pool, 2, model="mlp", run_dir=str(tmp_path), sync={"mode": "server", "record": True, "servers": 2})
+    first = path_of(tmp_path, 1).read_bytes()
+    path_of(tmp_path, 1).write_bytes(path_of(tmp_path, 2).read_bytes())
+    with pytest.raises(UnisonoError, match=r"the loss of push \d+ in step 1 is .* this is another run"):
+        replayed_digest(pool, tmp_path, {"servers": 2}, model="mlp")
+    path_of(tmp_path, 1).write_bytes(first)
+    with pytest.raises(UnisonoError, match=r"had 2 servers in step 1, and here are 1; set sync\.servers as it was"):
+        replayed_digest(pool, tmp_path, {"servers": 1}, model="mlp")
+    with pytest.raises(UnisonoError, match=r"sync\.replay is done by one worker, and there are 2"):
+        run(pool, 2, model="mlp", sync={"mode": "server", "replay": str(tmp_path), "servers": 2})
+
+
+@pytest.mark.parametrize(
+    ("sync", "said"),
+    [
+        ({"mode": "server", "period": 3}, "period is given and mode is server; it is for local or diloco"),
+        ({"mode": "local", "period": 3, "staleness": 2}, "staleness is given and mode is local; it is for server"),
+        ({"mode": "server", "push": 3}, "8 micro-batches cannot be pushed 3 at a time"),
+        ({"mode": "server", "staleness": -1}, "sync.staleness"),
+        ({"mode": "server", "staleness": 2, "backup": 1}, "backup is for rounds, in which nobody is ahead"),
+        ({"mode": "server", "accepted": 2}, "accepted is for rounds; set staleness to 0, or backup"),
+        ({"mode": "server", "backup": 1, "damping": True}, "damping is for pushes that are stale"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(sync: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigurationError, match=said):
+        validate(TrainingConfig, {"global_batch_size": 8, "micro_batch_size": 1, "sync": sync}, "test")
+
+
+def test_without_staleness_it_is_the_exact_mode_bit_for_bit() -> None:
+    """Rounds of four pushes, and steps of four micro-batches: the same parameters, and the same losses."""
+
+    def fit(steps: int, batch: int, sync: dict[str, Any]) -> tuple[Trainer, list[float]]:
+        losses: list[float] = []
+        trainer = Trainer(
+            model=toys.MODELS["plain"],
+            loss=toys.LOSSES["weighted"],
+            data=toys.Samples(),
+            optimizer=toys.OPTIMIZERS["momentum"],
+            sync=sync,
+            global_batch_size=batch,
+            micro_batch_size=3,
+            clip=0.1,
+            callbacks=[lambda event: losses.append(event.loss) if isinstance(event, StepFinished) else None],
+            observe={"progress": False},
+        )
+        trainer.fit(steps)
+        return trainer, losses
+
+    exact, _ = fit(12, 12, {})
+    rounds, _ = fit(2, 72, {"mode": "server", "staleness": 0, "accepted": 4, "servers": 3})
+    assert exact.model is not None and rounds.model is not None
+    for a, b in zip(exact.model.parameters(), rounds.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+ROUNDS: dict[str, dict[str, Any]] = {
+    "plain": {"model": "plain", "optimizer": "momentum", "sync": {"servers": 3}},
+    "BatchNorm, clipped": {"model": "norm", "clip": 0.1, "sync": {"servers": 2}},
+    "several at once, by LAMB": {"model": "mlp", "optimizer": "lamb", "sync": {"push": 2}},
+    "some weigh nothing": {"model": "mlp", "loss": "sometimes", "sync": {}},
+}
+
+
+def in_rounds(pool: LocalLauncher, name: str, workers: int, sync: dict[str, Any], **further: Any) -> Any:
+    case = ROUNDS[name]
+    options = {key: value for key, value in case.items() if key != "sync"}
+    return run(pool, workers, sync={"mode": "server", **case["sync"], **sync}, **options, **further)
+
+
+@pytest.mark.parametrize("name", ROUNDS)
+def test_rounds_have_one_result_on_any_workers(pool: LocalLauncher, name: str) -> None:
+    expected = in_rounds(pool, name, 1, {"staleness": 0, "accepted": 4}).result["digest"]
+    for workers in (2, 3, 4):
+        assert in_rounds(pool, name, workers, {"staleness": 0, "accepted": 4}).result["digest"] == expected
+
+
+@pytest.mark.parametrize("name", ROUNDS)
+@pytest.mark.parametrize("backup", [1, 2])
+def test_rounds_with_backup_workers_are_replayed(pool: LocalLauncher, name: str, backup: int, tmp_path: Path) -> None:
+    """Every unit counts once; whoever is slow comes late."""
+    slow = {"rank": 1, "step": 0, "moment": "data", "how": "slow", "seconds": 0.01}
+    live = in_rounds(pool, name, 4, {"backup": backup, "record": True}, strikes=[slow], run_dir=str(tmp_path))
+    assert live.result["digest"].startswith("not exact (whoever is late does not count)")
+    units = 160 // 4 // ROUNDS[name]["sync"].get("push", 1)
+    for step in range(1, 7):
+        rounds, _ = read_rounds(tmp_path, step)
+        assert sorted(itertools.chain(*rounds)) == list(range(units))
+        assert all(len(members) == 4 - backup for members in rounds[:-1])
+    assert digest_of(in_rounds(pool, name, 1, {"backup": backup, "replay": str(tmp_path), "accepted": 4 - backup})) == (
+        digest_of(live)
+    )
+
+
+@pytest.mark.parametrize(("moment", "at"), [("compute", 2), ("update", 2), ("mid-update", 20), ("mid-commit", 20)])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_worker_is_killed_in_a_round(pool: LocalLauncher, moment: str, at: int, rank: int) -> None:
+    """(rank, step 2; or at a server's version 20): the bits of the undisturbed run."""
+    expected = in_rounds(pool, "plain", 1, {"staleness": 0, "accepted": 3}).result["digest"]
+    strikes = [{"rank": rank, "step": at, "moment": moment, "how": "kill"}]
+    live = in_rounds(pool, "plain", 3, {"staleness": 0}, strikes=strikes)
+    assert digest_of(live) == expected
+
+
+@pytest.mark.parametrize(
+    ("sync", "said"),
+    [
+        ({"mode": "server"}, "no two runs are alike; record one and replay it"),
+        ({"mode": "server", "staleness": 0}, "give sync.accepted"),
+        ({"mode": "local", "period": 2}, "give sync.replicas"),
+    ],
+)
+def test_what_is_another_run_on_other_workers_is_not_compared(sync: dict[str, Any], said: str) -> None:
+    given = {"global_batch_size": 8, "micro_batch_size": 1, "sync": sync}
+    with pytest.raises(ConfigurationError, match=said):
+        refuse_to_compare(validate(TrainingConfig, given, "test"))
+
+
+@pytest.mark.parametrize(("momentum", "delay", "converges"), [(0.9, 3, False), (0.0, 15, True), (0.9, 0, True)])
+def test_stale_gradients_of_a_quadratic_diverge_where_theory_says(
+    momentum: float, delay: int, converges: bool, tmp_path: Path
+) -> None:
+    """Rate times curvature is 0.07: the limit is 0.0348 with momentum 0.9 and a delay of 3, 0.1013 with a delay of 15
+    and none. Every push reads what was there ``delay`` pushes before; a plain loop does the same."""
+    units = 600
+
+    def model() -> nn.Module:
+        made = nn.Linear(1, 64, bias=False).double()  # whole vectors of any kernel, as an owner's are
+        nn.init.ones_(made.weight)
+        return made
+
+    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return 0.5 * 0.07 * (output - target).square().sum()
+
+    def make(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=1.0, momentum=momentum)
+
+    plain, x, y = model(), torch.ones(1, 1).double(), torch.zeros(1, 64).double()
+    optimizer = make(plain.parameters())
+    pin_variant(optimizer, torch.device("cpu"))
+    (weight,) = plain.parameters()
+    history, sums, order = [weight.detach().clone()], [], []
+    for unit in range(units):
+        read = max(0, unit - delay)
+        now = weight.detach().clone()
+        weight.data.copy_(history[read])
+        optimizer.zero_grad()
+        found = loss(plain(x), y)
+        found.backward()  # type: ignore[no-untyped-call]
+        weight.data.copy_(now)
+        optimizer.step()
+        history.append(weight.detach().clone())
+        sums.append((float(found.detach()), 1.0))
+        order.append(Entry(unit, unit % (delay + 1), 0, 2, (read,)))
+    write_order(tmp_path, 1, [order], [0], np.array(sums))
+    trainer = Trainer(
+        model=model,
+        loss=loss,
+        data=[(torch.ones(1).double(), torch.zeros(64).double())] * 8,
+        optimizer=make,
+        sync={"mode": "server", "replay": str(tmp_path), "servers": 1},
+        global_batch_size=units,
+        micro_batch_size=1,
+        observe={"progress": False},
+    )
+    trainer.fit(1)
+    assert trainer.model is not None
+    (ours,) = trainer.model.parameters()
+    assert torch.equal(ours, weight)
+    size = float(ours.detach().abs().max())
+    assert size < 1e-3 if converges else size > 1e3
+
+
+def small(sync: dict[str, Any], **settings: Any) -> Trainer:
+    """A linear model with a buffer."""
+    return Trainer(
+        **{
+            "model": lambda: nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)),
+            "loss": nn.functional.mse_loss,
+            "data": toys.Samples(),
+            "optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+            "validation": toys.Samples(),
+            "sync": sync,
+            "global_batch_size": 12,
+            "micro_batch_size": 3,
+            "observe": {"progress": False},
+            **settings,
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    "sync",
+    [
+        {"mode": "server"},
+        {"mode": "server", "backup": 1, "accepted": 2},
+        {"mode": "local", "period": 2, "replicas": 2},
+    ],
+)
+def test_the_model_that_was_trained_is_evaluated_resumed_and_exported(sync: dict[str, Any], tmp_path: Path) -> None:
+    """Also where no step is left to be taken; by weights of the exact mode, and to them."""
+    trainer = small(sync, run_dir=str(tmp_path / "run"))
+    trained = trainer.fit(4).validation
+    assert trained is not None
+    again = small(sync, run_dir=str(tmp_path / "run"))
+    assert again.fit(4, resume=True).validation == trained
+    assert again.model is not None and again.evaluate() == trained
+    assert small(sync, run_dir=str(tmp_path / "run")).evaluate() == trained
+    newest = newest_intact(tmp_path / "run" / "checkpoints")[0]
+    weights = state_dict(newest)
+    plain = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4))
+    plain.load_state_dict(weights)
+    torch.save(weights, tmp_path / "weights.pt")
+    begun = small(sync, start_from=str(tmp_path / "weights.pt"), optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+    begun.fit(2)
+    assert begun.model is not None
+    assert torch.equal(begun.model.state_dict()["0.weight"], weights["0.weight"])
+    exact = small({}, start_from=str(newest))
+    assert exact.fit(1).step == 1
+
+
+def test_a_record_needs_a_place() -> None:
+    with pytest.raises(ConfigurationError, match="the order of pushes needs a place: give run_dir"):
+        small({"mode": "server", "record": True}).fit(1)
+
+
+def test_a_push_that_somebody_died_in_is_mended_once() -> None:
+    """Whoever mends it may die as well; what comes along is not taken for what was changed."""
+    layout = PoolLayout(slots=2, units=3, servers=1)
+    pool = Pool(layout, memoryview(bytearray(layout.size_bytes)))
+    pool.begin(1, [4])
+    pool.take(0)
+    entry = Entry(0, 0, 0, 3, (4,))
+    pool.open_entry(0, entry)
+    pool.shorten(0, 1)
+    assert pool.opened(0) == replace(entry, stop=1)
+    pool.close_entry(0, replace(entry, stop=1), 1)
+    pool._busy[0] = 1  # killed before its last store
+    assert pool.opened(0) is None and not pool._busy[0]
+
+
+def test_a_unit_counts_once_where_its_worker_died_as_it_took_it() -> None:
+    layout = RoundsLayout(slots=3, units=4, servers=1, accepted=2, backup=0)
+    pool = RoundsPool(layout, memoryview(bytearray(layout.size_bytes)))
+    pool.begin(1, [0])
+    pool.under_way[0] = 1  # killed before it said that the unit is taken
+    assert pool.inherit(1, 0) == 0 and pool.take(2) == 1
+    assert pool.arrive(0, Arrival(0, 1, 0)) and pool.arrive(0, Arrival(0, 2, 0)) and not pool.is_closed(0)
+    assert pool.arrive(0, Arrival(1, 2, 0)) and pool.is_closed(0) and not pool.arrive(0, Arrival(2, 1, 0))
+    assert [arrival.unit for arrival in pool.arrivals(0)] == [0, 1]

@@ -154,13 +154,17 @@ def test_one_script_under_python_unisono_run_and_torchrun(tmp_path: Path) -> Non
 def test_two_interrupts_end_at_once(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
-        "import time\nprint('up', flush=True)\nwhile True:\n    try: time.sleep(60)\n    except BaseException: pass\n"
+        "import os, pathlib, time\npathlib.Path(__file__).with_name(os.environ['RANK']).touch()\n"
+        "while True:\n    try: time.sleep(60)\n    except BaseException: pass\n"
     )
     command = [sys.executable, "-m", "unisono", "run", "-n", "2", str(script)]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    assert process.stdout is not None and process.stdout.readline() == "up\n"
+    until = time.monotonic() + 20
+    while not all((tmp_path / rank).exists() for rank in "01") and time.monotonic() < until:
+        time.sleep(0.02)
+    time.sleep(0.1)  # from the file to the loop
     below = descendants(process.pid)
     process.send_signal(signal.SIGINT)
     time.sleep(0.2)

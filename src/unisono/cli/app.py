@@ -1,5 +1,6 @@
 """All commands, and the entry point."""
 
+import signal
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -78,6 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"unisono: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # once more, while this process ends, is no more than once
         print("unisono: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except Exception as error:

@@ -22,8 +22,10 @@ MODELS: list[dict[str, Any]] = [
     {"model": "wide", "precision": "bf16"},
     {"model": "tied", "optimizer": "adafactor"},
     {"model": "untouched", "optimizer": "adam"},
+    {"model": "mlp", "optimizer": "lars"},
+    {"model": "norm", "optimizer": "lamb", "clip": 0.05},
 ]
-IDS = [str(options["model"]) for options in MODELS]
+IDS = [" ".join(str(options[key]) for key in ("model", "optimizer") if key in options) for options in MODELS]
 
 
 def trained(pool: LocalLauncher, **options: Any) -> Any:

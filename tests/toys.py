@@ -166,6 +166,19 @@ def plain() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 300), nn.Tanh(), nn.Linear(300, 301), nn.ReLU(), nn.Linear(301, 4))
 
 
+class Embedded(nn.Module):
+    """A table with sparse gradients, of which a sample uses six rows, and a layer."""
+
+    def __init__(self, sparse: bool = True) -> None:
+        super().__init__()
+        self.table = nn.EmbeddingBag(1000, 8, mode="sum", sparse=sparse)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.table((x * 1e4).long() % 1000))
+        return y
+
+
 def norm() -> nn.Module:
     """BatchNorm and dropout."""
     return nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 4))
@@ -198,6 +211,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "frozen": frozen,
     "plain": plain,
     "norm": norm,
+    "embedded": Embedded,
     "wide": wide,
     "tied": Tied,
     "untouched": Untouched,

@@ -1,13 +1,12 @@
-"""How the workers of a run agree, put together from what was prepared: a policy of the exact engine, or a parameter
-server's engine."""
+"""How the workers of a run agree, put together from what was prepared: a policy of the exact engine, or an engine of
+workers that push what they have computed."""
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from unisono.asynchronous import AsynchronousEngine
 from unisono.comm.group import Group
@@ -21,7 +20,9 @@ from unisono.data.feed import TrainingFeed
 from unisono.optim.blockwise import BlockOptimizer
 from unisono.optim.schedules import Schedule, scale
 from unisono.parallel.replicated import Replica
-from unisono.plan.pool import Entry, Pool
+from unisono.plan.assignment import runs
+from unisono.plan.lock_free import LockFreePool
+from unisono.plan.pool import Pool, PoolLayout
 from unisono.plan.rounds import RoundsLayout, RoundsPool
 from unisono.preparation import Prepared, pool_layout
 from unisono.replaying import ReplayEngine, RoundsReplayEngine
@@ -29,6 +30,7 @@ from unisono.rounds import RoundsEngine
 from unisono.state.order import write_order, write_rounds
 from unisono.state.training_state import TrainingState
 from unisono.sync.every_step import EveryStep, GatheredSquares, Rates
+from unisono.sync.hogwild import LockFreeValues, tables_of
 from unisono.sync.holdings import Holdings
 from unisono.sync.local import LocalSteps, terms_of, turns_of
 from unisono.sync.ownership import Owner, RunMemory
@@ -81,72 +83,147 @@ def policy_of(
     )
 
 
-def server_engine(
-    prepared: Prepared,
-    config: TrainingConfig,
-    local: HostGroup,
-    state: TrainingState,
-    snapshot: TrainingState,
-    run_memory: Callable[[int], RunMemory],
-    versions: memoryview,
-    schedule: Schedule,
-    replica: Replica,
-    feed: TrainingFeed,
-    values: PulledValues,
-    locks: Locks,
-    phases: Phases,
-) -> Executes:
-    """An engine of workers that wait for nobody; every worker may update everything."""
-    layout, sync = prepared.layout, config.sync
-    optimizer = BlockOptimizer(prepared.optimizer, prepared.update, state.python_state())
-    joinable = config.threads == 1
-    owner = Owner(state, run_memory(local.slot), prepared.originals, prepared.teams, joinable)
-    clip = config.clip.norm if config.clip is not None else None
-    divides = pool_layout(layout, prepared.update, config, prepared.host.slots, prepared.run_elements)
-    words = local.arena.bytes(prepared.host.regions.named["pool"])
-    pool = RoundsPool(divides, words) if isinstance(divides, RoundsLayout) else Pool(divides, words)
-    servers = Servers(
-        local.slot,
-        servers_of(divided(layout, prepared.update, sync.servers, prepared.run_elements), owner, optimizer),
-        pool if isinstance(pool, Pool) else None,
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What an engine is made of whose workers wait for nobody.
+
+    Attributes:
+        snapshot: where a checkpoint is written from.
+        run_memory: of a slot.
+        versions: of blocks.
+        locks: of the pool, and of servers.
+    """
+
+    prepared: Prepared
+    config: TrainingConfig
+    local: HostGroup
+    state: TrainingState
+    snapshot: TrainingState
+    run_memory: Callable[[int], RunMemory]
+    versions: memoryview
+    schedule: Schedule
+    replica: Replica
+    feed: TrainingFeed
+    locks: Locks
+    phases: Phases
+
+    @property
+    def rate(self) -> tuple[Schedule, float]:
+        """The schedule, and the factor of the batch size."""
+        return self.schedule, scale(self.config.scaling, self.config.global_batch_size)
+
+    @property
+    def pace(self) -> Pace:
+        """How workers proceed."""
+        sync, clip = self.config.sync, self.config.clip
+        return Pace(sync.push, sync.staleness, clip.norm if clip is not None else None)
+
+    def keep(self) -> None:
+        """Copy the state to where a checkpoint is written from."""
+        self.snapshot.memory.copy_(self.state.memory)
+
+    def optimizer(self) -> BlockOptimizer:
+        """Updates every part of the state."""
+        return BlockOptimizer(self.prepared.optimizer, self.prepared.update, self.state.python_state())
+
+    def owner(self) -> Owner:
+        """Of every part of the state: each worker may update everything."""
+        memory, joinable = self.run_memory(self.local.slot), self.config.threads == 1
+        return Owner(self.state, memory, self.prepared.originals, self.prepared.teams, joinable)
+
+    def units(self, rows: Sequence[int] = ()) -> UnitGradients:
+        """Computes gradients."""
+        partials = self.prepared.partials
+
+        def memory() -> Partial:
+            return Partial(partials, torch.zeros(partials.size_bytes, dtype=torch.uint8))
+
+        push, teams = self.config.sync.push, self.prepared.teams
+        return UnitGradients(self.replica, self.feed, push, self.prepared.layout.flat, teams, memory, rows)
+
+    def pool(self) -> LockFreePool | Pool | RoundsPool:
+        """The step's units."""
+        prepared, host = self.prepared, self.prepared.host
+        divides = pool_layout(prepared.layout, prepared.update, self.config, host.slots, prepared.run_elements)
+        words = self.local.arena.bytes(host.regions.named["pool"])
+        if isinstance(divides, RoundsLayout):
+            return RoundsPool(divides, words)
+        return Pool(divides, words) if isinstance(divides, PoolLayout) else LockFreePool(divides, words)
+
+
+def pushing_engine(parts: Parts, pulled: PulledValues | None) -> Executes:
+    """An engine of workers that wait for nobody.
+
+    Arguments:
+        pulled: what this worker computes with, where that is not the state itself.
+    """
+    pool = parts.pool()
+    if isinstance(pool, LockFreePool):
+        return _lock_free_engine(parts, pool)
+    assert pulled is not None
+    return _server_engine(parts, pool, pulled)
+
+
+def _lock_free_engine(parts: Parts, pool: LockFreePool) -> Executes:
+    prepared, config, locks = parts.prepared, parts.config, parts.locks
+    layout, optimizer, owner = prepared.layout, parts.optimizer(), parts.owner()
+    tables = tables_of(prepared.model, layout.flat, parts.state.values, prepared.optimizer, config.clip)
+    uses = [use for table in tables for use in table.uses]
+    apart = {layout.flat.uses[use][1] for use in uses}
+    dense = [number for number, block in enumerate(layout.flat.blocks) if block.parameter not in apart]
+    values = LockFreeValues(
+        parts.local.slot,
+        owner.prepare(runs(layout.flat, prepared.update, dense, prepared.run_elements), optimizer),
+        tables,
+        owner.prepare_buffers(),
+        pool,
         locks,
-        values,
         Updater(layout.flat, optimizer, config.clip),
         optimizer,
-        (schedule, scale(config.scaling, config.global_batch_size)),
+        parts.rate,
+        parts.versions,
+    )
+    units = parts.units(uses)
+    return AsynchronousEngine(
+        parts.local, units, values, pool, locks, parts.pace, parts.phases, parts.keep, lambda step: None
+    )
+
+
+def _server_engine(parts: Parts, pool: Pool | RoundsPool, pulled: PulledValues) -> Executes:
+    prepared, config, local, locks, phases = parts.prepared, parts.config, parts.local, parts.locks, parts.phases
+    sync, optimizer, pace, units = config.sync, parts.optimizer(), parts.pace, parts.units()
+    divides = divided(prepared.layout, prepared.update, sync.servers, prepared.run_elements)
+    servers = Servers(
+        local.slot,
+        servers_of(divides, parts.owner(), optimizer),
+        pool,
+        locks,
+        pulled,
+        Updater(prepared.layout.flat, optimizer, config.clip),
+        optimizer,
+        parts.rate,
         sync.damping,
-        versions,
+        parts.versions,
         local.header.slot,
-        run_memory,
+        parts.run_memory,
         protects=local.survives,
     )
-    size_bytes, flat = prepared.partials.size_bytes, layout.flat
-
-    def memory() -> Partial:
-        return Partial(prepared.partials, torch.zeros(size_bytes, dtype=torch.uint8))
-
-    units = UnitGradients(replica, feed, sync.push, flat, prepared.teams, memory)
-    pace = Pace(sync.push, sync.staleness, clip)
-
-    def keep() -> None:
-        snapshot.memory.copy_(state.memory)
-
+    if sync.replay is not None and isinstance(pool, RoundsPool):
+        return RoundsReplayEngine(local, units, servers, pace, Path(sync.replay), phases, parts.keep)
+    if sync.replay is not None:
+        further = functools.partial(PulledValues, parts.state)
+        return ReplayEngine(local, units, pulled, further, servers, pace, Path(sync.replay), phases, parts.keep)
     run_dir = Path(config.run_dir) if sync.record and config.run_dir is not None else None
-    if isinstance(pool, RoundsPool) and sync.replay is not None:
-        return RoundsReplayEngine(local, units, servers, pace, Path(sync.replay), phases, keep)
     if isinstance(pool, RoundsPool):
 
         def record_rounds(step: int, rounds: Sequence[Sequence[int]], sums: Sequence[tuple[float, float]]) -> None:
             if run_dir is not None:
                 write_rounds(run_dir, step, rounds, sums)
 
-        return RoundsEngine(local, units, servers, pool, locks, pace, phases, keep, record_rounds)
-    if sync.replay is not None:
-        further = functools.partial(PulledValues, state)
-        return ReplayEngine(local, units, values, further, servers, pace, Path(sync.replay), phases, keep)
+        return RoundsEngine(local, units, servers, pool, locks, pace, phases, parts.keep, record_rounds)
 
-    def record(step: int, order: Sequence[Sequence[Entry]], base: Sequence[int], sums: NDArray[np.float64]) -> None:
+    def record(step: int) -> None:
         if run_dir is not None:
-            write_order(run_dir, step, order, base, sums)
+            write_order(run_dir, step, pool.order(), pool.base, pool.sums)
 
-    return AsynchronousEngine(local, units, servers, pool, locks, pace, phases, keep, record)
+    return AsynchronousEngine(local, units, servers, pool, locks, pace, phases, parts.keep, record)

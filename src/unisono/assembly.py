@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from unisono.agreeing import policy_of, server_engine
+from unisono.agreeing import Parts, policy_of, pushing_engine
 from unisono.comm.arena import DeviceMemory, Region, mapped
 from unisono.comm.copies import Copies
 from unisono.comm.group import Group
@@ -145,7 +145,7 @@ def assemble(
     alone = host.slots == 1 and rules is None
     own = several and device.type != "cpu"
     descriptor = world.arena(host.size_bytes, own=own, alone=alone, rules=rules)
-    to_lock = os.dup(descriptor) if descriptor is not None and config.sync.mode == "server" else None
+    to_lock = os.dup(descriptor) if descriptor is not None and config.sync.pushes else None
     arena = mapped(descriptor, host.size_bytes)
     memory = DeviceMemory(device) if device.type != "cpu" else lambda region: arena.tensor(region, torch.uint8)
     local = HostGroup(
@@ -263,7 +263,7 @@ def _worker(
     def run_memory(slot: int) -> RunMemory:
         return RunMemory(prepared.layout, state.memory, memory(host.undo(slot)), snapshot.memory)
 
-    locks = Locks(to_lock, local.waiter) if pulled is not None else None
+    locks = Locks(to_lock, local.waiter) if config.sync.pushes else None
     share, passages = _share(prepared, config, group, local)
     sampler = Sampler(feed.size, config.seed, config.global_batch_size, config.micro_batch_size)
     names = [name for name, _ in prepared.layout.flat.uses] + [spec.name for spec in prepared.layout.buffers]
@@ -274,9 +274,11 @@ def _worker(
         local.roll.costs = training.costs
     engine: Executes
     phases = Phases(group, listeners)
-    if pulled is not None and locks is not None:
+    if locks is not None:
         own = state, snapshot, run_memory, versions
-        engine = server_engine(prepared, config, local, *own, schedule, replica, training, pulled, locks, phases)
+        engine = pushing_engine(
+            Parts(prepared, config, local, *own, schedule, replica, training, locks, phases), pulled
+        )
     else:
         engine = Engine(
             group,

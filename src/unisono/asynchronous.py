@@ -4,20 +4,40 @@ A step is what lies between two meetings of the workers: there checkpoints are t
 """
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from unisono.comm.host import HostGroup
 from unisono.comm.locks import Locks
 from unisono.errors import TrainingError
-from unisono.meeting import Done, MeetingEngine
-from unisono.plan.pool import Entry, Pool, may_begin, staleness
+from unisono.meeting import Common, Done, MeetingEngine
+from unisono.plan.lock_free import LockFreePool
+from unisono.plan.pool import Pool, may_begin
 from unisono.plan.roster import Loss
 from unisono.sync.phases import Phases
-from unisono.sync.server import POOL, Servers
+from unisono.sync.server import POOL
+from unisono.sync.sums import StepSums
 from unisono.units import Pace, UnitGradients, clipped_by
+
+
+class Pushed(Common, Protocol):
+    """Values that a worker updates while others do."""
+
+    def begin(self, step: int) -> None:
+        """Let the pool be that of a step."""
+
+    def pull(self) -> None:
+        """Compute with what they are now."""
+
+    def push(self, unit: int, sums: StepSums, factor: float, step: int) -> None:
+        """Update them by a unit's gradient, made smaller by ``factor``."""
+
+    def norm(self, sums: StepSums) -> float:
+        """The norm of a unit's gradient."""
+
+    def end(self, step: int) -> None:
+        """All units of a step are done."""
 
 
 class AsynchronousEngine(MeetingEngine):
@@ -26,47 +46,49 @@ class AsynchronousEngine(MeetingEngine):
     Arguments:
         group: the workers of this host.
         units: computes gradients with this worker's own values.
-        servers: where they come from.
+        values: where they come from, and what is updated.
         pool: the step's units.
         locks: of the pool.
         pace: how workers proceed.
         snapshot: copies the state to where a checkpoint is written from.
-        write: keeps the order of a step's pushes.
+        record: keeps the order of a step's pushes.
     """
 
     def __init__(
         self,
         group: HostGroup,
         units: UnitGradients,
-        servers: Servers,
-        pool: Pool,
+        values: Pushed,
+        pool: Pool | LockFreePool,
         locks: Locks,
         pace: Pace,
         phases: Phases,
         snapshot: Callable[[], object],
-        write: Callable[[int, Sequence[Sequence[Entry]], Sequence[int], NDArray[np.float64]], None],
+        record: Callable[[int], None],
     ) -> None:
-        super().__init__(group, servers, phases, snapshot)
+        super().__init__(group, values, phases, snapshot)
+        self._values = values
         self._units = units
         self._pool = pool
         self._locks = locks
         self._pace = pace
-        self._write = write
+        self._write = record
 
     def _do(self, step: int) -> Done:
         """Take units until there are none."""
         pool = self._pool
-        self._servers.begin(step, pool)
+        self._values.begin(step)
         while (unit := self._next(step)) is not None:
             self._work(step, unit)
         self._phases.enter("wait")
         while lost := self._await_units(step):
             self._take_over(step, lost)
+        self._values.end(step)
         loss, weight = (float(value) for value in pool.sums.sum(axis=0))
-        return Done(loss, weight, staleness(pool.order(), pool.base))
+        return Done(loss, weight, pool.staleness())
 
     def _record(self, step: int) -> None:
-        self._write(step, self._pool.order(), self._pool.base, self._pool.sums)
+        self._write(step)
 
     def _keep(self, step: int) -> None:
         self._keep_together(self._pool, step)
@@ -99,12 +121,12 @@ class AsynchronousEngine(MeetingEngine):
         """
         phases, pool = self._phases, self._pool
         phases.enter("update")
-        self._servers.pull()
+        self._values.pull()
         sums = self._units.compute(step, unit, phases)
         pool.sums[unit] = sums.loss, sums.weight
         phases.enter("update")
         with torch.no_grad():
-            self._servers.push(unit, sums, clipped_by(self._pace.clip, sums, self._servers, step), step)
+            self._values.push(unit, sums, clipped_by(self._pace.clip, sums, self._values, step), step)
         self._units.release(sums)
         if own and not self._may_begin():  # others have only done more since
             raise TrainingError(
@@ -115,17 +137,16 @@ class AsynchronousEngine(MeetingEngine):
 
     def _await_units(self, step: int) -> Sequence[Loss]:
         """Wait for what others have taken; those who were lost meanwhile."""
-        runs = self._servers.runs
         absent = lambda: f"some are not done; {self._group.doing()}"  # noqa: E731
-        return self._group.wait_or_lose(lambda: self._pool.all_done(runs), f"units of step {step}", absent)
+        return self._group.wait_or_lose(lambda: self._pool.all_done, f"units of step {step}", absent)
 
     def _take_over(self, step: int, lost: Sequence[Loss]) -> None:
         """Compute what lost workers had taken, unless another does."""
         for loss in lost:
             self._locks.hold(POOL, f"the pool of step {step}")
-            unit = self._pool.inherit(self._group.slot, loss.slot, self._servers.runs)
+            unit = self._pool.inherit(self._group.slot, loss.slot)
             self._locks.let_go(POOL)
-            self._servers.pull()  # what it was about to say is said, and may be all of the unit
-            if unit is not None and not self._pool.is_done(unit, self._servers.runs):
+            self._values.pull()  # what it was about to say is said, and may be all of the unit
+            if unit is not None and not self._pool.is_done(unit):
                 self._work(step, unit, own=False)
                 self._phases.enter("wait")

@@ -270,11 +270,12 @@ class OuterConfig(Section):
 class SyncConfig(Section):
     """When replicas agree. All but every_step trade exactness for speed: the result depends on how many there are."""
 
-    mode: Literal["every_step", "local", "diloco", "server"] = Field(
+    mode: Literal["every_step", "local", "diloco", "server", "hogwild"] = Field(
         "every_step",
         description="local: replicas take steps of their own, and their average is taken every `period` steps. diloco: "
         "the model follows them by an outer optimizer. server: workers wait for nobody within a step; each pushes the "
-        "gradient of some micro-batches to a parameter server, and pulls what others have pushed.",
+        "gradient of some micro-batches to a parameter server, and pulls what others have pushed. hogwild: all compute "
+        "with one copy of the parameters and update it at any time, without locks; for sparse gradients.",
     )
     replicas: int | None = Field(
         None, ge=1, description="How many train apart, on any number of workers; default: one a worker."
@@ -311,7 +312,7 @@ class SyncConfig(Section):
     accepted: int | None = Field(
         None, ge=1, description="server, in rounds: pushes that count in a round; default: one a worker, less backup."
     )
-    push: int = Field(1, ge=1, description="server: micro-batches of a push.")
+    push: int = Field(1, ge=1, description="server, hogwild: micro-batches of a push.")
     damping: bool = Field(
         False, description="server: the rate of a push is divided by 1 + the number of others that came between."
     )
@@ -326,8 +327,14 @@ class SyncConfig(Section):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         of_server = {"staleness", "servers", "backup", "accepted", "push", "damping", "record", "replay"}
-        known = {"every_step": set(), "server": of_server}.get(self.mode, set(type(self).model_fields) - of_server)
+        further = set(type(self).model_fields) - of_server
+        known = {"every_step": set(), "server": of_server, "hogwild": {"push"}}.get(self.mode, further)
         if given := sorted(self._given() - known - {"mode"}):
+            if self.mode == "hogwild" and given[0] in ("record", "replay"):
+                raise ValueError(
+                    f"{given[0]} is given and mode is hogwild: updates without locks have no order, and some are lost; "
+                    "use mode server"
+                )
             modes = "server" if given[0] in of_server else "local or diloco"
             raise ValueError(f"{given[0]} is given and mode is {self.mode}; it is for {modes}")
         if self.backup and self.staleness:
@@ -336,7 +343,7 @@ class SyncConfig(Section):
             raise ValueError("accepted is for rounds; set staleness to 0, or backup")
         if self.damping and self.in_rounds:
             raise ValueError("damping is for pushes that are stale, and in rounds none is; leave it out")
-        if self.mode in ("every_step", "server"):
+        if not self.apart:
             return self
         if self.period is None:
             raise ValueError(f"mode is {self.mode} and period is missing: after how many steps do replicas agree?")
@@ -364,6 +371,11 @@ class SyncConfig(Section):
         return self.mode == "server" and (self.staleness == 0 or self.backup > 0)
 
     @property
+    def pushes(self) -> bool:
+        """Whether workers take units of a step, and update the state with each one's gradient."""
+        return self.mode in ("server", "hogwild")
+
+    @property
     def apart(self) -> bool:
         """Whether replicas train apart."""
         return self.mode in ("local", "diloco")
@@ -371,6 +383,8 @@ class SyncConfig(Section):
     @property
     def inexact(self) -> str | None:
         """Why a run's result differs from one time to the next, in a few words; None where it does not."""
+        if self.mode == "hogwild":
+            return "workers update the state without locks"
         if self.mode != "server" or self.replay is not None or (self.in_rounds and not self.backup):
             return None
         return "whoever is late does not count" if self.backup else "workers push in whatever order they come"
@@ -536,7 +550,7 @@ class TrainingConfig(Section):
             raise ValueError(f"sync.mode {mode} copies the model's values to all replicas; use init: stream")
         if self.wire.compression != "none":
             raise ValueError(f"wire.compression is for gradients; with sync.mode {mode} use sync.compression")
-        if self.sync.mode == "server" and self.micro_batches % self.sync.push:
+        if self.sync.pushes and self.micro_batches % self.sync.push:
             raise ValueError(
                 f"{self.micro_batches} micro-batches cannot be pushed {self.sync.push} at a time; use a number that "
                 "divides them"

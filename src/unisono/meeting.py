@@ -12,7 +12,6 @@ from unisono.comm.group import SNAPSHOT
 from unisono.comm.host import HostGroup
 from unisono.sync.phases import Phases
 from unisono.sync.policy import Outcome
-from unisono.sync.server import Servers
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,18 +29,28 @@ class Remembers(Protocol):
     snapshot: int
 
 
+class Common(Protocol):
+    """The values that workers have in common."""
+
+    def pull_all(self) -> None:
+        """Compute with what they are, where nobody updates them."""
+
+    def rate(self, step: int) -> float:
+        """The learning rate in a step."""
+
+
 class MeetingEngine(ABC):
     """Executes the steps of one worker.
 
     Arguments:
         group: the workers of this host.
-        servers: where values come from.
+        values: what they train.
         snapshot: copies the state to where a checkpoint is written from.
     """
 
-    def __init__(self, group: HostGroup, servers: Servers, phases: Phases, snapshot: Callable[[], object]) -> None:
+    def __init__(self, group: HostGroup, values: Common, phases: Phases, snapshot: Callable[[], object]) -> None:
         self._group = group
-        self._servers = servers
+        self._common = values
         self._phases = phases
         self._snapshot = snapshot
 
@@ -69,12 +78,12 @@ class MeetingEngine(ABC):
             pass  # whoever was lost had nothing left to do, but perhaps to record
         if group.roll.is_lost(recorder):
             self._record(step)
-        self._servers.pull_all()
+        self._common.pull_all()
         return Outcome(
             loss=done.loss / done.weight if done.weight else 0.0,
             weight=done.weight,
             gradient_norm=None,
-            learning_rate=self._servers.rate(step),
+            learning_rate=self._common.rate(step),
             flags=flags,
             staleness=done.staleness,
         )

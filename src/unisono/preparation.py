@@ -43,6 +43,7 @@ from unisono.plan.blocks import FlatLayout, aligned, flat_layout, split_name
 from unisono.plan.exchange import turns
 from unisono.plan.flow import flow
 from unisono.plan.hosts import Place
+from unisono.plan.lock_free import LockFreeLayout
 from unisono.plan.mesh import Mesh
 from unisono.plan.outline import Cut, Outline
 from unisono.plan.partition import Division, divide
@@ -240,19 +241,22 @@ def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) 
 
 def pool_layout(
     layout: StateLayout, update: UpdateClass, config: TrainingConfig, workers: int, most: int
-) -> PoolLayout | RoundsLayout:
-    """The pool of a step, where workers wait for nobody; an empty one where they do.
+) -> LockFreeLayout | PoolLayout | RoundsLayout:
+    """The pool of a step, where workers take units from one; an empty one where they do not.
 
     Arguments:
         most: elements of a run.
     """
-    if config.sync.mode != "server":
-        return PoolLayout(0, 0, 0)
-    units, servers = config.micro_batches // config.sync.push, len(divided(layout, update, config.sync.servers, most))
+    if not config.sync.pushes:
+        return LockFreeLayout(0, 0)
+    units = config.micro_batches // config.sync.push
+    if config.sync.mode == "hogwild":
+        return LockFreeLayout(workers, units)
+    servers = [len(part) for part in divided(layout, update, config.sync.servers, most)]
     if config.sync.in_rounds:
         assert config.sync.accepted is not None
-        return RoundsLayout(workers, units, servers, config.sync.accepted, config.sync.backup)
-    return PoolLayout(workers, units, servers)
+        return RoundsLayout(workers, units, len(servers), config.sync.accepted, config.sync.backup)
+    return PoolLayout(workers, units, (servers[0] + 1, *servers[1:]))  # the first has the buffers as well
 
 
 def _shards(flat: FlatLayout, update: UpdateClass, teams: Teams, config: TrainingConfig, hosts: int) -> StateShards:

@@ -46,6 +46,7 @@ class ReplayEngine(MeetingEngine):
         snapshot: Callable[[], object],
     ) -> None:
         super().__init__(group, servers, phases, snapshot)
+        self._servers = servers
         self._units = units
         self._values = values
         self._new_values = new_values
@@ -115,6 +116,7 @@ class RoundsReplayEngine(MeetingEngine):
         snapshot: Callable[[], object],
     ) -> None:
         super().__init__(group, servers, phases, snapshot)
+        self._servers = servers
         self._units = units
         self._pace = pace
         self._recorded = recorded

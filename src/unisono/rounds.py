@@ -49,6 +49,7 @@ class RoundsEngine(MeetingEngine):
         write: Callable[[int, Sequence[Sequence[int]], Sequence[tuple[float, float]]], None],
     ) -> None:
         super().__init__(group, servers, phases, snapshot)
+        self._servers = servers
         self._units = units
         self._pool = pool
         self._locks = locks
@@ -60,7 +61,7 @@ class RoundsEngine(MeetingEngine):
     def _do(self, step: int) -> Done:
         """One round after another."""
         pool = self._pool
-        self._servers.begin(step, pool)
+        self._servers.begin(step)
         self._again = None
         while (number := pool.round) < pool.layout.rounds:
             self._do_round(step, number)

@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from unisono.comm.partial import Partial
 from unisono.data.feed import TrainingFeed
@@ -14,7 +16,6 @@ from unisono.plan.assignment import Teams
 from unisono.plan.blocks import FlatLayout
 from unisono.run.summation import Node, accumulation, root
 from unisono.sync.phases import Phases
-from unisono.sync.server import Servers
 from unisono.sync.sums import StepSums
 
 
@@ -41,6 +42,7 @@ class UnitGradients:
         count: micro-batches of a unit.
         flat, teams: where gradients lie.
         partial: makes memory for sums.
+        rows: uses whose sparse gradients are kept as they are.
 
     Attributes:
         buffers: sums that one takes.
@@ -54,6 +56,7 @@ class UnitGradients:
         flat: FlatLayout,
         teams: Teams,
         partial: Callable[[], Partial],
+        rows: Sequence[int] = (),
     ) -> None:
         self._replica = replica
         self._feed = feed
@@ -61,6 +64,7 @@ class UnitGradients:
         self._flat = flat
         self._teams = teams
         self._partial = partial
+        self._rows = rows
         self._leaves, self.buffers = accumulation(0, count, count)
         self._free: list[list[Partial]] = []
         self._in_use: dict[int, list[Partial]] = {}
@@ -70,13 +74,19 @@ class UnitGradients:
         partials = self._free.pop() if self._free else self.new_memory()
         last = self.fill(step, unit, partials, phases)
         with torch.no_grad():
-            sums = StepSums([[(root(self._count), partials[last])]], self._count, self._flat, self._teams)
+            cover = [(root(self._count), partials[last])]
+            sums = StepSums([cover], self._count, self._flat, self._teams, partials[0].rows)
         self._in_use[id(sums)] = partials
         return sums
 
     def new_memory(self) -> list[Partial]:
         """For one unit's sums."""
-        return [self._partial() for _ in range(self.buffers)]
+        partials = [self._partial() for _ in range(self.buffers)]
+        if self._rows:
+            rows: dict[int, list[Tensor]] = {use: [] for use in self._rows}
+            for partial in partials:
+                partial.rows = rows
+        return partials
 
     def fill(self, step: int, unit: int, partials: Sequence[Partial], phases: Phases) -> int:
         """Compute a unit of a step with the values that the model has now; which of the sums holds its gradient.
@@ -85,6 +95,8 @@ class UnitGradients:
             partials: memory for ``buffers`` sums.
         """
         self._replica.buffers.invalidate()
+        for found in partials[0].rows.values():
+            found.clear()
         for leaf in self._leaves:
             m = unit * self._count + leaf.micro_batch
             phases.enter("data", m)
@@ -107,7 +119,14 @@ class UnitGradients:
         self._free.append(self._in_use.pop(id(sums)))
 
 
-def clipped_by(limit: float | None, sums: StepSums, servers: Servers, step: int) -> float:
+class Measures(Protocol):
+    """What knows how large a push's gradient is."""
+
+    def norm(self, sums: StepSums) -> float:
+        """The norm of a push's gradient."""
+
+
+def clipped_by(limit: float | None, sums: StepSums, values: Measures, step: int) -> float:
     """What clipping by the norm makes of a push.
 
     Raises:
@@ -116,7 +135,7 @@ def clipped_by(limit: float | None, sums: StepSums, servers: Servers, step: int)
     if limit is None or sums.weight == 0:
         return 1.0
     with torch.no_grad():
-        norm = servers.norm(sums)
+        norm = values.norm(sums)
     if norm != norm or norm == float("inf"):
         raise TrainingError(
             f"the gradient's norm is {norm} in step {step} though the loss is finite; lower the learning rate, or look "

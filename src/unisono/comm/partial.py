@@ -8,6 +8,7 @@ Entries that nobody touched hold no value.
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -74,7 +75,10 @@ class Partial:
         entries: one tensor for every use, then one for every buffer.
         counts: micro-batches that touched each entry, (uses + buffers,).
         scalars: loss and weight, summed; then the weights of the model itself and of its replicas, if any.
+        rows: takes sparse gradients of some uses, one for each micro-batch; those of others are made dense.
     """
+
+    rows: Mapping[int, list[Tensor]] = MappingProxyType({})
 
     def __init__(self, layout: PartialLayout, memory: Tensor) -> None:
         flat = layout.flat

@@ -69,10 +69,8 @@ def refuse_to_compare(config: TrainingConfig) -> None:
     """
     sync = config.sync
     if sync.inexact is not None:
-        raise ConfigurationError(
-            f"sync.mode is {sync.mode}, and {sync.inexact}: no two runs are alike; record one and replay it "
-            "(sync.record, sync.replay)"
-        )
+        way = "record one and replay it (sync.record, sync.replay)" if sync.mode == "server" else "use mode server"
+        raise ConfigurationError(f"sync.mode is {sync.mode}, and {sync.inexact}: no two runs are alike; {way}")
     if sync.apart and sync.replicas is None:
         raise ConfigurationError(
             f"sync.mode is {sync.mode} with one replica a worker, another run on each number of workers; give "

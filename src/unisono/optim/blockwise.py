@@ -85,6 +85,10 @@ class BlockOptimizer:
         groups = self._optimizer.param_groups
         return float(groups[0].get("lr", 0.0)) if groups else 0.0
 
+    def rate_of(self, group: int) -> float:
+        """The rate of a group, as last set."""
+        return float(self._optimizer.param_groups[group]["lr"])
+
     def attach(self, unit: Unit, gradient: Tensor) -> None:
         """Make the optimizer's parameter for a unit; ``gradient`` is the memory that holds its gradient each step."""
         parameter = nn.Parameter(unit.values, requires_grad=True)

@@ -400,7 +400,9 @@ class Replica:
 
     def _add(self, use: int, gradient: Tensor) -> None:
         """A gradient goes into the sums."""
-        if len(self._chain) == 1 and not self._chain[0].counts[use] and not gradient.is_sparse:
+        if gradient.is_sparse and use in self._chain[0].rows:
+            self._chain[0].rows[use].append(gradient)
+        elif len(self._chain) == 1 and not self._chain[0].counts[use] and not gradient.is_sparse:
             self._chain[0].entries[use].copy_(gradient)  # the usual case, without detours
             self._chain[0].counts[use] = 1
         else:

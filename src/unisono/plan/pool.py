@@ -5,25 +5,15 @@ of the model's runs, and counts its updates: its *version*. The order of a step 
 took one after another, and which versions of all servers their values were made of.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-Words = NDArray[np.int64]
+from unisono.plan.unit_pool import HEAD, UnitPool, words_by_name
+
 SPARE = 64
 """Entries of a server besides one for each unit: a push that a dying worker has begun takes two."""
-
-
-def words_by_name(memory: memoryview, sizes: Mapping[str, int]) -> dict[str, Words]:
-    """Words by name."""
-    words: Words = np.frombuffer(memory, dtype=np.int64)
-    parts, start = {}, 0
-    for name, size in sizes.items():
-        parts[name] = words[start : start + size]
-        start += size
-    return parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +41,17 @@ class PoolLayout:
     Attributes:
         slots: workers at the most.
         units: of a step.
-        servers: how many there are.
+        runs: of each server.
     """
 
     slots: int
     units: int
-    servers: int
+    runs: tuple[int, ...]
+
+    @property
+    def servers(self) -> int:
+        """How many there are."""
+        return len(self.runs)
 
     @property
     def entry_words(self) -> int:
@@ -67,7 +62,7 @@ class PoolLayout:
     def sizes(self) -> dict[str, int]:
         """Words by name."""
         return {
-            "head": 3,
+            "head": HEAD,
             "under way": self.slots,
             "clock": self.slots,
             "version": self.servers,
@@ -84,14 +79,10 @@ class PoolLayout:
         return 8 * sum(self.sizes.values())
 
 
-class Pool:
-    """A step's units, and who has them.
-
-    Each method says under which lock it is called: that of the pool, or a server's. Words are written in an order in
-    which a worker that dies between any two leaves what the next can go on with.
+class Pool(UnitPool):
+    """Units that servers take in an order, which is kept. Methods that name a server are called under its lock.
 
     Attributes:
-        under_way: the unit that each slot's worker computes, plus 1; 0 for none.
         clock: how many units each slot's worker has done in the step.
         version: of each server.
         done: how many runs of each server a unit has changed, (units, servers).
@@ -99,9 +90,9 @@ class Pool:
     """
 
     def __init__(self, layout: PoolLayout, memory: memoryview) -> None:
-        self.layout, parts = layout, words_by_name(memory, layout.sizes)
-        self._head = parts["head"]
-        self.under_way, self.clock = parts["under way"], parts["clock"]
+        parts = words_by_name(memory, layout.sizes)
+        super().__init__(layout.units, parts)
+        self.layout, self.clock, self._runs = layout, parts["clock"], np.array(layout.runs)
         self.version, self._base, self._busy = parts["version"], parts["base"], parts["busy"]
         self.done = parts["done"].reshape(layout.units, layout.servers)
         self.sums = parts["sums"].view(np.float64).reshape(layout.units, 2)
@@ -112,21 +103,8 @@ class Pool:
         """The version of each server as the step began."""
         return [int(version) for version in self._base]
 
-    @property
-    def snapshot(self) -> int:
-        """The step before which the state was last copied."""
-        return int(self._head[2])
-
-    @snapshot.setter
-    def snapshot(self, step: int) -> None:
-        self._head[2] = step
-
-    def is_of(self, step: int) -> bool:
-        """Under the pool's lock: whether another worker has begun the step."""
-        return bool(self._head[0] == step)
-
     def begin(self, step: int, versions: Sequence[int]) -> None:
-        """Under the pool's lock: let it be that of ``step``.
+        """Let it be that of ``step``.
 
         Arguments:
             versions: of all servers.
@@ -138,49 +116,34 @@ class Pool:
         self._base[:] = self.version
         self._head[0] = step
 
-    def take(self, slot: int) -> int | None:
-        """Under the pool's lock: the next unit; None where there is no more."""
-        unit = int(self._head[1])
-        if unit >= self.layout.units:
+    def inherit(self, slot: int, lost: int) -> int | None:
+        """The unit that a lost worker has left undone, which is this one's now."""
+        unit = int(self.under_way[lost]) - 1
+        if unit < 0 or self.is_done(unit):
             return None
-        self.under_way[slot] = unit + 1
-        self._head[1] = unit + 1
-        return unit
+        return self._hand_over(unit, slot, lost)
+
+    def is_done(self, unit: int) -> bool:
+        """Whether every server has all of a unit."""
+        return bool((self.done[unit] == self._runs).all())
 
     @property
-    def exhausted(self) -> bool:
-        """Whether all units have been taken."""
-        return bool(self._head[1] >= self.layout.units)
-
-    def inherit(self, slot: int, lost: int, runs: Sequence[int]) -> int | None:
-        """Under the pool's lock: the unit that a lost worker has left undone, which is this one's now.
-
-        Arguments:
-            runs: of each server.
-        """
-        unit = int(self.under_way[lost]) - 1
-        if unit < 0 or self.is_done(unit, runs):
-            return None
-        self._head[1] = max(int(self._head[1]), unit + 1)  # it may have died as it took it
-        self.under_way[slot], self.under_way[lost] = unit + 1, 0
-        return unit
-
-    def is_done(self, unit: int, runs: Sequence[int]) -> bool:
-        """Whether every server has all of a unit."""
-        return bool((self.done[unit] == np.asarray(runs)).all())
-
-    def all_done(self, runs: Sequence[int]) -> bool:
+    def all_done(self) -> bool:
         """Whether every server has all of every unit, and nobody is about to say so of the last."""
-        return bool((self.done == np.asarray(runs)).all()) and not self._busy.any()
+        return bool((self.done == self._runs).all()) and not self._busy.any()
+
+    def staleness(self) -> dict[int, int]:
+        """How many pushes in the step so far were so late (see `staleness`)."""
+        return staleness(self.order(), self.base)
 
     def open_entry(self, server: int, entry: Entry) -> None:
-        """Under the server's lock: a push begins."""
+        """A push begins."""
         number = self.version[server] - self._base[server]
         self._order[server, number] = (entry.unit, entry.slot, entry.first, entry.stop, *entry.read)
         self._busy[server] = 1 + number
 
     def opened(self, server: int) -> Entry | None:
-        """Under the server's lock: the push that somebody began and died in; None for none."""
+        """The push that somebody began and died in; None for none."""
         number = int(self.version[server] - self._base[server])
         if self._busy[server] != 1 + number:  # none, or one that is over, but for the last word of it
             self._busy[server] = 0
@@ -188,11 +151,11 @@ class Pool:
         return self._entry(server, number)
 
     def shorten(self, server: int, stop: int) -> None:
-        """Under the server's lock: the push that somebody died in has changed runs up to ``stop``."""
+        """The push that somebody died in has changed runs up to ``stop``."""
         self._order[server, self.version[server] - self._base[server], 3] = stop
 
     def close_entry(self, server: int, entry: Entry, stop: int) -> None:
-        """Under the server's lock: a push is over, having changed runs up to ``stop``: none where that is its first."""
+        """A push is over, having changed runs up to ``stop``: none where that is its first."""
         if stop > entry.first:
             words = self._order[server, self.version[server] - self._base[server]]
             words[3] = stop

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from unisono.plan.pool import words_by_name
+from unisono.plan.unit_pool import HEAD, UnitPool, words_by_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class RoundsLayout:
     def sizes(self) -> dict[str, int]:
         """Words by name."""
         arrivals = 3 * self.rounds * self.accepted
-        words = {"head": 4, "under way": self.slots, "base": self.servers, "busy": self.servers}
+        words = {"head": HEAD, "under way": self.slots, "base": self.servers, "busy": self.servers}
         return words | {"count": self.rounds, "arrivals": arrivals, "sums": 2 * self.rounds}
 
     @property
@@ -62,40 +62,26 @@ class RoundsLayout:
         return 8 * sum(self.sizes.values())
 
 
-class RoundsPool:
+class RoundsPool(UnitPool):
     """A step's units, of which the first that come count in each round; what comes late is computed again.
 
-    Every unit counts once. Methods are called under the pool's lock, but for those that only read.
+    Every unit counts once.
 
     Attributes:
-        under_way: the unit that each slot's worker computes, plus 1; 0 for none.
         busy: of each server, the slot plus 1 of the worker that updates it, or died in that; under the server's lock.
         sums: loss and weight of each round, (rounds, 2).
     """
 
     def __init__(self, layout: RoundsLayout, memory: memoryview) -> None:
-        self.layout, parts = layout, words_by_name(memory, layout.sizes)
-        self._head, self._base, self._count = parts["head"], parts["base"], parts["count"]
-        self.under_way, self.busy = parts["under way"], parts["busy"]
+        parts = words_by_name(memory, layout.sizes)
+        super().__init__(layout.units, parts)
+        self.layout, self._base, self._count, self.busy = layout, parts["base"], parts["count"], parts["busy"]
         self._arrivals = parts["arrivals"].reshape(layout.rounds, layout.accepted, 3)
         self.sums = parts["sums"].view(np.float64).reshape(layout.rounds, 2)
 
-    @property
-    def snapshot(self) -> int:
-        """The step before which the state was last copied."""
-        return int(self._head[3])
-
-    @snapshot.setter
-    def snapshot(self, step: int) -> None:
-        self._head[3] = step
-
-    def is_of(self, step: int) -> bool:
-        """Whether another worker has begun the step."""
-        return bool(self._head[0] == step)
-
     def begin(self, step: int, versions: Sequence[int]) -> None:
         """Let it be that of ``step``; ``versions`` are those of the servers."""
-        self._head[1:3] = 0
+        self._head[1] = self._head[3] = 0
         self.under_way[:], self.busy[:], self._count[:], self.sums[:] = 0, 0, 0, 0.0
         self._base[:] = versions
         self._head[0] = step
@@ -103,7 +89,7 @@ class RoundsPool:
     @property
     def round(self) -> int:
         """The one that is under way, from 0; their number, once all are over."""
-        return int(self._head[1])
+        return int(self._head[3])
 
     def needed(self, number: int) -> int:
         """How many units count in a round."""
@@ -126,19 +112,10 @@ class RoundsPool:
     def may_take(self) -> bool:
         """Whether fewer units than are wanted have come, or are under way."""
         number = self.round
-        if number >= self.layout.rounds or self._head[2] >= self.layout.units:
+        if number >= self.layout.rounds or self.exhausted:
             return False
         under_way = np.count_nonzero(self.under_way)
         return bool(self._count[number] + under_way < self.needed(number) + self.layout.backup)
-
-    def take(self, slot: int) -> int | None:
-        """The next unit; None where there is no more."""
-        unit = int(self._head[2])
-        if unit >= self.layout.units:
-            return None
-        self.under_way[slot] = unit + 1
-        self._head[2] = unit + 1
-        return unit
 
     def inherit(self, slot: int, lost: int) -> int | None:
         """The unit that a lost worker has left, which is this one's now."""
@@ -149,9 +126,7 @@ class RoundsPool:
         if self._has_come(unit) or others:  # it died as it brought or took it
             self.under_way[lost] = 0
             return None
-        self._head[2] = max(int(self._head[2]), unit + 1)
-        self.under_way[slot], self.under_way[lost] = unit + 1, 0
-        return unit
+        return self._hand_over(unit, slot, lost)
 
     def _has_come(self, unit: int) -> bool:
         come = np.arange(self.layout.accepted) < self._count[:, None]
@@ -173,4 +148,4 @@ class RoundsPool:
         """A round is over: every server has it."""
         if self.round == number:
             self.sums[number] = loss, weight
-            self._head[1] = number + 1
+            self._head[3] = number + 1

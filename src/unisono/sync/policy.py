@@ -18,7 +18,7 @@ class Outcome:
         gradient_norm: before clipping, where it was needed.
         learning_rate: of the optimizer's first group.
         flags: requests that workers sent with the step.
-        staleness: how many pushes to a server were computed with values that so many others had made old; None where
+        staleness: how many pushes were computed with values that so many others had made old; None where
             workers wait for each other.
     """
 

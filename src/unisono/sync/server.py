@@ -23,8 +23,9 @@ from unisono.optim.clipping import global_norm, squared_norms
 from unisono.optim.schedules import Schedule
 from unisono.plan.assignment import Run, UpdateClass, contiguous_shares, runs
 from unisono.plan.blocks import ALIGNMENT_ELEMENTS
-from unisono.plan.pool import Entry, Pool, Words
+from unisono.plan.pool import Entry, Pool
 from unisono.plan.rounds import RoundsPool
+from unisono.plan.unit_pool import Words
 from unisono.state.layout import StateLayout
 from unisono.state.training_state import TrainingState
 from unisono.sync.ownership import OwnedBuffers, OwnedRun, Owner, RunMemory
@@ -113,7 +114,7 @@ class Servers:
     Arguments:
         slot: of the worker.
         servers: with memory that this worker prepared.
-        pool: whose words say how far each is, where workers wait for nobody.
+        pool: the step's units; its words say how far each server is, where workers wait for nobody.
         locks: of the pool and of the servers.
         values: what this worker computes with.
         updater, optimizer: how runs are updated.
@@ -127,7 +128,7 @@ class Servers:
         self,
         slot: int,
         servers: Sequence[Server],
-        pool: Pool | None,
+        pool: Pool | RoundsPool,
         locks: Locks,
         values: PulledValues,
         updater: Updater,
@@ -156,12 +157,15 @@ class Servers:
         self._read = [-1] * len(servers)
         self.runs = [len(server.images) for server in servers]
 
-    def begin(self, step: int, pool: Pool | RoundsPool) -> None:
+    def begin(self, step: int) -> None:
         """Let the pool be that of a step; every server is where its blocks are."""
         self._locks.hold(POOL, f"the pool of step {step}")
-        if not pool.is_of(step):
-            pool.begin(step, [self.version_of(number) for number in range(len(self._servers))])
+        if not self._pool.is_of(step):
+            self._pool.begin(step, [self.version_of(number) for number in range(len(self._servers))])
         self._locks.let_go(POOL)
+
+    def end(self, step: int) -> None:
+        """Nothing has to be said: blocks' versions are the pushes that they took, at least one a step."""
 
     def pull_all(self) -> None:
         """Compute with what the servers have, where nobody updates them."""
@@ -317,7 +321,7 @@ class Servers:
 
     @property
     def _own_pool(self) -> Pool:
-        assert self._pool is not None
+        assert isinstance(self._pool, Pool)
         return self._pool
 
     @property

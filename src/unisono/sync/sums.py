@@ -1,7 +1,7 @@
 """The sums of one step: what published partials add up to, in the canonical order."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +38,7 @@ class StepSums:
     Arguments:
         covers: of each team.
         teams: whose partials hold what.
+        rows: sparse gradients, by use, each one micro-batch's; they are no part of the partials.
 
     Attributes:
         loss, weight: summed over all micro-batches.
@@ -47,7 +48,15 @@ class StepSums:
             of some replicas, and none of others.
     """
 
-    def __init__(self, covers: Sequence[Cover], count: int, flat: FlatLayout, teams: Teams) -> None:
+    def __init__(
+        self,
+        covers: Sequence[Cover],
+        count: int,
+        flat: FlatLayout,
+        teams: Teams,
+        rows: Mapping[int, Sequence[Tensor]] | None = None,
+    ) -> None:
+        self.rows = rows or {}
         self._covers = covers if len(covers) == teams.count else [covers[0]] * teams.count
         self._count = count
         self._flat = flat
@@ -63,6 +72,7 @@ class StepSums:
             own = members == team
             for _, partial in cover:
                 counts = partial.counts_array() > 0
+                counts[list(self.rows)] = True
                 self.touched |= counts & own
                 has, there = counts[: len(teams.uses)], own[: len(teams.uses)]
                 for replica in range(1 + flat.replicas):

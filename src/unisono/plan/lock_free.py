@@ -1,0 +1,82 @@
+"""A step's units where workers update the state without locks: who has which, and how late each was, as words."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from unisono.plan.unit_pool import HEAD, UnitPool, words_by_name
+
+
+@dataclass(frozen=True, slots=True)
+class LockFreeLayout:
+    """How a pool's words are divided.
+
+    Attributes:
+        slots: workers at the most.
+        units: of a step.
+    """
+
+    slots: int
+    units: int
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Words by name."""
+        words = {"head": HEAD, "under way": self.slots, "clock": self.slots}
+        return words | {"late": self.units, "sums": 2 * self.units}
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all."""
+        return 8 * sum(self.sizes.values())
+
+
+class LockFreePool(UnitPool):
+    """Units whose updates nobody orders.
+
+    Attributes:
+        clock: how many units each slot's worker has done in the step.
+        sums: loss and weight of each unit, (units, 2).
+    """
+
+    def __init__(self, layout: LockFreeLayout, memory: memoryview) -> None:
+        parts = words_by_name(memory, layout.sizes)
+        super().__init__(layout.units, parts)
+        self.clock, self._late = parts["clock"], parts["late"]
+        self.sums = parts["sums"].view(np.float64).reshape(layout.units, 2)
+
+    def begin(self, step: int) -> None:
+        """Let it be that of ``step``."""
+        self._head[1] = 0
+        self.under_way[:], self.clock[:], self._late[:], self.sums[:] = 0, 0, 0, 0.0
+        self._head[0] = step
+
+    @property
+    def pushes(self) -> int:
+        """Units that are done in the step so far."""
+        return int(self.clock.sum())
+
+    def finish(self, unit: int, late: int) -> None:
+        """A unit is done, during which ``late`` others were."""
+        self._late[unit] = 1 + late
+
+    def inherit(self, slot: int, lost: int) -> int | None:
+        """The unit that a lost worker has left undone, which is this one's now."""
+        unit = int(self.under_way[lost]) - 1
+        if unit < 0 or self.is_done(unit):
+            return None
+        return self._hand_over(unit, slot, lost)
+
+    def is_done(self, unit: int) -> bool:
+        """Whether a unit's gradient is in the state."""
+        return bool(self._late[unit])
+
+    @property
+    def all_done(self) -> bool:
+        """Whether every unit's is."""
+        return bool(self._late.all())
+
+    def staleness(self) -> dict[int, int]:
+        """How many units were computed while so many others were done."""
+        late, counts = np.unique(self._late[self._late > 0] - 1, return_counts=True)
+        return dict(zip(late.tolist(), counts.tolist(), strict=True))

@@ -212,22 +212,34 @@ def sync(
     modes: Annotated[
         str | None, typer.Option(help="Ways of agreeing, by how their names begin; several, with commas; default: all.")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 3,
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="sleep (no worker is slow, one is, or one after another), digits, gpt, gpt-long (3,000 steps), sparse "
+            "(logistic regression); several, with commas."
+        ),
+    ] = "sleep,digits,gpt,sparse",
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds, each with a seed of its own.")] = 5,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare ways of agreeing where no worker is slow, one is, or one after another: micro-batches sleep. 5 minutes.
+    """Compare ways of agreeing on the same task, with equal samples: what they learn, and how fast. 15 minutes.
 
-    Example: unisono bench sync --modes "every step,server" --rounds 1
+    Example: unisono bench sync --tasks digits --modes "every step,server" --rounds 1
     """
     with launcher_here() as launcher:
-        from unisono.bench.paced import WAYS
-        from unisono.bench.sync import bench
+        from unisono.bench.sync import TASKS, bench, ways_of
 
-        wanted = modes.split(",") if modes else [""]
-        ways = [way for way in WAYS if any(way.startswith(start.strip()) for start in wanted)]
-        if not ways:
-            raise ConfigurationError(f"--modes is {modes!r}; there are {', '.join(WAYS)}")
-        rows = bench(launcher, ways, rounds, None if as_json else typer.echo)
+        wanted = [start.strip() for start in modes.split(",")] if modes else [""]
+        names = [name.strip() for name in tasks.split(",")]
+        if unknown := [name for name in names if name not in TASKS]:
+            raise ConfigurationError(f"--tasks names {unknown[0]!r}; there are {', '.join(TASKS)}")
+        ways = {name: ways_of(name, wanted) for name in names}
+        if not any(ways.values()):
+            known = dict.fromkeys(way for name in names for way in ways_of(name, [""]))
+            raise ConfigurationError(f"--modes is {modes!r}; there are {'; '.join(known)}")
+        rows = []
+        for name in names:
+            rows += bench(launcher, name, ways[name], rounds, None if as_json else typer.echo)
         if as_json:
             typer.echo(json.dumps({"rows": rows}))
 

@@ -20,7 +20,7 @@ from unisono.data.feed import TrainingFeed
 from unisono.optim.blockwise import BlockOptimizer
 from unisono.optim.schedules import Schedule, scale
 from unisono.parallel.replicated import Replica
-from unisono.plan.assignment import runs
+from unisono.plan.assignment import apart_teams, runs
 from unisono.plan.lock_free import LockFreePool
 from unisono.plan.pool import Pool, PoolLayout
 from unisono.plan.rounds import RoundsLayout, RoundsPool
@@ -32,7 +32,7 @@ from unisono.state.training_state import TrainingState
 from unisono.sync.every_step import EveryStep, GatheredSquares, Rates
 from unisono.sync.hogwild import LockFreeValues, tables_of
 from unisono.sync.holdings import Holdings
-from unisono.sync.local import LocalSteps, terms_of, turns_of
+from unisono.sync.local import LocalSteps, telling_of, terms_of, turns_of
 from unisono.sync.ownership import Owner, RunMemory
 from unisono.sync.phases import Phases
 from unisono.sync.policy import Executes
@@ -65,12 +65,15 @@ def policy_of(
     row, protects = local.header.slot, local.survives
     holdings = Holdings(local.slot, prepared.owned, owner, optimizer, versions, row, run_memory, protects=protects)
     holdings.adopt(local.members)
+    shards, hosts = prepared.shards, len(prepared.place.hosts.sizes)
+    kept = None if shards is None else shards.blocks(prepared.place.host)
+    divided_apart = config.sync.apart and shards is not None
     exact = (
         group,
         layout.flat,
-        prepared.teams,
+        apart_teams(layout.flat, len(layout.buffers)) if divided_apart else prepared.teams,
         config.micro_batches,
-        GatheredSquares(group) if prepared.shards is not None else ArenaSquares(local, replica),
+        GatheredSquares(group) if config.layout.zero and hosts > 1 else ArenaSquares(local, replica, kept),
         state.span,
         holdings,
         optimizer,
@@ -78,8 +81,18 @@ def policy_of(
     )
     if not config.sync.relaxed:
         return EveryStep(*exact)
+    blocks = range(len(layout.flat.blocks))
+    here = [True] * layout.flat.replicas
+    if shards is not None:
+        here = [shards.of_block[first] == prepared.place.host for first, _ in layout.flat.column(0, 0)[1:]]
     return LocalSteps(
-        terms_of(config), turns_of(layout.flat, config.sync), owner, ArenaVersions(local, versions), *exact
+        terms_of(config),
+        telling_of(config, here, group.all_gather if shards is not None else None),
+        turns_of(layout.flat, config.sync),
+        owner,
+        ArenaVersions(local, versions),
+        blocks if kept is None else kept,
+        *exact,
     )
 
 

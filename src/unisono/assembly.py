@@ -177,7 +177,7 @@ def assemble(
             device,
             feed.size,
             prepared.teams,
-            prepared.shards,
+            prepared.shards if config.layout.zero else None,
             survives=protection.goes_on,
         )
     starts_again = protection.starts_again
@@ -344,7 +344,7 @@ def _shared(
     def release(part: Region) -> None:
         arena.release(region.part(part.offset, part.size_bytes))
 
-    return SharedState(state, prepared.shards, group, release, values_everywhere=config.layout.zero != 3)
+    return SharedState(state, prepared.shards, group, release, values_everywhere=not prepared.shards.values)
 
 
 def _share(
@@ -420,7 +420,7 @@ def _sharded(
 ) -> ShardedValues | None:
     """What brings parameters here that other hosts keep."""
     shards = prepared.shards
-    if shards is None or not shards.values or not isinstance(group, HierarchicalGroup):
+    if config.layout.zero != 3 or shards is None or not isinstance(group, HierarchicalGroup):
         return None
     flat = prepared.layout.flat
     layers, members = value_groups(prepared.model, flat, objects.loss, config, feed)

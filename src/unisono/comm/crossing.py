@@ -63,6 +63,7 @@ class Terms:
         name: of the run's set of workers; generations add their number.
         shards: which host keeps what, where they share one state; None where every host has all of it.
         survives: other hosts go on where one is lost.
+        apart: whether each host keeps the gradients of a step to itself, since its replicas train apart.
     """
 
     link: Link
@@ -73,6 +74,7 @@ class Terms:
     name: str = "group"
     shards: StateShards | None = None
     survives: bool = False
+    apart: Callable[[int], bool] = lambda step: False
 
 
 class Crossing:
@@ -308,7 +310,7 @@ class Crossing:
         with self.patience.telling():
             for number in range(rounds):
                 self._exchanged = self.readiness.turn(number)
-                self.lane.run(step, self._exchanged, last=number == rounds - 1)
+                self.lane.run(step, self._exchanged, last=number == rounds - 1, alone=self._terms.apart(step))
 
     def _is_ready(self, bucket: Bucket) -> bool:
         crews = self._local.teams[bucket.team]

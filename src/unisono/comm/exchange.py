@@ -283,16 +283,19 @@ class Lane:
     finished: Callable[[], None]
     exchanging_s: float = 0.0
 
-    def run(self, step: int, turn: int, *, last: bool) -> None:
+    def run(self, step: int, turn: int, *, last: bool, alone: bool = False) -> None:
         """Exchange all of the lane's buckets.
 
         Arguments:
             turn: the step's number, or that of one of its rounds.
             last: no round of the step follows.
+            alone: nothing is exchanged but what is no gradient: hosts do not sum theirs.
         """
         queue = _Queue()
         began = None
-        for bucket in self.buckets:
+        for bucket in self.buckets if alone else ():
+            self.done(bucket)
+        for bucket in () if alone else self.buckets:
             while not self.ordered and not self.ready(bucket) and queue.early:
                 queue.advance()
             self.await_ready(bucket)

@@ -40,7 +40,7 @@ class Heads:
         self._plan = plan
         self._teams = teams
         self._total = total
-        self._layout = head_layout(local.partials.buffers)
+        self._layout = head_layout(local.partials)
         self._head_bytes = len(pack_head(self._new()))
         self.flags = 0
         self.reports: dict[int, list[float]] = {}

@@ -10,6 +10,7 @@ another host learns of it, lets go of its wires, makes new ones, and compares wi
 lacks a step which others have committed gets the state from them. Then the step that was under way is done again.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -232,6 +233,9 @@ class HierarchicalGroup:
     def collect(self, step: int, count: int, rescue: Callable[[Sequence[int]], None]) -> list[Cover]:
         """Wait until the exchange is over: one subtree, the whole, in this host's total.
 
+        Where replicas train apart, that holds what is no gradient, and the gradients are those of this host's replicas:
+        two covers (see `plan.assignment.apart_teams`).
+
         Raises:
             Regrouped: where hosts are lost or have come, and the step is to be done again, or was done by others.
         """
@@ -248,7 +252,22 @@ class HierarchicalGroup:
             self._trial.note(crossing.packed.on, time.perf_counter() - self._began)
         self._flags = crossing.flags
         self.local.header.closed = step
-        return [[(root(count), self._total)]]
+        summed: Cover = [(root(count), self._total)]
+        return [self._own_cover(), summed] if self._terms.apart(step) else [summed]
+
+    def _own_cover(self) -> Cover:
+        """The gradients that this host keeps to itself: of what others have computed there is nothing here."""
+        crossing, local = self.crossing, self.local
+        crews, shares = crossing.crews[crossing.team], crossing.plan.shares
+        own = [(part.node, local.view(crews[part.replica][0], part.entry)) for part in shares[self.place.host].parts]
+        others = (share for host, share in enumerate(shares) if host != self.place.host)
+        return [*own, *((node, self._nothing) for share in others for node in share.nodes)]
+
+    @functools.cached_property
+    def _nothing(self) -> Partial:
+        """A partial without values, whose memory nobody touches."""
+        layout = self.local.partials
+        return Partial(layout, torch.zeros(layout.size_bytes, dtype=torch.uint8))
 
     def _await_exchange(self, step: int) -> None:
         """The exchange's own deadline begins when this host has computed everything: stages end one after another."""

@@ -7,7 +7,7 @@ Entries that nobody touched hold no value.
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import numpy as np
@@ -133,9 +133,9 @@ class Partial:
         return np.frombuffer(self.counts, dtype=np.int32)
 
 
-def head_layout(buffers: Sequence[TensorSpec]) -> PartialLayout:
-    """The fields of a partial that holds no gradients."""
-    return partial_layout(flat_layout([]), buffers)
+def head_layout(layout: PartialLayout) -> PartialLayout:
+    """The fields of a partial that holds no gradients: all but those."""
+    return partial_layout(replace(flat_layout([]), segment_replicas=layout.flat.segment_replicas), layout.buffers)
 
 
 def pack_head(partial: Partial) -> bytes:

@@ -57,7 +57,9 @@ class Readiness:
 
     def gradient_is_final(self, use: int) -> None:
         """Count down the uses of a bucket; the last one sends it on its way."""
-        bucket = self._bucket_of[use]
+        bucket = self._bucket_of.get(use)
+        if bucket is None:  # of a replica that trains apart
+            return
         left = self._left.get(bucket, 0) - 1
         self._left[bucket] = left
         if left == 0:

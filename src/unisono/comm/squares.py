@@ -17,15 +17,17 @@ class ArenaSquares:
     Arguments:
         group: the workers of the host.
         replica: the number of the state.
+        kept: the blocks that this host keeps, where others keep the rest.
     """
 
-    def __init__(self, group: HostGroup, replica: int) -> None:
+    def __init__(self, group: HostGroup, replica: int, kept: Sequence[int] | None = None) -> None:
         self._group = group
         data = group.arena.bytes(group.layout.squares(replica))
         halves = len(data) // 2
         trained = group.layout.blocks - 1  # the last one stands for the buffers
         self._steps: NDArray[np.uint64] = np.frombuffer(data[:halves], dtype=np.uint64)[:trained]
         self._values: NDArray[np.float64] = np.frombuffer(data[halves:], dtype=np.float64)[:trained]
+        self._kept = np.arange(trained) if kept is None else np.array(kept)
 
     def put(self, step: int, run: Run, values: Sequence[float]) -> None:
         """Leave those of a run's blocks."""
@@ -41,10 +43,10 @@ class ArenaSquares:
         """Wait for those of all blocks; workers that were lost meanwhile, of whose blocks some may be missing."""
 
         def ready() -> bool:
-            return bool((self._steps == step).all())
+            return bool((self._steps[self._kept] == step).all())
 
         return self._group.wait_or_lose(ready, f"norm of step {step}", lambda: f"blocks' norms; {self._group.doing()}")
 
     def all(self, step: int) -> Sequence[float]:
-        """The squared norm of every block."""
+        """The squared norm of every block; 0 where others keep it."""
         return self._values.tolist()  # type: ignore[no-any-return]

@@ -20,7 +20,7 @@ class ArenaVersions:
         self._group = group
         self._words: NDArray[np.uint64] = np.frombuffer(words, dtype=np.uint64)
 
-    def await_all(self, step: int, blocks: slice) -> Sequence[Loss]:
+    def await_all(self, step: int, blocks: Sequence[int]) -> Sequence[Loss]:
         """Wait until some blocks are at ``step``; workers that were lost meanwhile, of whose blocks some may not be."""
 
         def ready() -> bool:

@@ -25,6 +25,7 @@ from unisono.plan.hosts import Hosts, Place
 from unisono.plan.shards import StateShards
 from unisono.run.fingerprint import fingerprint
 from unisono.state.layout import StateLayout
+from unisono.sync.local import agreements
 
 CONNECT_S = 0.6
 """For a connection to another host, where others go on without one that is cut off; gloo waits five times as long."""
@@ -79,7 +80,8 @@ def join_hosts(
     travel = replace(
         way(config), table=_shared_table(link.store, name, world) if config.wire.algorithm == "auto" else ()
     )
-    terms = Terms(link, flat, travel, config.micro_batches, teams, name, shards, survives)
+    apart = agreements(config.sync).apart if config.sync.apart else lambda step: False
+    terms = Terms(link, flat, travel, config.micro_batches, teams, name, shards, survives, apart)
     group = HierarchicalGroup(local, place, terms, joins=world.joins)
     given = {"model": layout, "samples": samples, **config.model_dump(exclude={"run_dir", "observe"})}
     described, key = _described(given, config, device), f"{name}/run of host {place.host}"

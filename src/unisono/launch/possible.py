@@ -5,6 +5,7 @@ from unisono.errors import ConfigurationError
 from unisono.launch.task import Elastic
 from unisono.plan.exchange import turns
 from unisono.plan.hosts import Hosts
+from unisono.plan.shards import replica_hosts
 
 MOST_ROUNDS = 200
 """Micro-batches of a host in a step, where each one's gradient is summed at once: as many as can be published."""
@@ -27,11 +28,13 @@ def refuse_impossible(config: TrainingConfig, hosts: Hosts) -> None:
         layout.refuse_broken_replicas(workers, f"host {host}")
     if config.sync.replay is not None and hosts.size > 1:
         raise ConfigurationError(f"sync.replay is done by one worker, and there are {hosts.size}; start one (-n 1)")
-    if config.sync.relaxed and len(hosts.sizes) > 1:
+    if config.sync.pushes and len(hosts.sizes) > 1:
         raise ConfigurationError(
             f"sync.mode {config.sync.mode} trains on one host so far, and there are {len(hosts.sizes)}; start one, or "
-            "use sync.mode=every_step"
+            "use sync.mode=every_step, local or diloco"
         )
+    if config.sync.apart and len(hosts.sizes) > 1:
+        _refuse_divided_replicas(config, hosts)
     if layout.zero and len(hosts.sizes) > 1:
         _refuse_shared_state(config, layout.zero, hosts.sizes)
 
@@ -139,7 +142,7 @@ def survives_hosts(config: TrainingConfig) -> bool:
     has not sent yet would be lost with a host.
     """
     layout = config.layout
-    whole = layout.zero is None and layout.model_workers == 1
+    whole = layout.zero is None and layout.model_workers == 1 and not config.sync.apart
     in_memory = config.device == "cpu" and layout.offload is None
     return whole and in_memory and config.wire.compression == "none" and config.fault.on_loss != "stop"
 
@@ -161,6 +164,18 @@ def _refuse_on_devices(config: TrainingConfig) -> None:
         raise ConfigurationError(
             f"layout.offload is {layout.offload} with device {device}; the optimizer's state is put on a disk from the "
             "CPU's memory so far: leave it out"
+        )
+
+
+def _refuse_divided_replicas(config: TrainingConfig, hosts: Hosts) -> None:
+    """A replica that trains apart is computed on one host."""
+    replicas = config.sync.replicas or hosts.size
+    if replica_hosts(replicas, config.micro_batches, hosts.sizes) is None:
+        sizes = ", ".join(map(str, hosts.sizes))
+        raise ConfigurationError(
+            f"{replicas} replicas with {config.micro_batches // replicas} micro-batches each would be divided between "
+            f"hosts of {sizes} workers; give sync.replicas of which each host has a whole number (one a worker, say), "
+            "and a global_batch_size that all workers share evenly"
         )
 
 

@@ -189,6 +189,11 @@ def one_team(layout: FlatLayout, buffers: int) -> Teams:
     return Teams(1, (0,) * len(layout.uses), (0,) * buffers, 0)
 
 
+def apart_teams(layout: FlatLayout, buffers: int) -> Teams:
+    """Over several hosts whose replicas train apart: gradients come from the first cover, all else from the second."""
+    return Teams(2, (0,) * len(layout.uses), (1,) * buffers, 1)
+
+
 def owners(
     layout: FlatLayout,
     update: UpdateClass,

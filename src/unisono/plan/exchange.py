@@ -33,6 +33,8 @@ def buckets(
 ) -> tuple[Bucket, ...]:
     """Cut the gradient into buckets, from its end: a backward finishes the last use first.
 
+    Where replicas train apart, theirs stay where they are: it is the model's own gradient that is cut.
+
     Arguments:
         item_bytes: of an element of each segment.
         first_bytes: the least size of a team's first; each one after it may be twice as large,
@@ -59,7 +61,7 @@ def _neighbours(
     members: list[int] = []
     size_bytes = 0
     least = dict.fromkeys(teams, first_bytes)
-    for use in reversed(range(len(flat.uses))):
+    for use in reversed([u for u, (_, p) in enumerate(flat.uses) if not flat.parameters[p].replica]):
         place, team = flat.use_places[use], teams[use]
         if members:
             next_place, next_team = flat.use_places[members[-1]], teams[members[-1]]

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
-from unisono.plan.assignment import UpdateClass, contiguous_shares, units
+from unisono.plan.assignment import UpdateClass, contiguous_shares, micro_batches, units
 from unisono.plan.blocks import FlatLayout, aligned
 from unisono.plan.exchange import Bucket
 
@@ -18,6 +19,10 @@ class Piece:
     host: int
 
 
+EVERYWHERE = -1
+"""In place of a host: all of them keep a block, and update it alike."""
+
+
 @dataclass(frozen=True, slots=True)
 class StateShards:
     """Who keeps what.
@@ -25,7 +30,7 @@ class StateShards:
     Attributes:
         flat: where parameters and gradients lie.
         hosts: how many share.
-        of_block: the host of each block.
+        of_block: the host of each block, or `EVERYWHERE`.
         rounds: in which a step's gradients are summed, each of one micro-batch a host; 0 where each host first sums
             its own.
         values: parameters are divided too; else every host has all of them.
@@ -39,7 +44,11 @@ class StateShards:
 
     def blocks(self, host: int) -> list[int]:
         """The blocks of a host, in flat order."""
-        return [i for i, owner in enumerate(self.of_block) if owner == host]
+        return [i for i, owner in enumerate(self.of_block) if owner in (host, EVERYWHERE)]
+
+    def first(self, block: int) -> int:
+        """The first host that keeps a block."""
+        return max(0, self.of_block[block])
 
     def gradients(self, bucket: Bucket) -> list[list[slice]]:
         """For each host: the parts of a bucket's gradients that it sums, as places in the bucket."""
@@ -112,3 +121,30 @@ def state_shards(
                 for i in unit:
                     of_block[i] = host
     return StateShards(flat, hosts, tuple(of_block), rounds, values)
+
+
+def replica_hosts(replicas: int, count: int, workers: Sequence[int]) -> tuple[int, ...] | None:
+    """The host of each replica that trains apart: the one that computes its micro-batches; None where one is divided.
+
+    Arguments:
+        count: micro-batches of a step, a multiple of the replicas.
+        workers: of each host.
+
+    >>> replica_hosts(4, 8, [2, 2]), replica_hosts(3, 6, [2, 1]), replica_hosts(3, 6, [1, 1])
+    ((0, 0, 1, 1), (0, 0, 1), None)
+    """
+    shares, each = micro_batches(count, sum(workers)), count // replicas
+    stops = [shares[last - 1].stop for last in accumulate(workers)]
+    if any(stop % each for stop in stops):
+        return None
+    return tuple(next(host for host, stop in enumerate(stops) if replica * each < stop) for replica in range(replicas))
+
+
+def replica_shards(flat: FlatLayout, hosts: int, of_replica: Sequence[int]) -> StateShards:
+    """Divide a state of replicas that train apart: each host keeps its own, and all keep the model that they agree on.
+
+    Arguments:
+        of_replica: the host of each.
+    """
+    replicas = (flat.parameters[block.parameter].replica for block in flat.blocks)
+    return StateShards(flat, hosts, tuple(of_replica[r - 1] if r else EVERYWHERE for r in replicas), values=True)

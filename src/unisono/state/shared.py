@@ -172,12 +172,12 @@ class SharedState:
                 continue
             blocks = flat.blocks_of(parameter)
             if kind == OPTIMIZER and not elementwise:
-                host = self._shards.of_block[blocks[0]] if blocks else 0
+                host = self._shards.first(blocks[0]) if blocks else 0
                 result[name] = {host: [tensor.reshape(-1)]} if host else {}
                 continue
             several: dict[int, list[Tensor]] = {}
             whole = tensor.view(-1)
-            for start, stop, host in _joined((flat.blocks[i], self._shards.of_block[i]) for i in blocks):
+            for start, stop, host in _joined((flat.blocks[i], self._shards.first(i)) for i in blocks):
                 if host:
                     several.setdefault(host, []).append(whole[start:stop])
             result[name] = several

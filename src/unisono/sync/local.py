@@ -8,7 +8,7 @@ McMahan et al., 2017 (federated averaging); Stich, 2018; Li et al., 2018 (FedPro
 Douillard et al., 2023 (DiLoCo) and 2025 (streaming).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,12 +23,13 @@ from unisono.plan.agreement import Agreements, fragments
 from unisono.plan.assignment import Run
 from unisono.plan.blocks import FlatLayout
 from unisono.plan.roster import Loss
-from unisono.run.rng import derive, mix
+from unisono.run.rng import derive
 from unisono.run.summation import fold
 from unisono.sync.every_step import EveryStep
 from unisono.sync.ownership import OwnedRun, Owner
 from unisono.sync.phases import Phases
 from unisono.sync.sums import StepSums
+from unisono.sync.telling import Column, Gather, Telling
 
 MOMENTUM, SENT = "outer_momentum", "sent"
 """State of the model itself, and of a replica whose words are under way."""
@@ -37,7 +38,7 @@ MOMENTUM, SENT = "outer_momentum", "sent"
 class Versions(Protocol):
     """How far blocks are."""
 
-    def await_all(self, step: int, blocks: slice) -> Sequence[Loss]:
+    def await_all(self, step: int, blocks: Sequence[int]) -> Sequence[Loss]:
         """Wait until some blocks are at ``step``; workers that were lost meanwhile."""
 
 
@@ -48,18 +49,14 @@ class Terms:
     Attributes:
         when: after which steps.
         outer: how the model follows them; None where it is their average.
-        codec: of how far they have moved; None where that is told as it is.
         mix: how much of its own values a replica keeps, where an agreement comes with a delay.
         proximal: the rate by which replicas are pulled towards the model.
-        seed: of random rounding.
     """
 
     when: Agreements
     outer: OuterConfig | None
-    codec: Codec | None
     mix: float
     proximal: float
-    seed: int
 
 
 class LocalSteps(EveryStep):
@@ -67,21 +64,34 @@ class LocalSteps(EveryStep):
 
     Arguments:
         terms: how they agree.
+        telling: what replicas tell each other.
         fragment_of: a parameter of the model itself -> when it is its turn.
         owner: whose memory the replicas' values are.
         versions: how far all blocks are.
+        kept: the blocks that this host keeps.
         arguments: as of `EveryStep`.
     """
 
     def __init__(
-        self, terms: Terms, fragment_of: Sequence[int], owner: Owner, versions: Versions, *arguments: object
+        self,
+        terms: Terms,
+        telling: Telling,
+        fragment_of: Sequence[int],
+        owner: Owner,
+        versions: Versions,
+        kept: Sequence[int],
+        *arguments: object,
     ) -> None:
         super().__init__(*arguments)  # type: ignore[arg-type]
         self._terms = terms
+        self._telling = telling
+        each = len(self._flat.blocks) // (1 + self._flat.replicas)
+        self._of_replicas = [block for block in kept if block >= each]
+        self._told: dict[int, int] = {}  # fragment -> the step after which this worker last heard of it
         self._fragment_of = fragment_of
         self._owner = owner
         self._all_versions = versions
-        self._columns: dict[Run, list[tuple[Unit, ...]]] = {}
+        self._columns: dict[Run, list[Column]] = {}
         self._images: dict[Run, Image] = {}
 
     def _bring(self, runs: Sequence[OwnedRun], step: int, phases: Phases) -> None:
@@ -94,17 +104,32 @@ class LocalSteps(EveryStep):
         super()._bring([owned for owned in mine if owned.replica], step, phases)
         if when.due(step):
             phases.enter("wait")
-            each = len(self._flat.blocks) // (1 + self._flat.replicas)
-            while lost := self._all_versions.await_all(step, slice(each, len(self._flat.blocks))):
+            while lost := self._all_versions.await_all(step, self._of_replicas):
                 phases.enter("update")
                 further = self._holdings.inherit(lost)
                 super()._bring([owned for owned in further if owned.replica], step, phases)
                 mine += further
                 phases.enter("wait")
+            self._hear([owned for owned in mine if not owned.replica], step)
             phases.enter("update")
         for owned in mine:
             if not owned.replica and not self._holdings.is_done(owned.run, step):
                 self._agree(owned, step)
+
+    def _hear(self, runs: Sequence[OwnedRun], step: int) -> None:
+        """Exchange what replicas have to tell after a step; and what counts now, if it was told before this began."""
+        when, columns = self._terms.when, [column for owned in runs for column in self._columns_of(owned)]
+
+        def of(fragments: Collection[int]) -> list[Column]:
+            return [c for c in columns if self._fragment_of[c.common.parameter] in fragments]
+
+        told = {fragment for fragment in range(when.fragments) if when.sends(step, fragment)}
+        if told:
+            self._telling.exchange(step, of(told))
+        self._told |= dict.fromkeys(told, step)
+        counts = [fragment for fragment in range(when.fragments) if when.applies(step, fragment)]
+        if again := {fragment for fragment in counts if self._told.get(fragment) != step - when.delay}:
+            self._telling.exchange_again(step, of(again), SENT)
 
     def _commit(self, owned: OwnedRun, step: int, update: Callable[[], None] | None) -> None:
         """As of `EveryStep`; where replicas part after the step, they take the model's values with it."""
@@ -118,53 +143,45 @@ class LocalSteps(EveryStep):
             def update_and_part() -> None:
                 if update is not None:
                     update()
-                for common, *replicas in columns:
-                    for replica in replicas:
-                        _take_over(replica, common)
-                    if MOMENTUM in common.state:
-                        common.state[MOMENTUM].zero_()
+                for column in columns:
+                    for replica in self._here(column):
+                        _take_over(replica, column.common)
+                    if MOMENTUM in column.common.state:
+                        column.common.state[MOMENTUM].zero_()
 
             self._commit_column(owned, step, update_and_part)
 
     def _agree(self, owned: OwnedRun, step: int) -> None:
         """Bring a run of the model itself, and of all replicas, to what they have agreed on after ``step``."""
         when, columns = self._terms.when, self._columns_of(owned)
-        parts = {self._fragment_of[common.parameter] for common, *_ in columns}
+        parts = {self._fragment_of[column.common.parameter] for column in columns}
         if not any(when.sends(step, part) or when.applies(step, part) for part in parts):
             super()._commit(owned, step, None)
             return
 
         def update() -> None:
-            for number, (common, *replicas) in enumerate(columns):
-                part, moved = self._fragment_of[common.parameter], []
+            for column in columns:
+                part, told = self._fragment_of[column.common.parameter], list[Tensor]()
                 if when.sends(step, part):
-                    key = mix(mix(self._terms.seed, step), owned.run.first + number)
-                    moved = [self._moved(common, replica, mix(key, r)) for r, replica in enumerate(replicas)]
+                    told = self._telling.words(step, column)
                 if when.delay:
-                    for replica, words in zip(replicas, moved, strict=False):
+                    for replica, words in zip(column.replicas, told, strict=False):
                         replica.state[SENT].copy_(words)
                 if when.applies(step, part):
-                    self._apply(common, replicas, moved or [replica.state[SENT] for replica in replicas])
+                    self._apply(column, told or [replica.state[SENT] for replica in column.replicas])
 
         self._commit_column(owned, step, update)
 
-    def _moved(self, common: Unit, replica: Unit, key: int) -> Tensor:
-        """How far a replica has moved away from the model, as it tells the others."""
-        moved, codec = common.values - replica.values, self._terms.codec
-        if codec is None:
-            return moved
-        data = codec.encode(moved.flatten().float(), torch.Generator().manual_seed(key))
-        return codec.decode(data, moved.numel()).to(moved.dtype).view_as(moved)
-
-    def _apply(self, common: Unit, replicas: Sequence[Unit], moved: Sequence[Tensor]) -> None:
-        """The model follows replicas that have told how far they had moved, and they follow it."""
-        terms = self._terms
-        if terms.outer is None and terms.codec is None and not terms.when.delay:
-            common.values.copy_(fold([replica.values for replica in replicas], torch.add) / len(replicas))
+    def _apply(self, column: Column, told: Sequence[Tensor]) -> None:
+        """The model follows what replicas have told, and they follow it."""
+        terms, common = self._terms, column.common
+        mean = fold(told, torch.add) / len(told)
+        if self._telling.values:
+            common.values.copy_(mean)
         else:
-            follow(common, fold(moved, torch.add) / len(moved), terms.outer)
+            follow(common, mean, terms.outer)
         keep = terms.mix if terms.when.delay else 0.0
-        for replica in replicas:
+        for replica in self._here(column):
             if keep:
                 replica.values.lerp_(common.values, 1 - keep)
             else:
@@ -190,11 +207,15 @@ class LocalSteps(EveryStep):
             for replica in replicas if when.applies(step, 0) or when.parts(step) else ():
                 replica.copy_(common)
 
-    def _columns_of(self, owned: OwnedRun) -> list[tuple[Unit, ...]]:
+    def _columns_of(self, owned: OwnedRun) -> list[Column]:
         """For each unit of a run of the model itself: it, and that of every replica."""
         if owned.run not in self._columns:
-            self._columns[owned.run] = self._owner.columns(owned.run)
+            self._columns[owned.run] = [Column(*column) for column in self._owner.columns(owned.run)]
         return self._columns[owned.run]
+
+    def _here(self, column: Column) -> list[Unit]:
+        """The replicas that this host keeps."""
+        return [replica for replica, here in zip(column.replicas, self._telling.here, strict=True) if here]
 
     def _commit_column(self, owned: OwnedRun, step: int, update: Callable[[], None]) -> None:
         """Change a run of the model itself and of all replicas, whole or not at all."""
@@ -249,11 +270,19 @@ def agreements(config: SyncConfig) -> Agreements:
 def terms_of(config: TrainingConfig) -> Terms:
     """How replicas agree in a run."""
     sync = config.sync
+    return Terms(agreements(sync), sync.outer if sync.mode == "diloco" else None, sync.mix, sync.proximal)
+
+
+def telling_of(config: TrainingConfig, here: Sequence[bool], gather: Gather | None) -> Telling:
+    """What replicas of a run tell each other.
+
+    Arguments:
+        here, gather: see `Telling`.
+    """
+    sync = config.sync
     codecs: dict[str, Codec | None] = {"none": None, "bf16": Cast(torch.bfloat16), "int8": Quantized()}
-    outer = sync.outer if sync.mode == "diloco" else None
-    return Terms(
-        agreements(sync), outer, codecs[sync.compression], sync.mix, sync.proximal, derive(config.seed, "sent")
-    )
+    plain = sync.mode == "local" and sync.compression == "none" and not sync.delay  # their average, to the last bit
+    return Telling(codecs[sync.compression], derive(config.seed, "sent"), plain, here, gather)
 
 
 def turns_of(flat: FlatLayout, config: SyncConfig) -> list[int]:

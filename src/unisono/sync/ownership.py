@@ -204,10 +204,10 @@ class Owner:
             result.append(OwnedRun(run, image, spans, members, stretch, gradients, team, replica))
         return result
 
-    def columns(self, run: Run) -> list[tuple[Unit, ...]]:
-        """For each unit of a run of the model itself: it, and the same of every replica."""
+    def columns(self, run: Run) -> list[tuple[int, Unit, list[Unit]]]:
+        """For each unit of a run of the model itself: its first block, it, and the same of every replica."""
         parts = [self._units(Run(*part)) for part in self._layout.flat.column(run.first, run.stop)]
-        return [tuple(unit for unit, _ in column) for column in zip(*parts, strict=True)]
+        return [(block, unit, [other for other, _ in others]) for (unit, block), *others in zip(*parts, strict=True)]
 
     def beside_the_model(self, span: Span) -> tuple[Tensor, Tensor]:
         """The values of a span of a replica, and those of the model itself."""

@@ -198,9 +198,21 @@ def test_one_result_with_the_optimizers_state_on_a_disk(pool: LocalLauncher, tmp
     assert list(disk.iterdir()) == []
 
 
-@pytest.mark.parametrize("model", ["norm", "tied", "mlp"])
-def test_one_result_across_resumes_where_hosts_share_the_state(pool: LocalLauncher, tmp_path: Path, model: str) -> None:
-    settings: dict[str, Any] = {"model": model, "global_batch_size": 24}
+@pytest.mark.parametrize(
+    ("model", "optimizer"),
+    [
+        ("norm", "adamw"),
+        ("tied", "adamw"),
+        ("mlp", "adamw"),
+        ("scaled", "adamw"),
+        ("scaled", "lamb"),
+        ("mlp", "adafactor"),
+    ],
+)
+def test_one_result_across_resumes_where_hosts_share_the_state(
+    pool: LocalLauncher, tmp_path: Path, model: str, optimizer: str
+) -> None:
+    settings: dict[str, Any] = {"model": model, "optimizer": optimizer, "global_batch_size": 24}
     expected = train(pool, 1, **settings)
     settings |= {"run_dir": str(tmp_path), "checkpoint": {"every": 2}}
     for steps, workers, hosts, zero in ((1, 2, 2, 3), (2, 4, 2, 1), (3, 3, 3, 2), (4, 2, 1, None), (5, 3, 3, 3)):

@@ -166,6 +166,19 @@ def plain() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 300), nn.Tanh(), nn.Linear(300, 301), nn.ReLU(), nn.Linear(301, 4))
 
 
+class Scaled(nn.Module):
+    """A layer, and one number that is learned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x) * self.scale
+        return y
+
+
 class Embedded(nn.Module):
     """A table with sparse gradients, of which a sample uses six rows, and a layer."""
 
@@ -212,6 +225,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "plain": plain,
     "norm": norm,
     "embedded": Embedded,
+    "scaled": Scaled,
     "wide": wide,
     "tied": Tied,
     "untouched": Untouched,

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -182,8 +183,9 @@ def settings_of(name: str) -> dict[str, Any]:
     return {"global_batch_size": 24, "steps": 7, **way, "sync": {"replicas": 3, **way["sync"]}}
 
 
-def train(pool: LocalLauncher, workers: int, **arguments: Any) -> dict[str, Any]:
-    result: dict[str, Any] = pool.run({"call": "tests.jobs:train", "arguments": arguments}, workers).results[0]
+def train(pool: LocalLauncher, workers: int, hosts: int = 1, **arguments: Any) -> dict[str, Any]:
+    target = {"call": "tests.jobs:train", "arguments": {"deadline_s": 20.0, **arguments}}
+    result: dict[str, Any] = pool.run(target, workers, hosts=hosts).results[0]
     return result
 
 
@@ -204,6 +206,54 @@ def test_one_result_across_a_resume(pool: LocalLauncher, name: str, tmp_path: Pa
     train(pool, 3, run_dir=str(tmp_path), **{**settings, "steps": 4})
     found = train(pool, 2, run_dir=str(tmp_path), resume=True, **settings)
     assert found["digest"] == expected["digest"] and found["losses"] == expected["losses"][4:]
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_one_result_on_any_hosts(pool: LocalLauncher, name: str, tmp_path: Path) -> None:
+    """Three of one worker, and one of two beside one of one; stopped in the middle of a period or of an exchange on
+    three, resumed on one, and the other way round."""
+    settings = settings_of(name)
+    expected = train(pool, 1, validated=True, validate={"every": 2}, **settings)
+    for workers, hosts in ((3, 3), (3, 2)):
+        found = train(pool, workers, hosts, validated=True, validate={"every": 2}, **settings)
+        assert found["digest"] == expected["digest"]
+        assert found["losses"] == expected["losses"] and found["validations"] == expected["validations"]
+    for first, second in ((3, 1), (1, 3)):
+        directory = str(tmp_path / str(first))
+        train(pool, first, first, run_dir=directory, **{**settings, "steps": 4})
+        again = train(pool, second, second, run_dir=directory, resume=True, **settings)
+        assert again["digest"] == expected["digest"] and again["losses"] == expected["losses"][4:]
+
+
+@pytest.mark.parametrize(("moment", "step"), [("backward", 3), ("mid-update", 6), ("wait", 6)])
+def test_a_worker_of_two_hosts_is_killed(pool: LocalLauncher, moment: str, step: int, tmp_path: Path) -> None:
+    """(rank 1 of 2 hosts): all start again from what each host and its neighbour have kept, with the same bits."""
+    options: dict[str, Any] = {"model": "norm", "global_batch_size": 24, "clip": 0.1, "steps": 8}
+    options["sync"] = {"mode": "diloco", "replicas": 2, "period": 2, "fragments": 2, "delay": 1, "after": 1}
+    expected = train(pool, 1, **options)["digest"]
+    arguments = {
+        "strikes": [{"rank": 1, "step": step, "moment": moment, "how": "kill"}],
+        "fault": {"snapshot_every": 2},
+        "run_dir": str(tmp_path),
+        "deadline_s": 20.0,
+    }
+    ending = pool.run({"call": "tests.jobs:struck", "arguments": {**arguments, **options}}, 2, hosts=2)
+    assert ending.result["digest"] == expected
+    records = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [r["event"] for r in records].count("RolledBack") == 1
+
+
+def test_between_agreements_hosts_tell_each_other_next_to_nothing(pool: LocalLauncher, tmp_path: Path) -> None:
+    """Bytes that left the first host: all gradients until replicas part; then a few numbers a step, and words."""
+    sync = {"mode": "diloco", "replicas": 2, "period": 4, "after": 4, "compression": "bf16"}
+    settings = {"model": "wide", "global_batch_size": 16, "fault": {"on_loss": "stop"}}  # without snapshots
+    train(pool, 2, 2, steps=12, sync=sync, run_dir=str(tmp_path), **settings)
+    records = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    sent = [r["wire"]["sent_bytes"] for r in records if r["event"] == "StepFinished"]
+    size_bytes = 4 * sum(p.numel() for p in toys.MODELS["wide"]().parameters())
+    assert all(0.8 * size_bytes < n < 1.1 * size_bytes for n in sent[1:4])  # the first brings the initial state besides
+    assert all(n < 0.005 * size_bytes for n in (*sent[4:8], *sent[9:12]))
+    assert size_bytes / 2 < sent[8] < 0.55 * size_bytes  # what is told after step 8 is counted with the next
 
 
 @pytest.mark.parametrize("after", [0, 3, 6])
@@ -290,10 +340,15 @@ def test_a_run_goes_on_with_the_replicas_it_has(tmp_path: Path) -> None:
         fit(4, True)
 
 
-def test_several_hosts_are_refused() -> None:
-    given = {"global_batch_size": 8, "micro_batch_size": 1, "sync": {"mode": "local", "period": 2, "replicas": 2}}
-    with pytest.raises(ConfigurationError, match=r"sync\.mode local trains on one host so far, and there are 2"):
-        refuse_impossible(validate(TrainingConfig, given, "test"), Hosts((1, 1)))
+def test_a_replica_is_on_one_host() -> None:
+    given = {"global_batch_size": 8, "micro_batch_size": 1, "sync": {"mode": "local", "period": 2, "replicas": 4}}
+    config = validate(TrainingConfig, given, "test")
+    refuse_impossible(config, Hosts((2, 2)))
+    with pytest.raises(ConfigurationError, match="4 replicas with 2 micro-batches each would be divided between hosts"):
+        refuse_impossible(config, Hosts((1, 1, 1)))
+    pushed = validate(TrainingConfig, {**given, "sync": {"mode": "server"}}, "test")
+    with pytest.raises(ConfigurationError, match=r"sync\.mode server trains on one host so far, and there are 2"):
+        refuse_impossible(pushed, Hosts((1, 1)))
 
 
 def test_what_is_learned_after_the_last_agreement_is_told_of() -> None:

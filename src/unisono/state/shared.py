@@ -50,6 +50,7 @@ class SharedState:
         named = state.layout.regions.named
         regions = [] if values_everywhere else [named[name] for name in named if name.startswith("values ")]
         self._divided_values = [(region, self._kept(region)) for region in regions]
+        self._handed_on = [named[name] for name in named if name.startswith(("values ", "state "))]
         self._kept_here: list[Region] = []  # everything, values that all have included
         for name, region in named.items():
             divided = name.startswith("state ") or region in regions
@@ -95,9 +96,9 @@ class SharedState:
 
     def _hand_on(self, parts: Sequence[Tensor]) -> None:
         for part in parts:
-            if part.dim() == 0:  # scalars and buffers follow in `spread`
-                continue
             place = self._place(part)
+            if part.numel() and not any(overlap(place, own) for own in self._handed_on):  # it follows in `spread`
+                continue
             kept = [inside for own in self._kept_here if (inside := overlap(place, own)) is not None]
             self._spread_region(place, kept)
             if self._host == 0:
@@ -165,7 +166,7 @@ class SharedState:
         result: dict[str, dict[int, list[Tensor]]] = {}
         for name, tensor in state.named_tensors():
             kind, rest = name.split("/", 1)
-            if kind == BUFFER or (kind == PARAMETER and self._everywhere) or (tensor.dim() == 0 and elementwise):
+            if kind == BUFFER or (kind == PARAMETER and self._everywhere) or self._is_scalar(tensor):
                 continue
             parameter = self._parameter(rest if kind == PARAMETER else rest.rpartition("/")[0])
             if parameter is None or flat.parameters[parameter].group is None:
@@ -185,6 +186,10 @@ class SharedState:
 
     def _parameter(self, name: str) -> int | None:
         return next((p for p, spec in enumerate(self._state.layout.flat.parameters) if spec.tensor.name == name), None)
+
+    def _is_scalar(self, tensor: Tensor) -> bool:
+        """Whether it is a number that a block has, and not one that is learned."""
+        return overlap(self._place(tensor), self._state.layout.regions.named["scalars"]) is not None
 
     def _kept(self, region: Region) -> list[Region]:
         """The parts of a region that this host keeps."""

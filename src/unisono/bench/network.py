@@ -20,8 +20,8 @@ TOLERANCE = 1e-4
 """Relative: equal sums in another order are not another loss."""
 LONGER = 3
 """How many times DDP's steps a lossy method is given to reach DDP's loss."""
-AS_MANY_STEPS = ("ddp", "exact", "exact_unpacked", "bf16", "fp16")
-"""What reaches DDP's loss in as many steps."""
+AS_MANY_STEPS = ("ddp", "exact", "exact_unpacked", "bf16", "fp16", "alone")
+"""What reaches DDP's loss in as many steps, or does not try."""
 PEERS = ("ddp", "torch_powersgd")
 ATTEMPTS = 3
 """For peers: torch's hook fails now and then, since messages in gloo are not of the size that is expected."""
@@ -82,6 +82,7 @@ def summary(method: str, results: Sequence[dict[str, Any]], steps: int, goal: fl
     return {
         "method": method,
         "step_s": median(seconds),
+        "steps_per_s": 1 / mean(seconds),
         "bytes_per_step": round(mean(sent)),
         "final_loss": _smoothed(results, steps),
         "time_to_ddp_loss_s": _time_to(results, goal),
@@ -94,6 +95,7 @@ def joined(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "method": rows[0]["method"],
         "step_s": median(row["step_s"] for row in rows),
+        "steps_per_s": median(row["steps_per_s"] for row in rows),
         "bytes_per_step": round(median(row["bytes_per_step"] for row in rows)),
         "final_loss": median(row["final_loss"] for row in rows),
         "time_to_ddp_loss_s": None if None in reached else median(reached),
@@ -150,6 +152,7 @@ def as_text(row: dict[str, Any], reference: dict[str, Any]) -> str:
     if reached:
         when += f" ({reference['time_to_ddp_loss_s'] / reached:.2f}x as soon)"
     return (
-        f"{row['method']:<15} {row['step_s'] * 1e3:8.1f} ms a step ({reference['step_s'] / row['step_s']:5.2f}x)  "
+        f"{row['method']:<16} {row['step_s'] * 1e3:8.1f} ms a step ({reference['step_s'] / row['step_s']:5.2f}x)  "
+        f"{row['steps_per_s']:6.2f} steps a second  "
         f"{row['bytes_per_step'] / 2**20:7.3f} MiB a step  loss {row['final_loss']:.4f}  {when}"
     )

@@ -27,15 +27,22 @@ from unisono.trainer import Trainer
 SEED = 0
 MICRO_BATCH = 2
 RANK, DENSITY = 4, 0.01
-UNISONO = {
+DILOCO = {"mode": "diloco", "period": 50}
+ALONE = "alone"
+UNISONO: dict[str, dict[str, Any]] = {
     "exact": {},
-    "exact_unpacked": {"lossless": "never"},
-    "bf16": {"compression": "bf16"},
-    "fp16": {"compression": "fp16"},
-    "int8": {"compression": "int8"},
-    "sign": {"compression": "sign"},
-    "top_k": {"compression": "top_k", "density": DENSITY, "warmup_steps": 0},
-    "powersgd": {"compression": "powersgd", "rank": RANK},
+    "exact_unpacked": {"wire": {"lossless": "never"}},
+    "bf16": {"wire": {"compression": "bf16"}},
+    "fp16": {"wire": {"compression": "fp16"}},
+    "int8": {"wire": {"compression": "int8"}},
+    "sign": {"wire": {"compression": "sign"}},
+    "top_k": {"wire": {"compression": "top_k", "density": DENSITY, "warmup_steps": 0}},
+    "powersgd": {"wire": {"compression": "powersgd", "rank": RANK}},
+    "diloco": {"sync": DILOCO},
+    "diloco_bf16": {"sync": {**DILOCO, "compression": "bf16"}},
+    "diloco_int8": {"sync": {**DILOCO, "compression": "int8"}},
+    "diloco_streaming": {"sync": {**DILOCO, "compression": "bf16", "fragments": 2, "delay": 10}},
+    ALONE: {},
 }
 METHODS = ("ddp", *UNISONO, "torch_powersgd")
 
@@ -64,7 +71,9 @@ class Meter:
 def unisono(method: str, steps: int, meter: Meter) -> None:
     """Unisono, as a user would call it."""
     subject = task()
-    world = int(os.environ["WORLD_SIZE"])
+    if method == ALONE:
+        del os.environ["WORLD_SIZE"], os.environ["RANK"]
+    world = int(os.environ.get("WORLD_SIZE", "1"))
 
     def note(event: Event) -> None:
         if isinstance(event, StepFinished):
@@ -79,7 +88,7 @@ def unisono(method: str, steps: int, meter: Meter) -> None:
         global_batch_size=MICRO_BATCH * world,
         micro_batch_size=MICRO_BATCH,
         seed=SEED,
-        wire=UNISONO[method],
+        **UNISONO[method],
         observe={"progress": False},
     )
     trainer.fit(steps)

@@ -132,7 +132,11 @@ def network(
     rate: Annotated[str, typer.Option(help="Of the link between two hosts, as tc writes it.")] = "100mbit",
     steps: Annotated[int, typer.Option(min=20, help="Steps of DDP, and of what loses nothing.")] = 60,
     methods: Annotated[
-        str, typer.Option(help="Ways of moving gradients, besides ddp.")
+        str,
+        typer.Option(
+            help="Ways of moving gradients, besides ddp; diloco, diloco_bf16, diloco_int8, diloco_streaming: hosts "
+            "agree every 50 steps; alone: they never do."
+        ),
     ] = "exact,exact_unpacked,bf16,int8,powersgd,top_k,sign,torch_powersgd",
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds, about 6 minutes each at 100 Mbit/s.")] = 1,
     as_json: JsonOption = False,

@@ -49,6 +49,10 @@ from unisono.run.summation import Node, accumulation
 
 T = TypeVar("T")
 
+DOZE_S = 0.05
+"""How often the exchange thread looks around while nothing is to be done: each time takes the interpreter away from the
+backward."""
+
 
 @dataclass(frozen=True, slots=True)
 class Terms:
@@ -332,10 +336,10 @@ class Crossing:
         )
 
     def _await_own(self, ready: Callable[[], bool], operation: str) -> None:
-        """This worker's own backward may take its time."""
+        """This worker's own backward may take its time: whoever has something to say wakes this thread."""
 
         def doze(seconds: float) -> None:
-            if self.readiness.stirred.wait(seconds):
+            if self.readiness.stirred.wait(DOZE_S):
                 self.readiness.stirred.clear()
 
         own = replace(self._waiter, deadline_s=float("inf"), sleep=doze)
@@ -376,6 +380,7 @@ class Crossing:
     def close(self) -> None:
         """Let go of the wires and their thread; others that still wait on them fail."""
         self._closed = True
+        self.readiness.stirred.set()
         self._free()
         if self._thread is not None:
             self._thread.close(held_up=lambda: any(wire.awaits for wire in self._wires))

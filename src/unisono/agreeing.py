@@ -10,6 +10,7 @@ import torch
 
 from unisono.asynchronous import AsynchronousEngine
 from unisono.comm.group import Group
+from unisono.comm.hierarchical import HierarchicalGroup
 from unisono.comm.host import HostGroup
 from unisono.comm.locks import Locks
 from unisono.comm.partial import Partial
@@ -87,7 +88,7 @@ def policy_of(
         here = [shards.of_block[first] == prepared.place.host for first, _ in layout.flat.column(0, 0)[1:]]
     return LocalSteps(
         terms_of(config),
-        telling_of(config, here, group.all_gather if shards is not None else None),
+        telling_of(config, here, group.start_gather if isinstance(group, HierarchicalGroup) else None),
         turns_of(layout.flat, config.sync),
         owner,
         ArenaVersions(local, versions),

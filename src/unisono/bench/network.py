@@ -30,9 +30,14 @@ DEADLINE_S = 1800.0
 
 
 def bench(
-    rate: str | None, steps: int, methods: Sequence[str], rounds: int, say: Callable[[str], None] | None
+    rate: str | None, steps: int, samples: int, methods: Sequence[str], rounds: int, say: Callable[[str], None] | None
 ) -> list[dict[str, Any]]:
     """Measure, all methods in each round, DDP first; one row for each method, of medians over the rounds.
+
+    Arguments:
+        rate: of the link.
+        steps: of DDP, and of what loses nothing; others have `LONGER` times as many.
+        samples: of a step on each host.
 
     Raises:
         ConfigurationError: where this machine cannot have several hosts, or for a method that is not known.
@@ -51,7 +56,7 @@ def bench(
     for number in range(rounds):
         for method in order:
             longer = steps if method in AS_MANY_STEPS else steps * LONGER
-            results = _measure(rate, method, longer, say, ATTEMPTS if method in PEERS else 1)
+            results = _measure(rate, method, longer, samples, say, ATTEMPTS if method in PEERS else 1)
             goal = _smoothed(results, steps) if method == "ddp" else goal
             measured[method].append(summary(method, results, steps, goal))
             if say is not None:
@@ -60,18 +65,18 @@ def bench(
 
 
 def _measure(
-    rate: str | None, method: str, steps: int, say: Callable[[str], None] | None, attempts: int
+    rate: str | None, method: str, steps: int, samples: int, say: Callable[[str], None] | None, attempts: int
 ) -> list[dict[str, Any]]:
     """Run a method; one that fails is run again, which is said."""
     try:
         with Namespaces(HOSTS, rate) as hosts:
-            return _run(hosts, method, steps)
+            return _run(hosts, method, steps, samples)
     except WorkerFailed as error:
         if attempts == 1:
             raise
         if say is not None:
             say(f"{error}\nrunning {method} again")
-        return _measure(rate, method, steps, say, attempts - 1)
+        return _measure(rate, method, steps, samples, say, attempts - 1)
 
 
 def summary(method: str, results: Sequence[dict[str, Any]], steps: int, goal: float) -> dict[str, Any]:
@@ -122,9 +127,9 @@ def _time_to(results: Sequence[dict[str, Any]], goal: float) -> float | None:
     return None
 
 
-def _run(hosts: Namespaces, method: str, steps: int) -> list[dict[str, Any]]:
+def _run(hosts: Namespaces, method: str, steps: int, samples: int) -> list[dict[str, Any]]:
     """Train on all hosts; what each worker printed."""
-    argument = json.dumps({"method": method, "steps": steps})
+    argument = json.dumps({"method": method, "steps": steps, "samples": samples})
     results = []
     with ExitStack() as stack:
         running: list[tuple[subprocess.Popen[str], IO[str]]] = []

@@ -25,7 +25,6 @@ from unisono.tasks.lm import LanguageModel
 from unisono.trainer import Trainer
 
 SEED = 0
-MICRO_BATCH = 2
 RANK, DENSITY = 4, 0.01
 DILOCO = {"mode": "diloco", "period": 50}
 ALONE = "alone"
@@ -42,6 +41,7 @@ UNISONO: dict[str, dict[str, Any]] = {
     "diloco_bf16": {"sync": {**DILOCO, "compression": "bf16"}},
     "diloco_int8": {"sync": {**DILOCO, "compression": "int8"}},
     "diloco_streaming": {"sync": {**DILOCO, "compression": "bf16", "fragments": 2, "delay": 10}},
+    "diloco_streaming_int8": {"sync": {**DILOCO, "compression": "int8", "fragments": 2, "delay": 10}},
     ALONE: {},
 }
 METHODS = ("ddp", *UNISONO, "torch_powersgd")
@@ -68,7 +68,7 @@ class Meter:
             self.sent.append(int(counter.read()))
 
 
-def unisono(method: str, steps: int, meter: Meter) -> None:
+def unisono(method: str, steps: int, samples: int, meter: Meter) -> None:
     """Unisono, as a user would call it."""
     subject = task()
     if method == ALONE:
@@ -85,8 +85,8 @@ def unisono(method: str, steps: int, meter: Meter) -> None:
         data=subject.dataset("train"),
         optimizer=subject.optimizer,
         callbacks=[note],
-        global_batch_size=MICRO_BATCH * world,
-        micro_batch_size=MICRO_BATCH,
+        global_batch_size=samples * world,
+        micro_batch_size=samples,
         seed=SEED,
         **UNISONO[method],
         observe={"progress": False},
@@ -94,7 +94,7 @@ def unisono(method: str, steps: int, meter: Meter) -> None:
     trainer.fit(steps)
 
 
-def ddp(method: str, steps: int, meter: Meter) -> None:
+def ddp(method: str, steps: int, samples: int, meter: Meter) -> None:
     """DistributedDataParallel over gloo, on the same samples, from the same initial values, with or without a hook."""
     torch.set_num_threads(1)
     subject = task()
@@ -110,7 +110,7 @@ def ddp(method: str, steps: int, meter: Meter) -> None:
     optimizer = subject.optimizer(model.parameters())
     data = subject.dataset("train")
     feed = Feed(data, SEED, "training", None, torch.device("cpu"))
-    sampler = Sampler(feed.size, SEED, MICRO_BATCH * world, MICRO_BATCH)
+    sampler = Sampler(feed.size, SEED, samples * world, samples)
     for step in range(steps):
         batch: Any = feed.load(sampler.indices(step, rank).tolist(), 0, "benchmark")
         inputs, target = batch
@@ -131,7 +131,7 @@ def main() -> None:
     wanted: dict[str, Any] = json.loads(sys.argv[1])
     meter = Meter()
     run = unisono if wanted["method"] in UNISONO else ddp
-    run(wanted["method"], wanted["steps"], meter)
+    run(wanted["method"], wanted["steps"], wanted["samples"], meter)
     sys.stdout.write(json.dumps({"times": meter.times, "sent": meter.sent, "losses": meter.losses}) + "\n")
 
 

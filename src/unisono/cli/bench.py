@@ -138,6 +138,7 @@ def network(
             "agree every 50 steps; alone: they never do."
         ),
     ] = "exact,exact_unpacked,bf16,int8,powersgd,top_k,sign,torch_powersgd",
+    samples: Annotated[int, typer.Option(min=1, help="Sequences of 128 tokens that a host computes in a step.")] = 2,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds, about 6 minutes each at 100 Mbit/s.")] = 1,
     as_json: JsonOption = False,
 ) -> None:
@@ -147,7 +148,7 @@ def network(
     """
     from unisono.bench.network import as_text, bench
 
-    rows = bench(rate, steps, methods.split(","), rounds, None if as_json else typer.echo)
+    rows = bench(rate, steps, samples, methods.split(","), rounds, None if as_json else typer.echo)
     if as_json:
         typer.echo(json.dumps({"rows": rows}))
     elif rounds > 1:

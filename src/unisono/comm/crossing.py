@@ -13,6 +13,7 @@ import torch
 
 from unisono.comm.background import Background
 from unisono.comm.blame import Bulletin
+from unisono.comm.bulk import Bulk
 from unisono.comm.exchange import (
     TAGS_A_BUCKET,
     Canonical,
@@ -68,6 +69,7 @@ class Terms:
         shards: which host keeps what, where they share one state; None where every host has all of it.
         survives: other hosts go on where one is lost.
         apart: whether each host keeps the gradients of a step to itself, since its replicas train apart.
+        bulk: hosts tell each other much while training goes on.
     """
 
     link: Link
@@ -79,6 +81,7 @@ class Terms:
     shards: StateShards | None = None
     survives: bool = False
     apart: Callable[[int], bool] = lambda step: False
+    bulk: bool = False
 
 
 class Crossing:
@@ -138,6 +141,7 @@ class Crossing:
         self._wires: list[NetworkWire] = []
         self._thread: Background | None = None
         self._leaders: Leaders | None = None
+        self.bulk: Bulk | None = None
         self.data: NetworkWire | None = None
         self.packed: Packed | None = None
         if place.local_rank < place.hosts.lanes:
@@ -165,6 +169,8 @@ class Crossing:
         if way.may_pack and not self.data.ordered:
             self.packed = Packed(self.data)
         self._thread = Background("unisono-exchange", _one_thread)
+        if self._terms.bulk and lane == 0:
+            self.bulk = Bulk(self._new_wire(on_cpu, "bulk"), Background("unisono-bulk", _one_thread))
         self._leaders = Leaders(control, self.call, self._tag(1))
         self.reduce = self._reduction(self.data, control)
         self.lane = Lane(
@@ -304,7 +310,10 @@ class Crossing:
     def call(self, work: Callable[[], T], operation: str) -> T:
         """Do something with the wire: on its thread, so that this one can be freed."""
         assert self._thread is not None
-        running = self._thread.submit(work)
+        return self.result(self._thread.submit(work), operation)
+
+    def result(self, running: "Future[T]", operation: str) -> T:
+        """What another thread has been told to do, when it is done."""
         return self.patience.wait(lambda: running.result() if running.done() else None, running, operation)
 
     def _exchange(self, step: int) -> None:
@@ -382,8 +391,9 @@ class Crossing:
         self._closed = True
         self.readiness.stirred.set()
         self._free()
-        if self._thread is not None:
-            self._thread.close(held_up=lambda: any(wire.awaits for wire in self._wires))
+        for thread in (self._thread, self.bulk.thread if self.bulk is not None else None):
+            if thread is not None:
+                thread.close(held_up=lambda: any(wire.awaits for wire in self._wires))
         for wire in self._wires:
             wire.close()
 

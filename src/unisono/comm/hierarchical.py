@@ -522,19 +522,38 @@ class HierarchicalGroup:
     def _gather(self, payload: bytes, operation: str) -> list[bytes]:
         if self.crossing.closed:
             raise GroupError("other hosts than before go on")
-        telling = self.crossing.patience.telling
-        with telling():
+        own = self._gather_here(payload, operation)
+        joined = join(self.leaders.gather(join(own), operation)) if self.local.rank == 0 else b""
+        return self._hand_round(joined, operation)
+
+    def start_gather(self, payload: bytes, operation: str) -> Callable[[], list[bytes]]:
+        """As `all_gather`, while training goes on: what it returns is called, by all workers, for everyone's payload.
+
+        Only for groups whose `Terms` have ``bulk``.
+        """
+        own, crossing = self._gather_here(payload, operation), self.crossing
+        running = crossing.bulk.start(join(own), operation) if crossing.bulk is not None else None
+
+        def end() -> list[bytes]:
+            found = crossing.result(running, operation) if running is not None else []
+            return self._hand_round(join(found), operation)
+
+        return end
+
+    def _gather_here(self, payload: bytes, operation: str) -> list[bytes]:
+        """The payloads of this host's workers."""
+        with self.crossing.patience.telling():
             own = self.local.all_gather(payload, operation)
         self._refuse_losses(operation)
-        joined = b""
-        if self.local.rank == 0:
-            joined = join(self.leaders.gather(join(own), operation))
-        with telling():
+        return own
+
+    def _hand_round(self, joined: bytes, operation: str) -> list[bytes]:
+        """Everyone's payloads, from this host's first worker, who has them."""
+        with self.crossing.patience.telling():
             everything = self.local.all_gather(joined, operation, GRACE_S)[0]
         if not everything:
             self._refuse_losses(operation)
-        hosts = split(everything)
-        return [part for host in hosts for part in split(host)]
+        return [part for host in split(everything) for part in split(host)]
 
     def _refuse_losses(self, operation: str) -> None:
         """What a lost worker would have said, others must not do without: it is asked again in the next generation."""

@@ -42,6 +42,10 @@ class Mail:
         Arguments:
             await_all: waits for the message of a number, of all who live.
         """
+        if list(members) == [self._slot]:  # nobody reads it
+            self._number += 1
+            self._header.set_sequence(self._slot, self._number)
+            return [payload]
         room = MAILBOX_BYTES - _HEAD_BYTES
         received = [bytearray() for _ in members]
         totals = [0] * len(members)

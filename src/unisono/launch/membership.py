@@ -81,7 +81,8 @@ def join_hosts(
         way(config), table=_shared_table(link.store, name, world) if config.wire.algorithm == "auto" else ()
     )
     apart = agreements(config.sync).apart if config.sync.apart else lambda step: False
-    terms = Terms(link, flat, travel, config.micro_batches, teams, name, shards, survives, apart)
+    bulk = config.sync.apart
+    terms = Terms(link, flat, travel, config.micro_batches, teams, name, shards, survives, apart, bulk)
     group = HierarchicalGroup(local, place, terms, joins=world.joins)
     given = {"model": layout, "samples": samples, **config.model_dump(exclude={"run_dir", "observe"})}
     described, key = _described(given, config, device), f"{name}/run of host {place.host}"

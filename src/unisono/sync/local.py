@@ -29,7 +29,7 @@ from unisono.sync.every_step import EveryStep
 from unisono.sync.ownership import OwnedRun, Owner
 from unisono.sync.phases import Phases
 from unisono.sync.sums import StepSums
-from unisono.sync.telling import Column, Gather, Telling
+from unisono.sync.telling import Column, StartGather, Telling
 
 MOMENTUM, SENT = "outer_momentum", "sent"
 """State of the model itself, and of a replica whose words are under way."""
@@ -87,7 +87,6 @@ class LocalSteps(EveryStep):
         self._telling = telling
         each = len(self._flat.blocks) // (1 + self._flat.replicas)
         self._of_replicas = [block for block in kept if block >= each]
-        self._told: dict[int, int] = {}  # fragment -> the step after which this worker last heard of it
         self._fragment_of = fragment_of
         self._owner = owner
         self._all_versions = versions
@@ -117,7 +116,7 @@ class LocalSteps(EveryStep):
                 self._agree(owned, step)
 
     def _hear(self, runs: Sequence[OwnedRun], step: int) -> None:
-        """Exchange what replicas have to tell after a step; and what counts now, if it was told before this began."""
+        """Replicas tell what they have to after a step; what counts from now on has come."""
         when, columns = self._terms.when, [column for owned in runs for column in self._columns_of(owned)]
 
         def of(fragments: Collection[int]) -> list[Column]:
@@ -125,11 +124,12 @@ class LocalSteps(EveryStep):
 
         told = {fragment for fragment in range(when.fragments) if when.sends(step, fragment)}
         if told:
-            self._telling.exchange(step, of(told))
-        self._told |= dict.fromkeys(told, step)
-        counts = [fragment for fragment in range(when.fragments) if when.applies(step, fragment)]
-        if again := {fragment for fragment in counts if self._told.get(fragment) != step - when.delay}:
-            self._telling.exchange_again(step, of(again), SENT)
+            self._telling.begin(step, of(told))
+        counts = {fragment for fragment in range(when.fragments) if when.applies(step, fragment)}
+        if counts and when.delay:
+            self._telling.end_into(step - when.delay, of(counts), SENT)
+        elif counts:
+            self._telling.end(step)
 
     def _commit(self, owned: OwnedRun, step: int, update: Callable[[], None] | None) -> None:
         """As of `EveryStep`; where replicas part after the step, they take the model's values with it."""
@@ -161,14 +161,14 @@ class LocalSteps(EveryStep):
 
         def update() -> None:
             for column in columns:
-                part, told = self._fragment_of[column.common.parameter], list[Tensor]()
-                if when.sends(step, part):
-                    told = self._telling.words(step, column)
-                if when.delay:
-                    for replica, words in zip(column.replicas, told, strict=False):
+                part = self._fragment_of[column.common.parameter]
+                told = self._telling.words(step, column) if when.sends(step, part) else []
+                if when.applies(step, part):  # what was told before, with a delay
+                    kept = [replica.state[SENT] for replica in column.replicas] if when.delay else told
+                    self._apply(column, [words for words in kept if words is not None])
+                for replica, words in zip(column.replicas if when.delay else (), told, strict=False):
+                    if words is not None:  # else it is under way
                         replica.state[SENT].copy_(words)
-                if when.applies(step, part):
-                    self._apply(column, told or [replica.state[SENT] for replica in column.replicas])
 
         self._commit_column(owned, step, update)
 
@@ -273,7 +273,7 @@ def terms_of(config: TrainingConfig) -> Terms:
     return Terms(agreements(sync), sync.outer if sync.mode == "diloco" else None, sync.mix, sync.proximal)
 
 
-def telling_of(config: TrainingConfig, here: Sequence[bool], gather: Gather | None) -> Telling:
+def telling_of(config: TrainingConfig, here: Sequence[bool], gather: StartGather | None) -> Telling:
     """What replicas of a run tell each other.
 
     Arguments:

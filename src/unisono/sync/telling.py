@@ -11,8 +11,8 @@ from unisono.comm.compression import Codec
 from unisono.optim.blockwise import Unit
 from unisono.run.rng import mix
 
-Gather = Callable[[bytes, str], Sequence[bytes]]
-"""(payload, operation) -> everyone's payload, of all workers of all hosts."""
+StartGather = Callable[[bytes, str], Callable[[], Sequence[bytes]]]
+"""(payload, operation) -> what returns everyone's payload, of all workers of all hosts, when it is called."""
 _HEAD = struct.Struct("<qqq")
 
 
@@ -45,36 +45,54 @@ class Telling:
     seed: int
     values: bool
     here: Sequence[bool]
-    gather: Gather | None = None
-    _heard: Mapping[tuple[int, int], Tensor] = field(default_factory=dict)
+    gather: StartGather | None = None
+    _said: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    _under_way: dict[int, tuple[Callable[[], Sequence[bytes]], Sequence[Column]]] = field(default_factory=dict)
 
-    def exchange(self, step: int, columns: Sequence[Column]) -> None:
-        """Tell the others what this host's replicas have to tell after a step, and hear theirs; all workers call it.
+    def begin(self, step: int, columns: Sequence[Column]) -> None:
+        """Start to tell the others what this host's replicas have to tell after a step; all workers call it.
 
         Arguments:
             columns: that this worker brings to an agreement.
         """
         if self.gather is not None:
-            told = {(c.block, r): self._encoded(step, c, r) for c in columns for r in self._own}
-            self._heard = self._exchanged(self.gather, told, columns, f"words of replicas after step {step}")
+            self._said = {(c.block, r): self._encoded(step, c, r) for c in columns for r in self._own}
+            told = self.gather(b"".join(packed(self._said)), f"words of replicas after step {step}")
+            self._under_way[step] = told, columns
 
-    def exchange_again(self, step: int, columns: Sequence[Column], key: str) -> None:
-        """For whoever was not there when it was told: what replicas keep of it under a key of their state."""
+    def end(self, step: int) -> None:
+        """Have what others told after a step; all workers call it."""
+        if self.gather is not None:
+            told, columns = self._under_way.pop(step)
+            self._said |= _heard(told(), columns)
+
+    def end_into(self, step: int, columns: Sequence[Column], key: str) -> None:
+        """Keep what others told after a step under a key of their replicas' state; all workers call it.
+
+        Who was not there as it was told asks again for what replicas keep of it.
+        """
         if self.gather is None:
             return
-        told = {(c.block, r): _as_bytes(c.replicas[r].state[key]) for c in columns for r in self._own}
-        heard = self._exchanged(self.gather, told, columns, f"words that count after step {step}")
+        if step in self._under_way:
+            told, columns = self._under_way.pop(step)
+            heard = {k: (data, self._decoded) for k, data in _heard(told(), columns).items()}
+        else:
+            kept = {(c.block, r): _as_bytes(c.replicas[r].state[key]) for c in columns for r in self._own}
+            again = self.gather(b"".join(packed(kept)), f"words that were told after step {step}")
+            heard = {k: (data, _as_it_is) for k, data in _heard(again(), columns).items()}
         for column in columns:
             for r, replica in enumerate(column.replicas):
                 if not self.here[r]:
-                    replica.state[key].copy_(_from_bytes(heard[column.block, r], replica.state[key]))
+                    data, decode = heard[column.block, r]
+                    replica.state[key].copy_(decode(data, column))
 
-    def words(self, step: int, column: Column) -> list[Tensor]:
-        """What each replica has told of a unit after a step."""
-        replicas = range(len(column.replicas))
+    def words(self, step: int, column: Column) -> list[Tensor | None]:
+        """What each replica has told of a unit after a step; None for what has not come yet."""
         if self.gather is None:
-            return [self._decoded(self._encoded(step, column, r), column) for r in replicas]
-        return [self._decoded(self._heard[column.block, r], column) for r in replicas]
+            said = [self._encoded(step, column, r) for r in range(len(column.replicas))]
+            return [self._decoded(data, column) for data in said]
+        found = [self._said.get((column.block, r)) for r in range(len(column.replicas))]
+        return [None if data is None else self._decoded(data, column) for data in found]
 
     @property
     def _own(self) -> list[int]:
@@ -91,17 +109,14 @@ class Telling:
     def _decoded(self, data: Tensor, column: Column) -> Tensor:
         like = column.common.values
         if self.codec is None:
-            return _from_bytes(data, like)
+            return _as_it_is(data, column)
         return self.codec.decode(data, like.numel()).to(like.dtype).view_as(like)
 
-    @staticmethod
-    def _exchanged(
-        gather: Gather, told: Mapping[tuple[int, int], Tensor], columns: Sequence[Column], operation: str
-    ) -> dict[tuple[int, int], Tensor]:
-        """What all have told of these columns."""
-        wanted = {column.block for column in columns}
-        everyone = gather(b"".join(packed(told)), operation)
-        return {key: data for payload in everyone for key, data in unpacked(payload) if key[0] in wanted}
+
+def _heard(everyone: Sequence[bytes], columns: Sequence[Column]) -> dict[tuple[int, int], Tensor]:
+    """What all have told of these columns."""
+    wanted = {column.block for column in columns}
+    return {key: data for payload in everyone for key, data in unpacked(payload) if key[0] in wanted}
 
 
 def packed(told: Mapping[tuple[int, int], Tensor]) -> Iterator[bytes]:
@@ -125,5 +140,5 @@ def _as_bytes(values: Tensor) -> Tensor:
     return values.contiguous().view(-1).view(torch.uint8)
 
 
-def _from_bytes(data: Tensor, like: Tensor) -> Tensor:
-    return data.view(like.dtype).view(like.shape)
+def _as_it_is(data: Tensor, column: Column) -> Tensor:
+    return data.view(column.common.values.dtype).view(column.common.values.shape)

@@ -287,6 +287,8 @@ class Engine:
         if check_purity and not self._whole:
             _compare_made(step, stage, first, forwarded)
         self._under_way[stage, m] = _UnderWay(forwarded, activations)
+        if self._passages is None:
+            self._group.foretell(step, m, forwarded.scalars)
 
     @property
     def _whole(self) -> bool:

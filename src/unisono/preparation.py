@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from unisono.comm.foretold import foretold_bytes
 from unisono.comm.forms import LINE_BYTES
 from unisono.comm.header import ENTRIES
 from unisono.comm.host_layout import HostLayout, host_layout
@@ -218,6 +219,7 @@ def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) 
         crews=mesh.data * mesh.pipeline if mesh.tensor > 1 else 0,
         crew=mesh.tensor,
         pool_bytes=pool_layout(layout, update, config, workers, run_elements).size_bytes,
+        foretold_bytes=foretold_bytes(config.micro_batches, partials.scalars) if config.sync.apart else 0,
     )
     return Prepared(
         model=model,

@@ -4,7 +4,7 @@ Each local rank has a lane: it exchanges buckets with its like on the other host
 lane sums besides what is no gradient.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -26,6 +26,7 @@ from unisono.comm.exchange import (
     Words,
     equal_parts,
 )
+from unisono.comm.foretold import Foretold
 from unisono.comm.heads import Heads
 from unisono.comm.host import HostGroup
 from unisono.comm.leaders import Leaders
@@ -356,8 +357,27 @@ class Crossing:
 
     def _sum_heads(self, step: int, wire: NetworkWire) -> Reduction:
         """All that is no gradient; this lane may have had no bucket to wait for."""
-        self._await_own(lambda: self.readiness.over >= step, f"end of step {step}")
-        return self._heads(step, wire, self._tag(0))
+        foretold = self._foretold(step)
+        if foretold is not None:
+            own = [m for node in self.own_nodes() for m in foretold.of(node)]
+            self._await_own(lambda: foretold.has(step, own), f"losses of step {step}")
+        else:
+            self._await_own(lambda: self.readiness.over >= step, f"end of step {step}")
+        return self._heads(step, wire, self._tag(0), early=foretold is not None)
+
+    def _foretold(self, step: int) -> Foretold | None:
+        """Where hosts sum no gradients, and nothing else that a backward may change: what they tell each other early.
+
+        So they wait for each other only where one is behind by more than a backward.
+        """
+        return self._heads.foretold if self._terms.apart(step) and not self._local.partials.buffers else None
+
+    def foretell(self, step: int, micro_batch: int, scalars: Callable[[int], Sequence[float]]) -> None:
+        """A micro-batch has been forwarded."""
+        foretold = self._foretold(step)
+        if foretold is not None:
+            foretold.put(step, micro_batch, scalars(foretold.scalars))
+            self.readiness.stirred.set()
 
     def _is_summed(self, bucket: Bucket) -> None:
         store_fence()

@@ -74,6 +74,13 @@ class Group(Protocol):
     def begin(self, step: int, count: int) -> None:
         """What is published from here on belongs to ``step``, which has ``count`` micro-batches."""
 
+    def foretell(self, step: int, micro_batch: int, scalars: Callable[[int], Sequence[float]]) -> None:
+        """A micro-batch has been forwarded.
+
+        Arguments:
+            scalars: what those of its partial will be, by how many there are.
+        """
+
     def check(self) -> None:
         """Called between micro-batches.
 

@@ -8,6 +8,7 @@ import torch
 from unisono.comm.algorithms import as_tensor
 from unisono.comm.canonical import Cover, sum_heads
 from unisono.comm.exchange import Crews, ExchangePlan, Reduction, held
+from unisono.comm.foretold import Foretold
 from unisono.comm.host import HostGroup
 from unisono.comm.partial import Partial, head_layout, pack_head, unpack_head
 from unisono.comm.wire import Wire
@@ -29,6 +30,7 @@ class Heads:
     Attributes:
         flags: everyone's requests joined, of the step that was summed last.
         reports: seconds in each phase of the step before it, by rank.
+        foretold: what is known before gradients are; None where that is of no use.
     """
 
     def __init__(
@@ -42,15 +44,26 @@ class Heads:
         self._total = total
         self._layout = head_layout(local.partials)
         self._head_bytes = len(pack_head(self._new()))
+        self.foretold: Foretold | None = None
+        if local.layout.regions.named["foretold"].size_bytes:
+            memory = local.arena.bytes(local.layout.regions.named["foretold"])
+            self.foretold = Foretold(memory, plan.count, len(self._new().scalars))
         self.flags = 0
         self.reports: dict[int, list[float]] = {}
 
-    def __call__(self, step: int, wire: Wire, tag: int) -> Reduction:
-        """Sum a step's heads into the total."""
+    def __call__(self, step: int, wire: Wire, tag: int, *, early: bool = False) -> Reduction:
+        """Sum a step's heads into the total.
+
+        Arguments:
+            early: by what is foretold.
+        """
         own = self._place.host
         share = self._plan.shares[own]
-        self._local.await_published(step, [part.node for part in share.parts])
-        heads = {node: self._summed(node) for node in share.nodes}
+        if early:
+            heads = {node: self._expected(step, node) for node in share.nodes}
+        else:
+            self._local.await_published(step, [part.node for part in share.parts])
+            heads = {node: self._summed(node) for node in share.nodes}
         reports = [value for row in self._local.reports(step - 1) for value in row]
         about = np.array([self._local.flags_by_now(), *reports], dtype=np.float64).tobytes()
         packed = as_tensor(b"".join([about, *(pack_head(heads[node]) for node in share.nodes)]))
@@ -85,6 +98,20 @@ class Heads:
         covers: list[Cover] = [list(held(self._local, crews, share, node).items()) for crews in self._crews]
         buffers = [covers[team] for team in self._teams.buffers]
         sum_heads(covers[self._teams.loss], buffers, self._plan.count, head, node)
+        return head
+
+    def _expected(self, step: int, node: Node) -> Partial:
+        """The head that one of this host's subtrees will have."""
+        assert self.foretold is not None
+        head, foretold = self._new(), self.foretold
+        micro_batches = foretold.of(node)
+        self._local.interruptible(
+            lambda: True if foretold.has(step, micro_batches) else None,
+            f"losses of step {step}",
+            lambda: f"not all of this host's are known; {self._local.doing()}",
+        )
+        for i, value in enumerate(foretold.summed(node)):
+            head.scalars[i] = value
         return head
 
     def _new(self) -> Partial:

@@ -210,6 +210,10 @@ class HierarchicalGroup:
     def check(self) -> None:
         """What a worker has begun counts, whichever hosts go on with the step."""
 
+    def foretell(self, step: int, micro_batch: int, scalars: Callable[[int], Sequence[float]]) -> None:
+        """Where hosts keep their gradients to themselves, the others may know already."""
+        self.crossing.foretell(step, micro_batch, scalars)
+
     def partial(self, entry: int) -> Partial:
         """This worker's buffer number ``entry``; in rounds all share the memory of one gradient, one after another."""
         if self._rounds == 0:

@@ -253,6 +253,9 @@ class HostGroup:
         if self.roll.broken:
             raise ReplicaBroken("a worker of this replica is lost")
 
+    def foretell(self, step: int, micro_batch: int, scalars: Callable[[int], Sequence[float]]) -> None:
+        """Nobody needs it before the gradient."""
+
     def check(self) -> None:
         """Nothing that is computed alone becomes useless here."""
 

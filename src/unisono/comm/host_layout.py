@@ -91,6 +91,7 @@ def host_layout(
     crews: int = 0,
     crew: int = 1,
     pool_bytes: int = 0,
+    foretold_bytes: int = 0,
 ) -> HostLayout:
     """Divide an arena.
 
@@ -102,6 +103,7 @@ def host_layout(
         crews: groups of tensor-parallel workers.
         crew: workers of each.
         pool_bytes: what workers that wait for nobody take in turn.
+        foretold_bytes: what is known of micro-batches before their gradients are.
     """
     if entries > ENTRIES:
         raise ValueError(f"{entries} partials a slot exceed the {ENTRIES} that can be published")
@@ -125,6 +127,7 @@ def host_layout(
         regions.add("summed", 8 * (buckets + 2))
         regions.add("total", partial_bytes, PAGE)
         regions.add("wire", wire_bytes, PAGE)
+        regions.add("foretold", foretold_bytes)
     regions.add("pool", pool_bytes, PAGE)
     if passages is not None:
         passages.add_to(regions)

@@ -35,6 +35,11 @@ class PartialLayout:
         """Bytes of one partial."""
         return self.fields.size_bytes
 
+    @property
+    def scalars(self) -> int:
+        """How many numbers it holds besides tensors."""
+        return self.fields.named["scalars"].size_bytes // 8
+
 
 def torch_dtype(name: str) -> torch.dtype:
     """A dtype by torch's name for it."""

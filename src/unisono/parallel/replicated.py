@@ -51,6 +51,11 @@ class Forwarded:
     rest: Rest | None = None
     replica: int = 0
 
+    def scalars(self, count: int) -> list[float]:
+        """What a partial's scalars, ``count`` of them, are for this micro-batch alone."""
+        own = {0: self.value, 1: self.weight, 2 + self.replica: self.weight}
+        return [own.get(i, 0.0) for i in range(count)]
+
 
 def split(batch: object) -> tuple[object, object]:
     """Input and target of a batch: the two parts of a pair, or the batch itself as both."""
@@ -357,9 +362,7 @@ class Replica:
             self._sharded.end()
         self.buffers.add(chain, forwarded.buffers, self._buffer_sets[forwarded.stage])
         if forwarded.stage in (self._last, WHOLE):
-            own = {0: forwarded.value, 1: forwarded.weight, 2 + forwarded.replica: forwarded.weight}
-            for i in range(len(chain[0].scalars)):
-                value = own.get(i, 0.0)
+            for i, value in enumerate(forwarded.scalars(len(chain[0].scalars))):
                 for partial in chain:
                     value = partial.scalars[i] = partial.scalars[i] + value
 

@@ -4,6 +4,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -132,7 +133,7 @@ def unpacked(payload: bytes) -> Iterator[tuple[tuple[int, int], Tensor]]:
     while at < len(payload):
         block, replica, size_bytes = _HEAD.unpack_from(payload, at)
         at += _HEAD.size
-        yield (block, replica), torch.frombuffer(bytearray(payload[at : at + size_bytes]), dtype=torch.uint8)
+        yield (block, replica), torch.from_numpy(np.frombuffer(payload, np.uint8, size_bytes, at).copy())
         at += size_bytes
 
 

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.optim import SGD, AdamW, Optimizer
 
 from unisono.bench.optimizers import accuracy, digits, network
+from unisono.config import ScheduleConfig
 from unisono.data.feed import Dataset
 from unisono.events import Event, StepFinished
 from unisono.tasks.lm import LanguageModel
@@ -100,6 +101,7 @@ class Problem:
         batch: of a step where all workers take part in each; a worker's part of it is one push, or one replica's.
         meetings: of workers that do not wait for each other.
         rate: of a step's batch.
+        schedule: of the rate.
     """
 
     model: Callable[[], nn.Module]
@@ -112,6 +114,7 @@ class Problem:
     batch: int
     meetings: int
     rate: float
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
 
 def problem(task: str) -> Problem:
@@ -137,8 +140,11 @@ def problem(task: str) -> Problem:
         return AdamW(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.1)
 
     train, validation = text.dataset("train"), Some(text.dataset("validation"), 1600)
-    steps = 3000 if task == "gpt-long" else 400
-    return Problem(text.model, text.loss, train, validation, adamw, _byte_is_right, 32 * steps, 32, 4, 3e-3)
+    parts = text.model, text.loss, train, validation, adamw, _byte_is_right
+    if task == "gpt-long":
+        cosine = ScheduleConfig(name="cosine", warmup_steps=100, final=0.1)
+        return Problem(*parts, 32 * 3000, 32, 4, 2e-3, cosine)
+    return Problem(*parts, 32 * 400, 32, 4, 3e-3)
 
 
 class Some:
@@ -192,6 +198,7 @@ def measure(task: str, way: str, seed: int) -> dict[str, Any]:
         validation=given.validation,
         metrics=given.metrics,
         validate={"every": steps},
+        schedule=given.schedule,
         sync=sync,
         global_batch_size=batch,
         micro_batch_size=unit,

@@ -6,12 +6,14 @@ from unisono.comm.registration import register_with_torch
 
 if TYPE_CHECKING:
     from unisono.config import Layout, ScalingConfig, ScheduleConfig
+    from unisono.data.clients import Clients
     from unisono.errors import UnisonoError
     from unisono.predictions import read_predictions
     from unisono.trainer import Predicted, Result, Trainer
 
 __version__ = "0.1.0"
 __all__ = [
+    "Clients",
     "Layout",
     "Predicted",
     "Result",
@@ -24,6 +26,7 @@ __all__ = [
 ]
 
 _ROOMS = {
+    "Clients": "unisono.data.clients",
     "Layout": "unisono.config",
     "Predicted": "unisono.trainer",
     "Result": "unisono.trainer",

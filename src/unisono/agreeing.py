@@ -28,6 +28,7 @@ from unisono.plan.rounds import RoundsLayout, RoundsPool
 from unisono.preparation import Prepared, pool_layout
 from unisono.replaying import ReplayEngine, RoundsReplayEngine
 from unisono.rounds import RoundsEngine
+from unisono.run.clients import Federation
 from unisono.state.order import write_order, write_rounds
 from unisono.state.training_state import TrainingState
 from unisono.sync.every_step import EveryStep, GatheredSquares, Rates
@@ -52,12 +53,14 @@ def policy_of(
     versions: memoryview,
     schedule: Schedule,
     replica: int,
+    federation: Federation | None,
 ) -> EveryStep:
     """How the workers agree, and what this one updates.
 
     Arguments:
         run_memory: of a slot.
         replica: the number of the state that this worker updates a part of.
+        federation: the clients that take turns as replicas.
     """
     layout = prepared.layout
     optimizer = BlockOptimizer(prepared.optimizer, prepared.update, state.python_state())
@@ -87,7 +90,7 @@ def policy_of(
     if shards is not None:
         here = [shards.of_block[first] == prepared.place.host for first, _ in layout.flat.column(0, 0)[1:]]
     return LocalSteps(
-        terms_of(config),
+        terms_of(config, federation),
         telling_of(config, here, group.start_gather if isinstance(group, HierarchicalGroup) else None),
         turns_of(layout.flat, config.sync),
         owner,

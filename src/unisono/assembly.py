@@ -46,12 +46,13 @@ from unisono.plan.roster import Lot
 from unisono.plan.schedule import WHOLE, timetable
 from unisono.preparation import Objects, Prepared, crews_of, prepare, rehearse, value_groups
 from unisono.protection import protected, snapshots_of
+from unisono.run.clients import ClientSampler
 from unisono.run.rng import ModuleRandom
 from unisono.run.sampling import Sampler
 from unisono.state.shared import SharedState
 from unisono.state.snapshots import Snapshots
 from unisono.state.training_state import TrainingState
-from unisono.sync.local import replica_of
+from unisono.sync.local import federation_of, replica_of
 from unisono.sync.ownership import RunMemory
 from unisono.sync.phases import Phases
 from unisono.sync.policy import Executes
@@ -265,7 +266,9 @@ def _worker(
 
     locks = Locks(to_lock, local.waiter) if config.sync.pushes else None
     share, passages = _share(prepared, config, group, local)
-    sampler = Sampler(feed.size, config.seed, config.global_batch_size, config.micro_batch_size)
+    order = (config.seed, config.global_batch_size, config.micro_batch_size)
+    federation = federation_of(config, objects.data)
+    sampler = Sampler(feed.size, *order) if federation is None else ClientSampler(feed.size, *order, federation)
     names = [name for name, _ in prepared.layout.flat.uses] + [spec.name for spec in prepared.layout.buffers]
     if group is local and passages is None and tensor is None and _copies_pay(config, host.slots):
         local.copies = Copies(local, host.entries, names)
@@ -284,7 +287,7 @@ def _worker(
             group,
             replica,
             training,
-            policy_of(prepared, config, group, local, state, run_memory, versions, schedule, mine),
+            policy_of(prepared, config, group, local, state, run_memory, versions, schedule, mine, federation),
             config.micro_batches,
             share,
             phases,

@@ -296,6 +296,12 @@ class SyncConfig(Section):
         lt=1,
         description="With a delay: how much of its own values a replica keeps when an agreement comes.",
     )
+    clients: int | None = Field(
+        None,
+        ge=1,
+        description="Data are divided among so many clients (a dataset may say how), of which `replicas` train in each "
+        "period; what each has learned counts by its samples (federated averaging).",
+    )
     proximal: float = Field(0.0, ge=0, description="A pull of every replica towards the model, by this rate (FedProx).")
     staleness: int | None = Field(
         None,
@@ -349,11 +355,23 @@ class SyncConfig(Section):
             raise ValueError(f"mode is {self.mode} and period is missing: after how many steps do replicas agree?")
         if self.mode != "diloco" and "outer" in self._given():
             raise ValueError(f"outer is for mode diloco, not {self.mode}")
+        if self.clients is not None:
+            self._refuse_with_clients()
         if self.fragments > self.period:
             raise ValueError(f"{self.fragments} fragments cannot agree in turn within {self.period} steps")
         if self.delay >= self.period:
             raise ValueError(f"delay is {self.delay}; an agreement comes before the next, within {self.period} steps")
         return self
+
+    def _refuse_with_clients(self) -> None:
+        """Clients change from period to period: what each has learned is agreed on as a whole."""
+        further = {"after": self.after > 0, "fragments": self.fragments > 1, "delay": self.delay > 0}
+        if given := [name for name, wrong in further.items() if wrong]:
+            raise ValueError(f"{given[0]} is given, and clients change from period to period; leave {given[0]} out")
+        if self.replicas is not None and self.clients is not None and self.replicas > self.clients:
+            raise ValueError(
+                f"replicas is {self.replicas} and clients is {self.clients}; no more can train at a time than there are"
+            )
 
     def _given(self) -> set[str]:
         """Keys with other values than their defaults: a resolved configuration has all keys."""

@@ -18,7 +18,8 @@ from unisono.run.sampling import Sampler
 class Dataset(Protocol):
     """A map-style dataset: ``dataset[i]`` is a sample, usually a pair (input, target).
 
-    One whose samples differ in what they take may have ``cost(i)`` too: workers' shares follow it.
+    One whose samples differ in what they take may have ``cost(i)`` too: workers' shares follow it. One that several
+    clients have may say which samples are whose: ``clients``, a sequence of sequences of indices.
     """
 
     def __len__(self) -> int:

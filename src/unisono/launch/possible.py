@@ -61,6 +61,11 @@ def with_replicas(config: TrainingConfig, hosts: Hosts) -> TrainingConfig:
             f"{config.micro_batches} micro-batches cannot be shared evenly by {hosts.size} replicas, one a worker; "
             "give sync.replicas, a number that divides them"
         )
+    if config.sync.clients is not None and hosts.size > config.sync.clients:
+        raise ConfigurationError(
+            f"sync.clients is {config.sync.clients}, and there are {hosts.size} workers, each of which would train "
+            "one; give sync.replicas, or start fewer workers"
+        )
     return config.model_copy(update={"sync": config.sync.model_copy(update={"replicas": hosts.size})})
 
 

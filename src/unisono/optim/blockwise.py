@@ -132,7 +132,9 @@ class BlockOptimizer:
         for unit in units:
             parameter = self._parameters[id(unit)]
             groups[unit.group]["params"].append(parameter)
-            if unit.present[0] and parameter not in self._optimizer.state:
+            if not unit.present[0]:  # also where it begins anew
+                self._optimizer.state.pop(parameter, None)
+            elif parameter not in self._optimizer.state:
                 self._optimizer.state[parameter] = dict(unit.state)
         if self._coupled:
             self._load_python_state(units)

@@ -18,11 +18,13 @@ from torch import Tensor
 from unisono.comm.compression import Cast, Codec, Quantized
 from unisono.comm.journal import Image
 from unisono.config import OuterConfig, SyncConfig, TrainingConfig
+from unisono.data.clients import parts_of
 from unisono.optim.blockwise import Unit
 from unisono.plan.agreement import Agreements, fragments
 from unisono.plan.assignment import Run
 from unisono.plan.blocks import FlatLayout
 from unisono.plan.roster import Loss
+from unisono.run.clients import Federation
 from unisono.run.rng import derive
 from unisono.run.summation import fold
 from unisono.sync.every_step import EveryStep
@@ -51,12 +53,21 @@ class Terms:
         outer: how the model follows them; None where it is their average.
         mix: how much of its own values a replica keeps, where an agreement comes with a delay.
         proximal: the rate by which replicas are pulled towards the model.
+        federation: the clients that take turns as replicas; None where replicas stay what they are.
     """
 
     when: Agreements
     outer: OuterConfig | None
     mix: float
     proximal: float
+    federation: Federation | None = None
+
+    def mean(self, told: Sequence[Tensor], step: int) -> Tensor:
+        """Of what replicas have told, after a step: by how much each counts."""
+        if self.federation is None:
+            return fold(told, torch.add) / len(told)
+        weights = self.federation.weights(step)
+        return fold([words * weight for words, weight in zip(told, weights, strict=True)], torch.add)
 
 
 class LocalSteps(EveryStep):
@@ -165,24 +176,25 @@ class LocalSteps(EveryStep):
                 told = self._telling.words(step, column) if when.sends(step, part) else []
                 if when.applies(step, part):  # what was told before, with a delay
                     kept = [replica.state[SENT] for replica in column.replicas] if when.delay else told
-                    self._apply(column, [words for words in kept if words is not None])
+                    self._apply(column, self._terms.mean([w for w in kept if w is not None], step))
                 for replica, words in zip(column.replicas if when.delay else (), told, strict=False):
                     if words is not None:  # else it is under way
                         replica.state[SENT].copy_(words)
 
         self._commit_column(owned, step, update)
 
-    def _apply(self, column: Column, told: Sequence[Tensor]) -> None:
-        """The model follows what replicas have told, and they follow it."""
+    def _apply(self, column: Column, mean: Tensor) -> None:
+        """The model follows what replicas have told on average, and they follow it; new clients begin anew."""
         terms, common = self._terms, column.common
-        mean = fold(told, torch.add) / len(told)
         if self._telling.values:
             common.values.copy_(mean)
         else:
             follow(common, mean, terms.outer)
         keep = terms.mix if terms.when.delay else 0.0
         for replica in self._here(column):
-            if keep:
+            if terms.federation is not None:
+                _take_over(replica, common)
+            elif keep:
                 replica.values.lerp_(common.values, 1 - keep)
             else:
                 replica.values.copy_(common.values)
@@ -201,7 +213,7 @@ class LocalSteps(EveryStep):
         for b in range(each):
             common, *replicas = values[b::each]
             if when.applies(step, 0) and common.dtype.is_floating_point:
-                common.copy_(fold(replicas, torch.add) / len(replicas))
+                common.copy_(self._terms.mean(replicas, step))
             elif when.applies(step, 0):
                 common.copy_(replicas[0])
             for replica in replicas if when.applies(step, 0) or when.parts(step) else ():
@@ -267,10 +279,20 @@ def agreements(config: SyncConfig) -> Agreements:
     return Agreements(config.period, config.after, config.fragments, config.delay)
 
 
-def terms_of(config: TrainingConfig) -> Terms:
+def federation_of(config: TrainingConfig, dataset: object) -> Federation | None:
+    """The clients of a run, and what each has of a dataset; None where replicas share all of it."""
+    sync = config.sync
+    if sync.clients is None:
+        return None
+    assert sync.replicas is not None and sync.period is not None
+    return Federation(parts_of(dataset, sync.clients), sync.replicas, sync.period, config.seed)
+
+
+def terms_of(config: TrainingConfig, federation: Federation | None) -> Terms:
     """How replicas agree in a run."""
     sync = config.sync
-    return Terms(agreements(sync), sync.outer if sync.mode == "diloco" else None, sync.mix, sync.proximal)
+    outer = sync.outer if sync.mode == "diloco" else None
+    return Terms(agreements(sync), outer, sync.mix, sync.proximal, federation)
 
 
 def telling_of(config: TrainingConfig, here: Sequence[bool], gather: StartGather | None) -> Telling:
@@ -305,6 +327,11 @@ def told_of(config: SyncConfig, steps: int) -> list[str]:
         f"{config.replicas} replicas train apart, and agree every {config.period} steps: the result depends on how "
         "many there are, not on workers"
     ]
+    if config.clients is not None:
+        told = [
+            f"{config.replicas} of {config.clients} clients train in each period of {config.period} steps; what each "
+            "has learned counts by its samples"
+        ]
     when = agreements(config)
     last = max(
         (step for step in range(1, steps + 1) if when.parts(step) or when.applies(step, 0)), default=config.after

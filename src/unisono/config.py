@@ -319,8 +319,10 @@ class SyncConfig(Section):
         None, ge=1, description="server, in rounds: pushes that count in a round; default: one a worker, less backup."
     )
     push: int = Field(1, ge=1, description="server, hogwild: micro-batches of a push.")
-    damping: bool = Field(
-        False, description="server: the rate of a push is divided by 1 + the number of others that came between."
+    damping: Literal["none", "rate", "momentum", "both"] = Field(
+        "none",
+        description="server: of a push before which t others came since its values were read: the rate is divided by "
+        "1 + t, the momentum is lower by t / (1 + t), down to 0; or both.",
     )
 
     record: bool = Field(
@@ -347,7 +349,7 @@ class SyncConfig(Section):
             raise ValueError(f"backup is for rounds, in which nobody is ahead; leave out staleness {self.staleness}")
         if self.accepted and not self.in_rounds:
             raise ValueError("accepted is for rounds; set staleness to 0, or backup")
-        if self.damping and self.in_rounds:
+        if self.damping != "none" and self.in_rounds:
             raise ValueError("damping is for pushes that are stale, and in rounds none is; leave it out")
         if not self.apart:
             return self

@@ -334,6 +334,11 @@ def _optimizer(objects: Objects, config: TrainingConfig, tensors: ModelTensors) 
             f"wire.momentum is {config.wire.momentum} and the optimizer has momentum of its own, which would count "
             "twice; set the optimizer's to 0"
         )
+    if config.sync.damping in ("momentum", "both") and not any(g.get("momentum") for g in optimizer.param_groups):
+        raise ConfigurationError(
+            f"sync.damping is {config.sync.damping}, and {type(optimizer).__name__} has no momentum to lower; use "
+            "damping: rate, or an optimizer with momentum"
+        )
     return optimizer
 
 

@@ -20,7 +20,9 @@ from unisono.errors import CheckpointError, ConfigurationError, UnisonoError
 from unisono.events import StepFinished
 from unisono.launch.local import LocalLauncher
 from unisono.launch.possible import refuse_to_compare
+from unisono.optim.blockwise import BlockOptimizer, Unit
 from unisono.optim.classes import pin_variant
+from unisono.plan.assignment import UpdateClass
 from unisono.plan.pool import Entry, Pool, PoolLayout, may_begin, staleness
 from unisono.plan.replay import Apply, Read, replayed
 from unisono.plan.rounds import Arrival, RoundsLayout, RoundsPool
@@ -28,6 +30,7 @@ from unisono.run.sampling import Sampler
 from unisono.state.checkpoint import newest_intact
 from unisono.state.export import state_dict
 from unisono.state.order import path_of, read_order, read_rounds, write_order
+from unisono.sync.server import Servers
 from unisono.trainer import Trainer
 
 
@@ -81,7 +84,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "asynchronous": {"model": "mlp", "sync": {"servers": 3}},
     "one server, BatchNorm, clipped": {"model": "norm", "clip": 0.1, "sync": {"servers": 1}},
     "bounded": {"model": "mlp", "optimizer": "sgd", "sync": {"staleness": 1, "servers": 2}},
-    "damped, several at once, by LAMB": {"model": "mlp", "optimizer": "lamb", "sync": {"damping": True, "push": 2}},
+    "damped, several at once, by LAMB": {"model": "mlp", "optimizer": "lamb", "sync": {"damping": "rate", "push": 2}},
+    "momentum damped": {"model": "mlp", "optimizer": "momentum", "sync": {"damping": "both", "servers": 2}},
     "some weigh nothing": {"model": "mlp", "loss": "sometimes", "sync": {"servers": 2}},
     "tied": {"model": "tied", "sync": {"servers": 2}},
     "untouched parameters": {"model": "untouched", "optimizer": "adam", "sync": {}},
@@ -277,7 +281,7 @@ def test_a_replay_of_another_run_is_refused(pool: LocalLauncher, tmp_path: Path)
         ({"mode": "server", "staleness": -1}, "sync.staleness"),
         ({"mode": "server", "staleness": 2, "backup": 1}, "backup is for rounds, in which nobody is ahead"),
         ({"mode": "server", "accepted": 2}, "accepted is for rounds; set staleness to 0, or backup"),
-        ({"mode": "server", "backup": 1, "damping": True}, "damping is for pushes that are stale"),
+        ({"mode": "server", "backup": 1, "damping": "rate"}, "damping is for pushes that are stale"),
     ],
 )
 def test_what_makes_no_sense_is_refused(sync: dict[str, Any], said: str) -> None:
@@ -476,6 +480,37 @@ def test_the_model_that_was_trained_is_evaluated_resumed_and_exported(sync: dict
     assert torch.equal(begun.model.state_dict()["0.weight"], weights["0.weight"])
     exact = small({}, start_from=str(newest))
     assert exact.fit(1).step == 1
+
+
+@pytest.mark.parametrize("damping", ["none", "rate", "momentum", "both"])
+def test_stale_pushes_count_less(damping: str) -> None:
+    """A push onto values that 0, 1 and 3 others have changed, beside torch's SGD with that rate and momentum."""
+    ours, theirs = (nn.Parameter(torch.full((64,), 2.0)) for _ in range(2))
+    plain = torch.optim.SGD([theirs], lr=0.1, momentum=0.6)
+    optimizer = BlockOptimizer(torch.optim.SGD([ours], lr=0.1, momentum=0.6), UpdateClass.ELEMENT, None)
+    gradient, buffer = torch.zeros(64), torch.zeros(64)
+    unit = Unit(
+        0, "w", 0, ours, slice(0, 64), ours.data, {"momentum_buffer": buffer}, memoryview(bytearray(8)).cast("Q")
+    )
+    optimizer.attach(unit, gradient)
+    servers = Servers.__new__(Servers)
+    servers._optimizer, servers._rate = optimizer, (lambda step: 1.0, 1.0)
+    servers._damps = [name for name in ("rate", "momentum") if damping in (name, "both")]
+    for late, rate, momentum in ((0, 0.1, 0.6), (1, 0.05, 0.1), (3, 0.025, 0.0), (0, 0.1, 0.6)):
+        servers._set_rate(1, late)
+        gradient.copy_(torch.sin(ours.data))
+        optimizer.step([unit])
+        group = plain.param_groups[0]
+        group["lr"] = rate if damping in ("rate", "both") else 0.1
+        group["momentum"] = momentum if damping in ("momentum", "both") else 0.6
+        theirs.grad = torch.sin(theirs.data)
+        plain.step()
+        torch.testing.assert_close(ours.data, theirs.data, rtol=1e-6, atol=0)
+
+
+def test_momentum_that_is_not_there_is_not_lowered() -> None:
+    with pytest.raises(ConfigurationError, match=r"sync\.damping is momentum, and SGD has no momentum to lower"):
+        small({"mode": "server", "damping": "momentum"}).fit(1)
 
 
 def test_a_record_needs_a_place() -> None:

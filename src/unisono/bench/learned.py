@@ -31,7 +31,7 @@ WAYS: dict[str, Mapping[str, Any]] = {
     "server, one is backup": {**SERVER, "backup": 1},
     "server, staleness 8": {**SERVER, "staleness": 8},
     "server, asynchronous": SERVER,
-    "server, asynchronous, damped": {**SERVER, "damping": True},
+    "server, asynchronous, damped": {**SERVER, "damping": "rate"},
     "local, period 8": {"mode": "local", "period": 8},
     "post-local, period 8": {"mode": "local", "period": 8, "after": 0.2},
     "diloco, period 20": DILOCO,

@@ -76,6 +76,7 @@ class BlockOptimizer:
         self._update = update
         self._python_state = python_state
         self._rates = [float(group["lr"]) if "lr" in group else None for group in optimizer.param_groups]
+        self._momenta = [float(group.get("momentum", 0.0)) for group in optimizer.param_groups]
         self._parameters: dict[int, nn.Parameter] = {}
         self._gradients: dict[int, Tensor] = {}
 
@@ -84,6 +85,12 @@ class BlockOptimizer:
         """The rate of the first group, as last set."""
         groups = self._optimizer.param_groups
         return float(groups[0].get("lr", 0.0)) if groups else 0.0
+
+    def lower_momentum(self, by: float) -> None:
+        """Every group's momentum is lower than the user's by so much, but not below 0, from the next step on."""
+        for group, momentum in zip(self._optimizer.param_groups, self._momenta, strict=True):
+            if momentum:
+                group["momentum"] = max(0.0, momentum - by)
 
     def rate_of(self, group: int) -> float:
         """The rate of a group, as last set."""

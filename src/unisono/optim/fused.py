@@ -59,7 +59,7 @@ _adamw = _adam_with(torch._fused_adamw_)
 
 
 def _sgd(group: Mapping[str, Any], values: Tensor, gradient: Tensor, state: Mapping[str, Tensor]) -> None:
-    buffer = state.get("momentum_buffer")
+    buffer = state.get("momentum_buffer") if group["momentum"] else None
     torch._fused_sgd_(
         [values],
         [gradient],

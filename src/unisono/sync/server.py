@@ -5,7 +5,8 @@ gradient of each unit of work to each server: the server's runs are updated by w
 What a worker that dies in a push has begun is put back, or counts, run by run; another computes its unit again.
 
 Dean et al., "Large scale distributed deep networks", 2012; Li et al., "Scaling distributed machine learning with the
-parameter server", 2014; Ho et al., 2013 (bounded staleness); Zhang et al., "Staleness-aware async-SGD", 2016.
+parameter server", 2014; Ho et al., 2013 (bounded staleness); Zhang et al., "Staleness-aware async-SGD", 2016;
+Mitliagkas et al., "Asynchrony begets momentum", 2016.
 """
 
 from collections.abc import Callable, Sequence
@@ -119,7 +120,7 @@ class Servers:
         values: what this worker computes with.
         updater, optimizer: how runs are updated.
         rate: the schedule, and the factor of the batch size.
-        damping: lower the rate of a push by how stale it is.
+        damping: what is lower the staler a push is: "none", "rate", "momentum" or "both".
         versions: one word a block.
         row, memory: of a slot: its words, and where runs lie with its undo area.
     """
@@ -134,7 +135,7 @@ class Servers:
         updater: Updater,
         optimizer: BlockOptimizer,
         rate: tuple[Schedule, float],
-        damping: bool,
+        damping: str,
         versions: memoryview,
         row: Callable[[int], memoryview],
         memory: Callable[[int], RunMemory],
@@ -149,7 +150,7 @@ class Servers:
         self._updater = updater
         self._optimizer = optimizer
         self._rate = rate
-        self._damping = damping
+        self._damps = [name for name in ("rate", "momentum") if damping in (name, "both")]
         self._versions = versions
         self._row = row
         self._memory = memory
@@ -270,9 +271,15 @@ class Servers:
         return self._updater.update(owned, sums)
 
     def _set_rate(self, step: int, late: int) -> None:
-        """The rate of a push; damped, that of values which ``late`` updates have made old is divided by 1 + late."""
+        """The rate and the momentum of a push whose values ``late`` updates have made old.
+
+        Damped, the rate is divided by 1 + late. Updates that come late have a momentum of their own, 1 - 1/(1 + late)
+        where that is so of all; damped, the optimizer's is less by as much.
+        """
         schedule, scale = self._rate
-        self._optimizer.set_rate(schedule, scale / (1 + late) if self._damping else scale, step - 1)
+        self._optimizer.set_rate(schedule, scale / (1 + late) if "rate" in self._damps else scale, step - 1)
+        if "momentum" in self._damps:
+            self._optimizer.lower_momentum(late / (1 + late))
 
     def _mend(self, number: int) -> None:
         """Put right what a worker has begun on a server, and died in: what it has committed counts."""

@@ -42,8 +42,10 @@ from unisono.parallel.stages import Stages
 from unisono.parallel.tensor import TensorParallel
 from unisono.plan.assignment import UpdateClass, micro_batches
 from unisono.plan.blocks import split_name
+from unisono.plan.hosts import Hosts
 from unisono.plan.roster import Lot
 from unisono.plan.schedule import WHOLE, timetable
+from unisono.plan.shards import apart_shares
 from unisono.preparation import Objects, Prepared, crews_of, prepare, rehearse, value_groups
 from unisono.protection import protected, snapshots_of
 from unisono.run.clients import ClientSampler
@@ -366,7 +368,10 @@ def _share(
         return work_share(own, count, table.workers[at["pipeline"]])
 
     @functools.lru_cache(maxsize=1)  # the hosts rarely change
-    def share_at(rank: int, size: int) -> WorkShare:
+    def share_at(rank: int, hosts: Hosts) -> WorkShare:
+        size = hosts.size
+        if config.sync.replicas is not None:
+            return together(apart_shares(count, config.sync.replicas, hosts.sizes)[rank])
         if prepared.shards is not None and prepared.shards.rounds:
             own = range(rank, prepared.shards.rounds * size, size)
             return rounds_share(own, timetable("1f1b", 1, own).workers[0])
@@ -376,7 +381,7 @@ def _share(
 
         def share_of_step() -> WorkShare:
             rest = group.rest()
-            return share_at(group.rank, group.size) if rest is None else lone_share(rest[0], count, 0, rest[1])
+            return share_at(group.rank, group.place.hosts) if rest is None else lone_share(rest[0], count, 0, rest[1])
 
         return share_of_step, passages
 

@@ -53,7 +53,7 @@ from unisono.plan.rehearsal import outline
 from unisono.plan.rounds import RoundsLayout
 from unisono.plan.schedule import placement
 from unisono.plan.sharding import within
-from unisono.plan.shards import StateShards, replica_hosts, replica_shards, state_shards
+from unisono.plan.shards import StateShards, replica_shards, state_shards
 from unisono.run.rng import Isolation, derive
 from unisono.run.summation import accumulation
 from unisono.state.layout import StateLayout, state_layout
@@ -143,10 +143,7 @@ class Prepared:
 
     def shards_of(self, hosts: int, config: TrainingConfig) -> StateShards | None:
         """Who would keep what if so many hosts shared the state; None for one."""
-        if hosts == 1 or self.shards is None:
-            return None
-        sizes = self.place.hosts.sizes
-        return _shards(self.layout.flat, self.update, self.teams, config, sizes if len(sizes) == hosts else [1] * hosts)
+        return None if hosts == 1 else _shards(self.layout.flat, self.update, self.teams, config, hosts)
 
     @property
     def trained(self) -> nn.Module:
@@ -200,7 +197,7 @@ def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) 
         division = divide(found, config.layout.stages, config.layout.cuts)
     teams = _teams(layout, config, division)
     replicas = mesh.data if config.layout.zero == 0 else 1
-    shards = _shards(flat, update, teams, config, place.hosts.sizes) if several_hosts else None
+    shards = _shards(flat, update, teams, config, len(place.hosts.sizes)) if several_hosts else None
     passages = _passages(config, place, mesh, division) if division is not None else None
     host = host_layout(
         slots=workers,
@@ -263,15 +260,11 @@ def pool_layout(
 
 
 def _shards(
-    flat: FlatLayout, update: UpdateClass, teams: Teams, config: TrainingConfig, sizes: Sequence[int]
+    flat: FlatLayout, update: UpdateClass, teams: Teams, config: TrainingConfig, hosts: int
 ) -> StateShards | None:
     """Which host keeps what; None where each has all of it."""
-    hosts = len(sizes)
     if config.sync.apart:
-        assert config.sync.replicas is not None
-        of_replica = replica_hosts(config.sync.replicas, config.micro_batches, sizes)
-        assert of_replica is not None  # else it was refused
-        return replica_shards(flat, hosts, of_replica)
+        return replica_shards(flat, hosts)
     if not config.layout.zero:
         return None
     rounds = turns(config.micro_batches, hosts) if config.layout.zero in (2, 3) else 0

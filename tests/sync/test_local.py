@@ -214,7 +214,7 @@ def test_one_result_on_any_hosts(pool: LocalLauncher, name: str, tmp_path: Path)
     three, resumed on one, and the other way round."""
     settings = settings_of(name)
     expected = train(pool, 1, validated=True, validate={"every": 2}, **settings)
-    for workers, hosts in ((3, 3), (3, 2)):
+    for workers, hosts in ((3, 3), (3, 2), (2, 2)):
         found = train(pool, workers, hosts, validated=True, validate={"every": 2}, **settings)
         assert found["digest"] == expected["digest"]
         assert found["losses"] == expected["losses"] and found["validations"] == expected["validations"]
@@ -340,12 +340,15 @@ def test_a_run_goes_on_with_the_replicas_it_has(tmp_path: Path) -> None:
         fit(4, True)
 
 
-def test_a_replica_is_on_one_host() -> None:
+def test_every_worker_of_several_hosts_has_work() -> None:
     given = {"global_batch_size": 8, "micro_batch_size": 1, "sync": {"mode": "local", "period": 2, "replicas": 4}}
     config = validate(TrainingConfig, given, "test")
-    refuse_impossible(config, Hosts((2, 2)))
-    with pytest.raises(ConfigurationError, match="4 replicas with 2 micro-batches each would be divided between hosts"):
-        refuse_impossible(config, Hosts((1, 1, 1)))
+    for sizes in ((2, 2), (1, 1, 1), (4, 1)):
+        refuse_impossible(config, Hosts(sizes))
+    with pytest.raises(ConfigurationError, match=r"sync\.replicas is 4, and there are 5 hosts"):
+        refuse_impossible(config, Hosts((1,) * 5))
+    with pytest.raises(ConfigurationError, match="host 0 has 5 workers and 4 micro-batches for its part of 4"):
+        refuse_impossible(config, Hosts((5, 1)))
     pushed = validate(TrainingConfig, {**given, "sync": {"mode": "server"}}, "test")
     with pytest.raises(ConfigurationError, match=r"sync\.mode server trains on one host so far, and there are 2"):
         refuse_impossible(pushed, Hosts((1, 1)))

@@ -46,7 +46,7 @@ from unisono.plan.blocks import FlatLayout
 from unisono.plan.continuation import Continuation
 from unisono.plan.exchange import Bucket, HostShare, host_shares, round_shares
 from unisono.plan.hosts import Place
-from unisono.plan.shards import StateShards
+from unisono.plan.shards import StateShards, apart_shares
 from unisono.run.summation import Node, accumulation
 
 T = TypeVar("T")
@@ -54,6 +54,19 @@ T = TypeVar("T")
 DOZE_S = 0.05
 """How often the exchange thread looks around while nothing is to be done: each time takes the interpreter away from the
 backward."""
+
+
+@dataclass(frozen=True, slots=True)
+class Apart:
+    """How replicas train apart.
+
+    Attributes:
+        replicas: how many there are.
+        steps: whether a step is one of those.
+    """
+
+    replicas: int
+    steps: Callable[[int], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +82,7 @@ class Terms:
         name: of the run's set of workers; generations add their number.
         shards: which host keeps what, where they share one state; None where every host has all of it.
         survives: other hosts go on where one is lost.
-        apart: whether each host keeps the gradients of a step to itself, since its replicas train apart.
-        bulk: hosts tell each other much while training goes on.
+        apart: replicas train apart, each on one host, in some steps; None where they do not.
     """
 
     link: Link
@@ -81,8 +93,11 @@ class Terms:
     name: str = "group"
     shards: StateShards | None = None
     survives: bool = False
-    apart: Callable[[int], bool] = lambda step: False
-    bulk: bool = False
+    apart: Apart | None = None
+
+    def is_apart(self, step: int) -> bool:
+        """Whether each host keeps the gradients of a step to itself."""
+        return self.apart is not None and self.apart.steps(step)
 
 
 class Crossing:
@@ -159,6 +174,8 @@ class Crossing:
         replicas = [size // replica for size in place.hosts.sizes]
         if terms.shards is not None and terms.shards.rounds:
             return round_shares(len(replicas), terms.count)
+        if terms.apart is not None:
+            return host_shares(replicas, terms.count, apart_shares(terms.count, terms.apart.replicas, replicas))
         return host_shares(replicas, terms.count)
 
     def _connect(self) -> None:
@@ -170,7 +187,7 @@ class Crossing:
         if way.may_pack and not self.data.ordered:
             self.packed = Packed(self.data)
         self._thread = Background("unisono-exchange", _one_thread)
-        if self._terms.bulk and lane == 0:
+        if self._terms.apart is not None and lane == 0:
             self.bulk = Bulk(self._new_wire(on_cpu, "bulk"), Background("unisono-bulk", _one_thread))
         self._leaders = Leaders(control, self.call, self._tag(1))
         self.reduce = self._reduction(self.data, control)
@@ -324,7 +341,7 @@ class Crossing:
         with self.patience.telling():
             for number in range(rounds):
                 self._exchanged = self.readiness.turn(number)
-                self.lane.run(step, self._exchanged, last=number == rounds - 1, alone=self._terms.apart(step))
+                self.lane.run(step, self._exchanged, last=number == rounds - 1, alone=self._terms.is_apart(step))
 
     def _is_ready(self, bucket: Bucket) -> bool:
         crews = self._local.teams[bucket.team]
@@ -370,7 +387,7 @@ class Crossing:
 
         So they wait for each other only where one is behind by more than a backward.
         """
-        return self._heads.foretold if self._terms.apart(step) and not self._local.partials.buffers else None
+        return self._heads.foretold if self._terms.is_apart(step) and not self._local.partials.buffers else None
 
     def foretell(self, step: int, micro_batch: int, scalars: Callable[[int], Sequence[float]]) -> None:
         """A micro-batch has been forwarded."""

@@ -257,7 +257,7 @@ class HierarchicalGroup:
         self._flags = crossing.flags
         self.local.header.closed = step
         summed: Cover = [(root(count), self._total)]
-        return [self._own_cover(), summed] if self._terms.apart(step) else [summed]
+        return [self._own_cover(), summed] if self._terms.is_apart(step) else [summed]
 
     def _own_cover(self) -> Cover:
         """The gradients that this host keeps to itself: of what others have computed there is nothing here."""
@@ -533,7 +533,7 @@ class HierarchicalGroup:
     def start_gather(self, payload: bytes, operation: str) -> Callable[[], list[bytes]]:
         """As `all_gather`, while training goes on: what it returns is called, by all workers, for everyone's payload.
 
-        Only for groups whose `Terms` have ``bulk``.
+        Only for groups whose replicas train apart.
         """
         own, crossing = self._gather_here(payload, operation), self.crossing
         running = crossing.bulk.start(join(own), operation) if crossing.bulk is not None else None

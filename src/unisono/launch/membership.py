@@ -10,7 +10,7 @@ import torch
 from torch._C._distributed_c10d import Store
 
 from unisono.comm.compression import Compression
-from unisono.comm.crossing import Terms
+from unisono.comm.crossing import Apart, Terms
 from unisono.comm.hierarchical import HierarchicalGroup
 from unisono.comm.host import HostGroup
 from unisono.comm.network import Link
@@ -80,9 +80,11 @@ def join_hosts(
     travel = replace(
         way(config), table=_shared_table(link.store, name, world) if config.wire.algorithm == "auto" else ()
     )
-    apart = agreements(config.sync).apart if config.sync.apart else lambda step: False
-    bulk = config.sync.apart
-    terms = Terms(link, flat, travel, config.micro_batches, teams, name, shards, survives, apart, bulk)
+    apart = None
+    if config.sync.apart:
+        assert config.sync.replicas is not None
+        apart = Apart(config.sync.replicas, agreements(config.sync).apart)
+    terms = Terms(link, flat, travel, config.micro_batches, teams, name, shards, survives, apart)
     group = HierarchicalGroup(local, place, terms, joins=world.joins)
     given = {"model": layout, "samples": samples, **config.model_dump(exclude={"run_dir", "observe"})}
     described, key = _described(given, config, device), f"{name}/run of host {place.host}"

@@ -5,7 +5,7 @@ from unisono.errors import ConfigurationError
 from unisono.launch.task import Elastic
 from unisono.plan.exchange import turns
 from unisono.plan.hosts import Hosts
-from unisono.plan.shards import replica_hosts
+from unisono.plan.shards import apart_shares
 
 MOST_ROUNDS = 200
 """Micro-batches of a host in a step, where each one's gradient is summed at once: as many as can be published."""
@@ -34,7 +34,7 @@ def refuse_impossible(config: TrainingConfig, hosts: Hosts) -> None:
             "use sync.mode=every_step, local or diloco"
         )
     if config.sync.apart and len(hosts.sizes) > 1:
-        _refuse_divided_replicas(config, hosts)
+        _refuse_idle_workers(config, hosts)
     if layout.zero and len(hosts.sizes) > 1:
         _refuse_shared_state(config, layout.zero, hosts.sizes)
 
@@ -172,15 +172,21 @@ def _refuse_on_devices(config: TrainingConfig) -> None:
         )
 
 
-def _refuse_divided_replicas(config: TrainingConfig, hosts: Hosts) -> None:
-    """A replica that trains apart is computed on one host."""
-    replicas = config.sync.replicas or hosts.size
-    if replica_hosts(replicas, config.micro_batches, hosts.sizes) is None:
-        sizes = ", ".join(map(str, hosts.sizes))
+def _refuse_idle_workers(config: TrainingConfig, hosts: Hosts) -> None:
+    """A replica that trains apart is computed on one host, and each of a host's workers has a part of one."""
+    replicas, count = config.sync.replicas or hosts.size, config.micro_batches
+    if replicas < len(hosts.sizes):
         raise ConfigurationError(
-            f"{replicas} replicas with {config.micro_batches // replicas} micro-batches each would be divided between "
-            f"hosts of {sizes} workers; give sync.replicas of which each host has a whole number (one a worker, say), "
-            "and a global_batch_size that all workers share evenly"
+            f"sync.replicas is {replicas}, and there are {len(hosts.sizes)} hosts, each of which trains one at least; "
+            "use more replicas, or fewer hosts"
+        )
+    shares = apart_shares(count, replicas, hosts.sizes)
+    if idle := [rank for rank, share in enumerate(shares) if not share]:
+        host = hosts.place(idle[0])[0]
+        own = sum(len(share) for rank, share in enumerate(shares) if hosts.place(rank)[0] == host)
+        raise ConfigurationError(
+            f"host {host} has {hosts.sizes[host]} workers and {own} micro-batches for its part of {replicas} replicas; "
+            "start fewer there, or use a larger global_batch_size"
         )
 
 

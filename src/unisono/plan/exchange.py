@@ -128,13 +128,16 @@ def round_shares(hosts: int, count: int) -> tuple[HostShare, ...]:
     return tuple(result)
 
 
-def host_shares(hosts: Sequence[int], count: int) -> tuple[HostShare, ...]:
+def host_shares(hosts: Sequence[int], count: int, shares: Sequence[range] | None = None) -> tuple[HostShare, ...]:
     """The shares of hosts with the given numbers of replicas in ``count`` micro-batches.
+
+    Arguments:
+        shares: each replica's, contiguous; default: even ones.
 
     >>> [share.nodes for share in host_shares([2, 2], 8)]
     [(Node(level=2, index=0),), (Node(level=2, index=1),)]
     """
-    shares = micro_batches(count, sum(hosts))
+    shares = shares or micro_batches(count, sum(hosts))
     result = []
     for first, replicas in zip(accumulate([0, *hosts[:-1]]), hosts, strict=True):
         own = shares[first : first + replicas]

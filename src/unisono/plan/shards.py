@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 from unisono.plan.assignment import UpdateClass, contiguous_shares, micro_batches, units
 from unisono.plan.blocks import FlatLayout, aligned
@@ -123,28 +122,36 @@ def state_shards(
     return StateShards(flat, hosts, tuple(of_block), rounds, values)
 
 
-def replica_hosts(replicas: int, count: int, workers: Sequence[int]) -> tuple[int, ...] | None:
-    """The host of each replica that trains apart: the one that computes its micro-batches; None where one is divided.
+def replica_host(replica: int, replicas: int, hosts: int) -> int:
+    """The host of a replica (from 0) that trains apart: each has about as many, whatever workers it has.
+
+    >>> [replica_host(r, 5, 2) for r in range(5)]
+    [0, 0, 0, 1, 1]
+    """
+    return replica * hosts // replicas
+
+
+def apart_shares(count: int, replicas: int, workers: Sequence[int]) -> tuple[range, ...]:
+    """The micro-batches of each worker: its host's replicas', evenly.
 
     Arguments:
         count: micro-batches of a step, a multiple of the replicas.
         workers: of each host.
 
-    >>> replica_hosts(4, 8, [2, 2]), replica_hosts(3, 6, [2, 1]), replica_hosts(3, 6, [1, 1])
-    ((0, 0, 1, 1), (0, 0, 1), None)
+    >>> apart_shares(6, 3, [2, 1]), apart_shares(6, 3, [1, 1])
+    ((range(0, 2), range(2, 4), range(4, 6)), (range(0, 4), range(4, 6)))
     """
-    shares, each = micro_batches(count, sum(workers)), count // replicas
-    stops = [shares[last - 1].stop for last in accumulate(workers)]
-    if any(stop % each for stop in stops):
-        return None
-    return tuple(next(host for host, stop in enumerate(stops) if replica * each < stop) for replica in range(replicas))
+    each, shares = count // replicas, list[range]()
+    of = [replica_host(r, replicas, len(workers)) for r in range(replicas)]
+    for host, size in enumerate(workers):
+        first = each * of.index(host)
+        own = micro_batches(each * of.count(host), size)
+        shares += [range(first + share.start, first + share.stop) for share in own]
+    return tuple(shares)
 
 
-def replica_shards(flat: FlatLayout, hosts: int, of_replica: Sequence[int]) -> StateShards:
-    """Divide a state of replicas that train apart: each host keeps its own, and all keep the model that they agree on.
-
-    Arguments:
-        of_replica: the host of each.
-    """
+def replica_shards(flat: FlatLayout, hosts: int) -> StateShards:
+    """Divide a state of replicas that train apart: each host keeps its own, and all keep what they agree on."""
     replicas = (flat.parameters[block.parameter].replica for block in flat.blocks)
-    return StateShards(flat, hosts, tuple(of_replica[r - 1] if r else EVERYWHERE for r in replicas), values=True)
+    of_block = (replica_host(r - 1, flat.replicas, hosts) if r else EVERYWHERE for r in replicas)
+    return StateShards(flat, hosts, tuple(of_block), values=True)

@@ -36,6 +36,7 @@ CONFIG = {
     "micro_batch_size": 32,
     "clip": 1.0,
 }
+DILOCO = {"mode": "diloco", "period": 4, "after": 4, "replicas": 4}
 NEED_LINKS = ("cut-coordinator", "cut-halves", "cut-halves-witness")
 
 
@@ -56,22 +57,25 @@ def test_the_others_go_on_with_the_same_bits(fault: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "workers", "layout"),
+    ("fault", "workers", "settings"),
     [
-        ("host-worker", 2, {"zero": 1}),
-        ("host", 1, {"zero": 3}),
-        ("coordinator", 1, {"zero": 2}),
-        ("host-again", 1, {"zero": 1}),
-        ("host-witness", 2, {"pipeline": 2}),
-        pytest.param("host-fenced", 1, {"zero": 3}, marks=pytest.mark.slow),
-        pytest.param("host-worker", 4, {"pipeline": 2, "zero": 1}, marks=pytest.mark.slow),
+        ("host-worker", 2, {"layout": {"zero": 1}}),
+        ("host", 1, {"layout": {"zero": 3}}),
+        ("coordinator", 1, {"layout": {"zero": 2}}),
+        ("host-again", 1, {"layout": {"zero": 1}}),
+        ("host-witness", 2, {"layout": {"pipeline": 2}}),
+        ("host", 1, {"sync": DILOCO}),
+        ("host-again", 1, {"sync": {**DILOCO, "fragments": 2, "delay": 1}}),
+        pytest.param("host-fenced", 1, {"layout": {"zero": 3}}, marks=pytest.mark.slow),
+        pytest.param("host-worker", 4, {"layout": {"pipeline": 2, "zero": 1}}, marks=pytest.mark.slow),
+        pytest.param("host-worker", 2, {"sync": DILOCO}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
-def test_where_nobody_can_take_over_all_hosts_start_again(fault: str, workers: int, layout: dict[str, int]) -> None:
+def test_where_nobody_can_take_over_all_hosts_start_again(fault: str, workers: int, settings: dict[str, Any]) -> None:
     """From what each has kept, and its neighbour's; at most what came after the last snapshot is trained again."""
-    settings = {"options": {"width": 32}, "layout": layout, "fault": {"snapshot_every": 3}}
-    row = struck(fault, workers, 2 if fault == "host-worker" else 1, **settings)
+    further = {"options": {"width": 32}, "fault": {"snapshot_every": 3}}
+    row = struck(fault, workers, 2 if fault == "host-worker" else 1, **settings, **further)
     assert row.good and row.starts_again and row.may_lose == 3, row.as_text()
     assert row.recovery_s
 

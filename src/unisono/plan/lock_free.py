@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from unisono.plan.unit_pool import HEAD, UnitPool, words_by_name
+from unisono.plan.unit_pool import HEAD, PoolWords, UnitPool, words_by_name
 
 
 @dataclass(frozen=True, slots=True)
-class LockFreeLayout:
+class LockFreeLayout(PoolWords):
     """How a pool's words are divided.
 
     Attributes:
@@ -24,11 +24,6 @@ class LockFreeLayout:
         """Words by name."""
         words = {"head": HEAD, "under way": self.slots, "clock": self.slots}
         return words | {"late": self.units, "sums": 2 * self.units}
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of all."""
-        return 8 * sum(self.sizes.values())
 
 
 class LockFreePool(UnitPool):

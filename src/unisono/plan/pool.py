@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from unisono.plan.unit_pool import HEAD, UnitPool, words_by_name
+from unisono.plan.unit_pool import HEAD, PoolWords, UnitPool, words_by_name
 
 SPARE = 64
 """Entries of a server besides one for each unit: a push that a dying worker has begun takes two."""
@@ -35,7 +35,7 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class PoolLayout:
+class PoolLayout(PoolWords):
     """How a pool's words are divided.
 
     Attributes:
@@ -72,11 +72,6 @@ class PoolLayout:
             "sums": 2 * self.units,
             "order": self.servers * (self.units + SPARE) * self.entry_words,
         }
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of all."""
-        return 8 * sum(self.sizes.values())
 
 
 class Pool(UnitPool):

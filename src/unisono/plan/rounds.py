@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from unisono.plan.unit_pool import HEAD, UnitPool, words_by_name
+from unisono.plan.unit_pool import HEAD, PoolWords, UnitPool, words_by_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Arrival:
 
 
 @dataclass(frozen=True, slots=True)
-class RoundsLayout:
+class RoundsLayout(PoolWords):
     """How the words of a pool are divided whose units are taken round by round.
 
     Attributes:
@@ -55,11 +55,6 @@ class RoundsLayout:
         arrivals = 3 * self.rounds * self.accepted
         words = {"head": HEAD, "under way": self.slots, "base": self.servers, "busy": self.servers}
         return words | {"count": self.rounds, "arrivals": arrivals, "sums": 2 * self.rounds}
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of all."""
-        return 8 * sum(self.sizes.values())
 
 
 class RoundsPool(UnitPool):

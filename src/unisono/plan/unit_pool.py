@@ -1,5 +1,6 @@
 """What all pools of a step's units have in common, as words of shared memory: who takes which unit."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 import numpy as np
@@ -18,6 +19,22 @@ def words_by_name(memory: memoryview, sizes: Mapping[str, int]) -> dict[str, Wor
         parts[name] = words[start : start + size]
         start += size
     return parts
+
+
+class PoolWords(ABC):
+    """How a pool's words are divided."""
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def sizes(self) -> Mapping[str, int]:
+        """Words by name."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all."""
+        return 8 * sum(self.sizes.values())
 
 
 class UnitPool:

@@ -53,6 +53,32 @@ def test_one_worker_agrees_with_plain_pytorch(tmp_path: Path) -> None:
     assert metrics["loss"] == pytest.approx(float(nn.functional.mse_loss(expected, targets)), rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    "sync",
+    [
+        {"mode": "local", "period": 2, "replicas": 2},
+        {"mode": "diloco", "period": 2, "replicas": 4, "fragments": 2, "delay": 1},
+        {"mode": "server"},
+        {"mode": "hogwild"},
+    ],
+    ids=lambda sync: sync["mode"],
+)
+def test_the_model_that_workers_agree_on_is_looked_at(sync: dict[str, Any], tmp_path: Path) -> None:
+    """By who has trained it, and later."""
+    settings = {**SETTINGS, "micro_batch_size": 2, "sync": sync, "run_dir": str(tmp_path / "run")}
+    trainer = Trainer(model=norm, **settings)
+    trainer.fit(4)
+    metrics, written = trainer.evaluate(Samples()), trainer.predict(Samples(), tmp_path / "out")
+    assert trainer.model is not None
+    with torch.no_grad():
+        expected = trainer.model.eval()(Samples().inputs)
+    torch.testing.assert_close(read_predictions(written.directory)["output"], expected)
+    later = Trainer(model=norm, **settings)
+    assert later.evaluate(Samples()) == metrics
+    again = read_predictions(later.predict(Samples(), tmp_path / "again").directory)
+    assert torch.equal(again["output"], read_predictions(written.directory)["output"])
+
+
 def test_the_bits_do_not_depend_on_the_number_of_workers(pool: LocalLauncher, tmp_path: Path) -> None:
     results = {n: looked(pool, n, tmp_path / str(n)) for n in (1, 2, 3, 4)}
     assert len({json.dumps(r["metrics"]) for r in results.values()}) == 1

@@ -21,9 +21,11 @@ from torch.distributed.algorithms.model_averaging.averagers import PeriodicModel
 from tests import toys
 from unisono import Trainer, assembly
 from unisono.check.strike import armed
+from unisono.comm import bulk
 from unisono.comm.algorithms import drive, ring
 from unisono.comm.arena import Arena
 from unisono.comm.background import Background
+from unisono.comm.bulk import Bulk
 from unisono.comm.crossing import Crossing, Terms
 from unisono.comm.hierarchical import HierarchicalGroup
 from unisono.comm.host import HostGroup
@@ -181,6 +183,29 @@ def struck(strikes: list[dict[str, Any]], steps: int = 12, **options: Any) -> di
 def train_in_little_memory(**options: Any) -> dict[str, Any]:
     """Train toys where the machine has ten bytes left."""
     vars(assembly)["refuse_what_cannot_fit"] = lambda *_: 10
+    return train(**options)
+
+
+class _SlowWire:
+    """A wire that takes its time for every chunk."""
+
+    def __init__(self, wire: NetworkWire, pause_s: float) -> None:
+        self.rank, self.size, self._wire, self._pause_s = wire.rank, wire.size, wire, pause_s
+
+    def post(self, *arguments: Any) -> Any:
+        time.sleep(self._pause_s)
+        return self._wire.post(*arguments)
+
+
+def train_over_a_slow_link(pause_s: float, **options: Any) -> dict[str, Any]:
+    """Train toys where large payloads travel in many small pieces, slowly."""
+    vars(bulk)["CHUNK_BYTES"] = 1 << 12
+    begin = Bulk.__init__
+
+    def slow(self: Bulk, wire: Any, thread: Any) -> None:
+        begin(self, _SlowWire(wire, pause_s), thread)  # type: ignore[arg-type]
+
+    Bulk.__init__ = slow  # type: ignore[method-assign]
     return train(**options)
 
 

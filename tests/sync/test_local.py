@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -254,6 +255,18 @@ def test_between_agreements_hosts_tell_each_other_next_to_nothing(pool: LocalLau
     assert all(0.8 * size_bytes < n < 1.1 * size_bytes for n in sent[1:4])  # the first brings the initial state besides
     assert all(n < 0.005 * size_bytes for n in (*sent[4:8], *sent[9:12]))
     assert size_bytes / 2 < sent[8] < 0.55 * size_bytes  # what is told after step 8 is counted with the next
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_what_replicas_tell_may_take_longer_than_a_deadline(pool: LocalLauncher, workers: int) -> None:
+    """As long as something arrives; on two hosts."""
+    sync = {"mode": "diloco", "replicas": 4, "period": 4}
+    options: dict[str, Any] = {"model": "wide", "global_batch_size": 32, "steps": 4, "sync": sync}
+    arguments = {"pause_s": 0.08, "deadline_s": 1.0, **options}
+    began = time.monotonic()
+    slow = pool.run({"call": "tests.jobs:train_over_a_slow_link", "arguments": arguments}, workers, hosts=2).results[0]
+    assert time.monotonic() - began > 1.5  # 75 KB in pieces of 4 KiB
+    assert slow["digest"] == train(pool, 1, **options)["digest"]
 
 
 @pytest.mark.parametrize("after", [0, 3, 6])

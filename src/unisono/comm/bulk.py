@@ -27,11 +27,13 @@ class Bulk:
 
     Attributes:
         thread: see there.
+        moved: how many chunks have arrived so far.
     """
 
     def __init__(self, wire: Wire, thread: Background) -> None:
         self._wire = wire
         self.thread = thread
+        self.moved = 0
 
     def start(self, payload: bytes, operation: str) -> "Future[list[bytes]]":
         """Give all hosts a payload, and take theirs: in order of host, when it is over."""
@@ -50,8 +52,7 @@ class Bulk:
             part = slice(start, start + CHUNK_BYTES)
             sends, receives = [(data[part], p) for p in others], [(contents[p][part], p) for p in others]
             under_way.append(wire.post(sends, receives, 1 + start // CHUNK_BYTES % AT_ONCE))
-            if len(under_way) == AT_ONCE:
+            while len(under_way) == AT_ONCE or (under_way and part.stop >= int(lengths.max())):
                 under_way.popleft().wait(operation)
-        for pending in under_way:
-            pending.wait(operation)
+                self.moved += 1
         return [payload if p == wire.rank else contents[p].numpy().tobytes() for p in range(wire.size)]

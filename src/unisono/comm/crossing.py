@@ -328,10 +328,7 @@ class Crossing:
     def call(self, work: Callable[[], T], operation: str) -> T:
         """Do something with the wire: on its thread, so that this one can be freed."""
         assert self._thread is not None
-        return self.result(self._thread.submit(work), operation)
-
-    def result(self, running: "Future[T]", operation: str) -> T:
-        """What another thread has been told to do, when it is done."""
+        running = self._thread.submit(work)
         return self.patience.wait(lambda: running.result() if running.done() else None, running, operation)
 
     def _exchange(self, step: int) -> None:

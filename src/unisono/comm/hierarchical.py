@@ -17,6 +17,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -53,6 +54,8 @@ View = Callable[[int, int, int], Tensor]
 IDLE_S = 1.0
 """A chief that waits longer for the others lets go of the run's records: others may go on without it."""
 MOST_TRIES = 5
+SOME_S = 0.5
+"""How often the workers of a host hear that a large exchange goes on."""
 POLL_S = 1e-3
 
 
@@ -535,14 +538,29 @@ class HierarchicalGroup:
 
         Only for groups whose replicas train apart.
         """
-        own, crossing = self._gather_here(payload, operation), self.crossing
-        running = crossing.bulk.start(join(own), operation) if crossing.bulk is not None else None
+        own, bulk = self._gather_here(payload, operation), self.crossing.bulk
+        running = bulk.start(join(own), operation) if bulk is not None else None
 
         def end() -> list[bytes]:
-            found = crossing.result(running, operation) if running is not None else []
-            return self._hand_round(join(found), operation)
+            while self.local.all_gather(self._moves(running, operation), operation, GRACE_S)[0]:
+                pass  # as long as something arrives it may take its time
+            return self._hand_round(join(running.result()) if running is not None else b"", operation)
 
         return end
+
+    def _moves(self, running: "Future[list[bytes]] | None", operation: str) -> bytes:
+        """Wait until a large exchange is over; not empty where it goes on, and something has arrived meanwhile."""
+        bulk = self.crossing.bulk
+        if running is None or bulk is None:
+            return b""
+        seen, began = bulk.moved, time.monotonic()
+
+        def over_or_moving() -> bytes | None:
+            if running.done():
+                return b""
+            return b"more" if bulk.moved > seen and time.monotonic() - began > SOME_S else None
+
+        return self.crossing.patience.wait(over_or_moving, running, operation)
 
     def _gather_here(self, payload: bytes, operation: str) -> list[bytes]:
         """The payloads of this host's workers."""

@@ -44,7 +44,7 @@ class Patience:
         self._late = late
         self._revoke = revoke
 
-    def wait(self, ready: Callable[[], T | None], running: "Future[T] | Future[None] | None", operation: str) -> T:
+    def wait(self, ready: Callable[[], T | None], running: "Future[Any] | None", operation: str) -> T:
         """Wait for what this worker's exchange thread does, or for what a mate's leads to.
 
         Raises:

@@ -1,14 +1,17 @@
 """On a CUDA device: the same bits each time, through checkpoints and lost workers; the figures of a plain loop."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from tests.test_parity import CASES, plain_loop
 from unisono.launch.local import LocalLauncher
+from unisono.optim import KFAC, LAMB, LARS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -80,6 +83,28 @@ def test_evaluation_on_a_device(pool: LocalLauncher) -> None:
     )
     assert len(found) == 3
     assert [v["loss"] for v in found] == pytest.approx([v["loss"] for v in on_cpu], rel=1e-4)
+
+
+@pytest.mark.parametrize("make", [KFAC, LARS, LAMB], ids=lambda make: make.__name__)
+def test_optimizers_of_ones_own_loop_do_there_what_they_do_here(make: type[torch.optim.Optimizer]) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(144, 10)).double()
+    x, y = torch.randn(32, 1, 6, 6, dtype=torch.float64), torch.randint(0, 10, (32,))
+
+    def losses(device: str) -> list[float]:
+        model, found = copy.deepcopy(base).to(device), []
+        optimizer = make(model.parameters(), lr=0.1)  # type: ignore[call-arg]
+        if isinstance(optimizer, KFAC):
+            optimizer.watch(model)
+        for _ in range(8):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x.to(device)), y.to(device))
+            torch.autograd.backward(loss)
+            optimizer.step()
+            found.append(float(loss.detach()))
+        return found
+
+    assert losses("cuda") == pytest.approx(losses("cpu"), rel=1e-12)
 
 
 def test_more_workers_than_devices_are_refused(pool: LocalLauncher) -> None:

@@ -338,6 +338,7 @@ def test_a_run_that_is_asked_to_end_is_resumed_with_the_same_bits(tmp_path: Path
         (["train", "configs/lm.yaml", "fault.on_los=stop"], "unknown key fault.on_los; did you mean on_loss?"),
         (["train", "configs/lm.yaml", "fault.on_loss=never"], "fault.on_loss = 'never'"),
         (["chaos", "configs/lm.yaml", "--faults", "kil"], "--faults names 'kil'; known are kill-data"),
+        (["chaos", "configs/lm.yaml", "-n", "2", "sync.mode=hogwild"], "no two runs are alike; use another sync.mode"),
         (["chaos", "configs/lm.yaml", "-n", "1", "fault.on_loss=stop"], "chaos needs a run that survives the loss of"),
         (["chaos", "configs/lm.yaml", "-n", "2", "--faults", "kill-two", "--repeat", "1"], "at least 3 workers"),
         (["chaos", "configs/lm.yaml", "-n", "4", "--faults", "stop,slow-core"], "slow-core is for two workers (-n 2)"),

@@ -145,7 +145,7 @@ def test_what_makes_no_sense_is_refused() -> None:
         settings = {"global_batch_size": 8, "micro_batch_size": 1, "sync": {**HOGWILD, "push": 3}}
         validate(TrainingConfig, settings, "test")
     config = validate(TrainingConfig, {"global_batch_size": 8, "micro_batch_size": 1, "sync": HOGWILD}, "test")
-    with pytest.raises(ConfigurationError, match="update the state without locks: no two runs are alike; use mode ser"):
+    with pytest.raises(ConfigurationError, match="update the state without locks: no two runs are alike; use another"):
         refuse_to_compare(config)
 
 

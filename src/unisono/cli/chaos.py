@@ -45,13 +45,14 @@ def chaos(
     from unisono.check.chaos import FAULTS, Chaos, chosen_faults, why_not
     from unisono.config import load
     from unisono.launch.launcher import shares_memory
-    from unisono.launch.possible import refuse_impossible, rolls_back, survives
+    from unisono.launch.possible import refuse_impossible, refuse_inexact, rolls_back, survives
     from unisono.launch.runs import choose_workers, preloads
     from unisono.plan.hosts import Hosts
 
     settings = load(config, overrides or [])
     count = choose_workers(settings, workers or max(2, settings.layout.model_workers * (settings.layout.data or 2)))
     refuse_impossible(settings, Hosts((count,)))
+    refuse_inexact(settings)
     survived = survives(settings, count)
     if not shares_memory() or not (survived or rolls_back(settings)):
         raise ConfigurationError(
@@ -72,12 +73,13 @@ def _of_hosts(config: Path, overrides: list[str], workers: int, faults: str | No
     from unisono.check.chaos import chosen_faults
     from unisono.check.host_chaos import FAULTS, HostChaos, why_not_between_hosts
     from unisono.config import load
-    from unisono.launch.possible import refuse_impossible, rolls_back, survives_hosts
+    from unisono.launch.possible import refuse_impossible, refuse_inexact, rolls_back, survives_hosts
     from unisono.plan.hosts import Hosts
 
     names = chosen_faults(faults, FAULTS, why_not_between_hosts, _say)
     settings = load(config, overrides)
     refuse_impossible(settings, Hosts((workers,) * max(FAULTS[name] for name in names)))
+    refuse_inexact(settings)
     if not (survives_hosts(settings) or rolls_back(settings)):
         raise ConfigurationError(
             "chaos --hosts needs a run that survives the loss of hosts: fault.on_loss=replace or wait, and no "

@@ -76,9 +76,7 @@ def refuse_to_compare(config: TrainingConfig) -> None:
         ConfigurationError: where they would not be the same.
     """
     sync = config.sync
-    if sync.inexact is not None:
-        way = "record one and replay it (sync.record, sync.replay)" if sync.mode == "server" else "use mode server"
-        raise ConfigurationError(f"sync.mode is {sync.mode}, and {sync.inexact}: no two runs are alike; {way}")
+    refuse_inexact(config)
     if sync.apart and sync.replicas is None:
         raise ConfigurationError(
             f"sync.mode is {sync.mode} with one replica a worker, another run on each number of workers; give "
@@ -89,6 +87,20 @@ def refuse_to_compare(config: TrainingConfig) -> None:
             "in each round of sync.mode server one push a worker counts, another run on each number of workers; give "
             "sync.accepted"
         )
+
+
+def refuse_inexact(config: TrainingConfig) -> None:
+    """Check that two runs on the same workers are the same.
+
+    Raises:
+        ConfigurationError: where they are not.
+    """
+    sync = config.sync
+    if sync.inexact is not None:
+        way = (
+            "record one and replay it (sync.record, sync.replay)" if sync.mode == "server" else "use another sync.mode"
+        )
+        raise ConfigurationError(f"sync.mode is {sync.mode}, and {sync.inexact}: no two runs are alike; {way}")
 
 
 def refuse_inelastic(config: TrainingConfig, elastic: Elastic | None) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from unisono.optim import LAMB, LARS
+from unisono.optim import KFAC, LAMB, LARS
 
 SAMPLES = 60
 
@@ -340,6 +340,7 @@ OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]]
     "muon": muon,
     "lars": lambda p: LARS(p, lr=0.5, weight_decay=1e-2, trust_coefficient=0.02, nesterov=True),
     "lamb": lambda p: LAMB(p, lr=1e-2, exclude_vectors=False),
+    "kfac": lambda p: KFAC(p, lr=0.05, weight_decay=1e-2, damping=1e-2, factor_every=2, inverse_every=4),
     "coupled": lambda p: Coupled(p, lr=1e-2),
     "lbfgs": lambda p: torch.optim.LBFGS(p),
     "sparse_adam": lambda p: torch.optim.SparseAdam(list(p)),

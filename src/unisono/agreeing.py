@@ -13,12 +13,13 @@ from unisono.comm.group import Group
 from unisono.comm.hierarchical import HierarchicalGroup
 from unisono.comm.host import HostGroup
 from unisono.comm.locks import Locks
+from unisono.comm.numbers import ArenaNumbers
 from unisono.comm.partial import Partial
-from unisono.comm.squares import ArenaSquares
 from unisono.comm.versions import ArenaVersions
 from unisono.config import TrainingConfig
 from unisono.data.feed import TrainingFeed
 from unisono.optim.blockwise import BlockOptimizer
+from unisono.optim.kfac import KFAC
 from unisono.optim.schedules import Schedule, scale
 from unisono.parallel.replicated import Replica
 from unisono.plan.assignment import apart_teams, runs
@@ -31,6 +32,7 @@ from unisono.rounds import RoundsEngine
 from unisono.run.clients import Federation
 from unisono.state.order import write_order, write_rounds
 from unisono.state.training_state import TrainingState
+from unisono.sync.curvature import CurvedSteps
 from unisono.sync.every_step import EveryStep, GatheredSquares, Rates
 from unisono.sync.hogwild import LockFreeValues, tables_of
 from unisono.sync.holdings import Holdings
@@ -77,12 +79,17 @@ def policy_of(
         layout.flat,
         apart_teams(layout.flat, len(layout.buffers)) if divided_apart else prepared.teams,
         config.micro_batches,
-        GatheredSquares(group) if config.layout.zero and hosts > 1 else ArenaSquares(local, replica, kept),
+        GatheredSquares(group)
+        if config.layout.zero and hosts > 1
+        else ArenaNumbers(local, local.layout.numbers("squares", replica), "norms", kept),
         state.span,
         holdings,
         optimizer,
         Rates(schedule, scale(config.scaling, config.global_batch_size), config.clip),
     )
+    if isinstance(prepared.optimizer, KFAC):
+        changes = ArenaNumbers(local, local.layout.numbers("changes", replica), "directions")
+        return CurvedSteps(prepared.optimizer, state, ArenaVersions(local, versions, "curvature"), changes, *exact)
     if not config.sync.relaxed:
         return EveryStep(*exact)
     blocks = range(len(layout.flat.blocks))
@@ -94,7 +101,7 @@ def policy_of(
         telling_of(config, here, group.start_gather if isinstance(group, HierarchicalGroup) else None),
         turns_of(layout.flat, config.sync),
         owner,
-        ArenaVersions(local, versions),
+        ArenaVersions(local, versions, "updates of replicas"),
         blocks if kept is None else kept,
         *exact,
     )

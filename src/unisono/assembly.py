@@ -32,9 +32,11 @@ from unisono.filling import Load, Restored, fill
 from unisono.footprint import chosen_recomputation, machine_bytes, refuse_what_cannot_fit
 from unisono.launch.membership import join_hosts, place_of
 from unisono.launch.world import World
+from unisono.optim.kfac import KFAC
 from unisono.optim.schedules import Schedule
 from unisono.parallel.bind import bind, unbind
 from unisono.parallel.buffers import Buffers
+from unisono.parallel.curvature import Statistics
 from unisono.parallel.recompute import Recomputation, blocks, refuse_inside
 from unisono.parallel.replicated import Replica
 from unisono.parallel.sharded import ShardedValues
@@ -501,7 +503,16 @@ def _replica(
         tensor,
         sharded,
         replica_of(config),
+        _statistics(prepared),
     )
+
+
+def _statistics(prepared: Prepared) -> Statistics | None:
+    """What an optimizer learns of the curvature."""
+    if not isinstance(prepared.optimizer, KFAC):
+        return None
+    names = [name for name, _ in prepared.layout.flat.uses]
+    return Statistics(prepared.model, names, prepared.optimizer.factor_every)
 
 
 def _fingerprint(prepared: Prepared, config: TrainingConfig, samples: int) -> int:

@@ -155,8 +155,8 @@ def _take_weights(prepared: Prepared, path: Path, state: TrainingState) -> None:
     """Begin with weights that are given, in place of initial values; buffers that are not among them stay."""
     source = weights(path)
     own = prepared.layout.flat.own
-    uses = {spec.tensor.name: spec.uses for spec in own}
-    places = dict(zip(uses, state.values[: len(own)], strict=True))
+    uses = {spec.tensor.name: spec.uses for spec in own if not spec.is_factor}
+    places = {spec.tensor.name: value for spec, value in zip(own, state.values, strict=False) if not spec.is_factor}
     plain = set(prepared.tensors.plain_buffers)
     for spec, value in zip(prepared.layout.buffers, state.buffers, strict=True):
         if spec.name in plain and any(f".{key}".endswith(f".{spec.name}") for key in source.keys):

@@ -22,13 +22,15 @@ from unisono.evaluation import Metrics
 from unisono.launch.membership import way
 from unisono.optim.classes import pin_variant, update_class
 from unisono.optim.eager import without_compiler
+from unisono.optim.kfac import KFAC
+from unisono.optim.kronecker import Factors
 from unisono.optim.state_spec import state_spec, with_further
+from unisono.parallel.beside import own_model, with_curvature, with_replicas
 from unisono.parallel.bind import ModelTensors, model_tensors
 from unisono.parallel.initial import without_values
 from unisono.parallel.recompute import blocks
 from unisono.parallel.replicated import Loss, call, split
 from unisono.parallel.tensor_trial import ProvenPlan, proven_plan
-from unisono.parallel.virtual import VirtualReplicas, own_model
 from unisono.plan.assignment import (
     DEVICE_RUN_ELEMENTS,
     RUN_ELEMENTS,
@@ -41,6 +43,7 @@ from unisono.plan.assignment import (
     runs,
 )
 from unisono.plan.blocks import FlatLayout, aligned, flat_layout, split_name
+from unisono.plan.curvature import joined
 from unisono.plan.exchange import turns
 from unisono.plan.flow import flow
 from unisono.plan.hosts import Place
@@ -173,15 +176,19 @@ def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) 
     model = _model(objects, config, feed.device)
     if config.sync.apart:
         assert config.sync.replicas is not None
-        model = VirtualReplicas(model, config.sync.replicas)
+        model = with_replicas(model, config.sync.replicas)
     tensors = model_tensors(model)
     optimizer = _optimizer(objects, config, tensors)
+    if isinstance(optimizer, KFAC):
+        _refuse_curvature(config, several_hosts)
+        model = with_curvature(model, _factors(optimizer, model))
+        tensors = model_tensors(model)
     update = update_class(optimizer)
     if update is UpdateClass.ELEMENT and config.clip is not None and config.clip.agc is not None:
         update = UpdateClass.PARAMETER  # its units are not divided
     _refuse_coupled(optimizer, update, config.sync)
     pin_variant(optimizer, feed.device)
-    flat = flat_layout(tensors.parameter_specs(optimizer))
+    flat = flat_layout(joined(tensors.parameter_specs(optimizer)))
     by_name = {uses[0]: p for p, uses in tensors.parameters}
     originals = [by_name[spec.tensor.name] for spec in flat.parameters]
     kept = with_further(state_spec(optimizer, update, flat, originals), flat, *kept_by_agreements(config.sync))
@@ -333,6 +340,32 @@ def _optimizer(objects: Objects, config: TrainingConfig, tensors: ModelTensors) 
             "damping: rate, or an optimizer with momentum"
         )
     return optimizer
+
+
+def _factors(optimizer: KFAC, model: nn.Module) -> dict[str, Factors]:
+    """Memory for what an optimizer learns of a model's curvature."""
+    try:
+        with without_compiler():
+            return optimizer.factors_of(model)
+    except ValueError as error:
+        raise ConfigurationError(f"optimizer KFAC cannot be used: {error}; use LAMB or AdamW") from error
+
+
+def _refuse_curvature(config: TrainingConfig, several_hosts: bool) -> None:
+    """What an optimizer that learns the curvature does not go with."""
+    layout = config.layout
+    reasons = {
+        "sync.mode": "it learns the curvature of one model, at every step" if config.sync.relaxed else "",
+        "layout.tensor": "it needs a layer's inputs and outputs whole" if layout.tensor > 1 else "",
+        "layout.stages": "it is not divided into the stages of a pipeline" if layout.stages > 1 else "",
+        "layout.zero": "hosts do not share what it learns" if layout.zero and several_hosts else "",
+    }
+    for key, reason in reasons.items():
+        if reason:
+            value = getattr(config.sync if key == "sync.mode" else layout, key.partition(".")[2])
+            raise ConfigurationError(
+                f"optimizer KFAC and {key} {value} do not go together: {reason}; leave {key} out, or use LAMB or AdamW"
+            )
 
 
 def _refuse_coupled(optimizer: Optimizer, update: UpdateClass, sync: SyncConfig) -> None:

@@ -14,10 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unisono.bench.optimizers import digits, network
-from unisono.errors import ConfigurationError
 from unisono.optim import KFAC
-from unisono.optim.classes import update_class
-from unisono.optim.kfac import shared_out
+from unisono.plan.assignment import shared_out
 
 STEPS = 20
 
@@ -45,7 +43,8 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "decay of weights": {"weight_decay": 0.1},
     "other averages": {"decay": 0.5},
     "no averages": {"decay": 0.0},
-    "factors every 2 steps": {"factor_every": 2},
+    "factors every 2 steps": {"factor_every": 2, "inverse_every": 2},
+    "inverses every 6 steps, factors every 3": {"inverse_every": 6, "factor_every": 3},
     "inverses every 5 steps": {"inverse_every": 5},
     "much damping": {"damping": 1.0},
 }
@@ -218,7 +217,7 @@ def test_the_digits_model_is_shared_out_well(workers: int) -> None:
 def test_same_padding_and_a_last_layer_alone() -> None:
     model = nn.Sequential(nn.Conv2d(2, 3, (2, 3), padding="same"), nn.Flatten(), nn.Linear(48, 2))
     optimizer = KFAC(model[2].parameters(), lr=0.1).watch(model)
-    assert list(optimizer.factors) == [model[2]]
+    assert optimizer.watched == ["2"]
     optimizer = KFAC(model.parameters(), lr=0.1).watch(model)
     before = [p.detach().clone() for p in model.parameters()]
     F.mse_loss(model(torch.randn(5, 2, 4, 4)), torch.zeros(5, 2)).backward()  # type: ignore[no-untyped-call]
@@ -232,5 +231,39 @@ def test_what_it_cannot_do_is_refused() -> None:
         KFAC([nn.Parameter(torch.ones(2))]).watch(nn.LayerNorm(3))
     with pytest.raises(ValueError, match=r"damping is 0.0; it must be above 0"):
         KFAC([nn.Parameter(torch.ones(2))], damping=0.0)
-    with pytest.raises(ConfigurationError, match="optimizer KFAC cannot be used: it learns the curvature"):
-        update_class(KFAC([nn.Parameter(torch.ones(2))]))
+    with pytest.raises(ValueError, match=r"inverse_every is 3; it must be a multiple of factor_every \(2\)"):
+        KFAC([nn.Parameter(torch.ones(2))], factor_every=2, inverse_every=3)
+    model = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="watches a model already"):
+        KFAC(model.parameters()).watch(model).watch(model)
+
+
+def test_tied_and_frozen_weights_are_updated_as_by_sgd() -> None:
+    """Their curvature is no product of a layer's inputs and outputs; what is frozen stays."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight  # type: ignore[union-attr]
+    model[2].weight.requires_grad_(False)  # type: ignore[union-attr]
+    assert KFAC(model.parameters()).watch(model).watched == ["3"]
+
+
+def test_it_goes_on_from_its_state() -> None:
+    """The curvature is part of the state_dict, and when it is next decomposed."""
+
+    def steps(model: nn.Module, optimizer: KFAC, numbers: range) -> None:
+        for step in numbers:
+            inputs = torch.randn(7, 5, generator=torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            F.mse_loss(model(inputs), torch.ones(7, 3)).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+
+    given = {"lr": 0.05, "factor_every": 2, "inverse_every": 4}
+    model = mlp()
+    optimizer = KFAC(model.parameters(), **given).watch(model)
+    steps(model, optimizer, range(3))
+    other = copy.deepcopy(mlp())
+    other.load_state_dict(model.state_dict())
+    later = KFAC(other.parameters(), **given).watch(other)
+    later.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for one, its in ((model, optimizer), (other, later)):
+        steps(one, its, range(3, 9))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))

@@ -38,9 +38,13 @@ class HostLayout:
         """The versions of a replica's blocks, one word each."""
         return self.regions.named["versions"].part(replica * 8 * self.blocks, 8 * self.blocks)
 
-    def squares(self, replica: int) -> Region:
-        """For each of a replica's blocks, a step, and the squared norm of its gradient there."""
-        return self.regions.named["squares"].part(replica * 16 * self.blocks, 16 * self.blocks)
+    def numbers(self, kind: str, replica: int) -> Region:
+        """For each of a replica's blocks, a step, and a number there.
+
+        Arguments:
+            kind: "squares" for the squared norms of gradients, "changes" for how far they would move the model.
+        """
+        return self.regions.named[kind].part(replica * 16 * self.blocks, 16 * self.blocks)
 
     def mailbox(self, slot: int, number: int) -> Region:
         """Where a slot's message goes; two halves in turn, since a slower reader may still read the last."""
@@ -114,6 +118,7 @@ def host_layout(
     regions.add("versions", 8 * blocks * replicas)
     regions.add("reports", 8 * slots * 2 * len(PHASES))
     regions.add("squares", 16 * blocks * replicas)
+    regions.add("changes", 16 * blocks * replicas)
     regions.add("mailboxes", slots * 2 * MAILBOX_BYTES, PAGE)
     regions.add("state", replicas * _paged(state_bytes), PAGE)
     regions.add("undo", slots * _paged(undo_bytes), PAGE)

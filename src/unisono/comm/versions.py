@@ -14,10 +14,12 @@ class ArenaVersions:
 
     Arguments:
         words: one a block.
+        what: is waited for, for errors.
     """
 
-    def __init__(self, group: HostGroup, words: memoryview) -> None:
+    def __init__(self, group: HostGroup, words: memoryview, what: str) -> None:
         self._group = group
+        self._what = what
         self._words: NDArray[np.uint64] = np.frombuffer(words, dtype=np.uint64)
 
     def await_all(self, step: int, blocks: Sequence[int]) -> Sequence[Loss]:
@@ -27,5 +29,5 @@ class ArenaVersions:
             return bool((self._words[blocks] >= step).all())
 
         return self._group.wait_or_lose(
-            ready, f"agreement after step {step}", lambda: f"updates of replicas; {self._group.doing()}"
+            ready, f"{self._what} of step {step}", lambda: f"updates of some blocks; {self._group.doing()}"
         )

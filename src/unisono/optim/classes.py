@@ -6,7 +6,6 @@ import torch
 from torch.optim import Optimizer
 
 from unisono.errors import ConfigurationError
-from unisono.optim.kfac import KFAC
 from unisono.optim.newton import NewtonCG
 from unisono.plan.assignment import UpdateClass
 
@@ -20,7 +19,6 @@ _FUSED_ON_DEVICES: tuple[type[Optimizer], ...] = (torch.optim.SGD, torch.optim.A
 _REFUSED: dict[type[Optimizer], str] = {
     torch.optim.LBFGS: "it evaluates the loss several times in a step through a closure; use SGD or AdamW",
     NewtonCG: "it evaluates the loss several times in a step through a closure; it is for a loop of your own so far",
-    KFAC: "it learns the curvature from a model's backwards, in a loop of your own so far; use LAMB or AdamW",
     torch.optim.SparseAdam: "it needs sparse gradients, which are summed densely here; use AdamW",
 }
 

@@ -1,40 +1,18 @@
-"""K-FAC: SGD along the natural gradient, whose curvature is a Kronecker product of two small matrices for each layer.
+"""K-FAC: SGD along the natural gradient, by a curvature that is a Kronecker product of two matrices for each layer."""
 
-Martens and Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature", 2015; for convolutions
-Grosse and Martens, "A Kronecker-factored approximate Fisher matrix for convolution layers", 2016; clipping by the
-change of the prediction as in Ba, Grosse and Martens, "Distributed second-order optimization using Kronecker-factored
-approximations", 2017.
-"""
-
-import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from unisono.optim.kronecker import Factors, Layer, input_rows, layers_of, limited, moments, natural_gradient
 from unisono.optim.layerwise import moving, refuse_unless
+from unisono.plan.assignment import UpdateClass
 
-Layer = nn.Linear | nn.Conv2d
-
-
-@dataclass(slots=True)
-class Factors:
-    """One layer's curvature: A of its inputs, G of the gradients of its outputs, averaged, and their eigenvectors.
-
-    Attributes:
-        sums: of what backwards have added since the last step, and how many did.
-    """
-
-    inputs: Tensor | None = None
-    outputs: Tensor | None = None
-    sums: list[Tensor] = field(default_factory=list)
-    backwards: int = 0
-    bases: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+WEIGHTS, FACTORS = "weights", "factors"
 
 
 class KFAC(Optimizer):
@@ -51,14 +29,15 @@ class KFAC(Optimizer):
         u = momentum u + v V + weight_decay W;   W = W - lr u
 
     Gradients are those of the loss that is trained (the empirical Fisher matrix). The loss is a mean over the rows of a
-    layer's output: samples, or all leading dimensions.
+    layer's output: samples, or all leading dimensions. A run watches the model by itself; in a loop of one's own,
+    `watch` does. (Papers: see `unisono.optim.kronecker`.)
 
     Arguments:
         params: parameters, or groups of them, each with an ``lr``, ``momentum`` and ``weight_decay`` of its own.
         damping: added to the curvature.
         decay: of running averages; the first step's are taken as they are.
         factor_every: steps between updates of A and G.
-        inverse_every: steps between decompositions.
+        inverse_every: steps between decompositions, a multiple of ``factor_every``.
         kl_clip: limit of the change of predictions; None for none.
 
     Raises:
@@ -66,10 +45,12 @@ class KFAC(Optimizer):
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
     >>> optimizer = KFAC(model.parameters(), lr=0.1).watch(model)
-    >>> loss = F.mse_loss(model(torch.ones(3, 4)), torch.zeros(3, 2))
+    >>> loss = nn.functional.mse_loss(model(torch.ones(3, 4)), torch.zeros(3, 2))
     >>> loss.backward()
     >>> optimizer.step()
     """
+
+    update_class = UpdateClass.PARAMETER
 
     def __init__(
         self,
@@ -89,25 +70,49 @@ class KFAC(Optimizer):
         refuse_unless(damping > 0, "damping", damping, "above 0")
         refuse_unless(0 <= decay < 1, "decay", decay, "at least 0 and below 1")
         refuse_unless(factor_every >= 1, "factor_every", factor_every, "at least 1")
-        refuse_unless(inverse_every >= 1, "inverse_every", inverse_every, "at least 1")
+        fits = inverse_every >= 1 and inverse_every % factor_every == 0
+        refuse_unless(fits, "inverse_every", inverse_every, f"a multiple of factor_every ({factor_every})")
         refuse_unless(kl_clip is None or kl_clip > 0, "kl_clip", kl_clip, "above 0, or None")
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "role": WEIGHTS})
         self.damping, self.decay, self.kl_clip = damping, decay, kl_clip
         self.factor_every, self.inverse_every = factor_every, inverse_every
-        self.factors: dict[Layer, Factors] = {}
-        self.taken = 0
+        self._watched: dict[str, _Watched] = {}
         self._handles: list[RemovableHandle] = []
 
-    def watch(self, model: nn.Module) -> "KFAC":
-        """Learn the curvature of a model's layers from its backwards; this optimizer."""
-        known = {id(p) for group in self.param_groups for p in group["params"]}
-        for module in model.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d) and id(module.weight) in known and _fits(module):
-                self.factors[module] = Factors()
-                self._handles.append(module.register_forward_hook(self._note_inputs))
-        if not self.factors:
+    def factors_of(self, model: nn.Module) -> dict[str, Factors]:
+        """Memory for the curvature of a model's layers, by their names; a group of its own, once.
+
+        Raises:
+            ValueError: where there is no layer whose curvature can be learned.
+        """
+        trained = {id(p) for group in self.param_groups for p in group["params"]}
+        factors = {name: Factors(layer) for name, layer in layers_of(model, trained).items()}
+        if not factors:
             raise ValueError("the model has no linear or convolutional layer whose weights this optimizer holds")
+        members = [p for pair in factors.values() for p in (pair.inputs, pair.outputs)]
+        self.add_param_group({"params": members, "role": FACTORS})
+        return factors
+
+    def watch(self, model: nn.Module) -> "KFAC":
+        """Learn the curvature of a model's layers from its backwards, once; this optimizer.
+
+        Raises:
+            ValueError: as `factors_of`; and where it watches a model already.
+        """
+        if self._watched:
+            raise ValueError("this optimizer watches a model already; make another one for another model")
+        for name, factors in self.factors_of(model).items():
+            layer = model.get_submodule(name)
+            assert isinstance(layer, nn.Linear | nn.Conv2d)
+            self._watched[name] = _Watched(layer, factors)
+            self._handles.append(layer.register_forward_hook(self._hook(self._watched[name])))
+        self.param_groups[-1]["taken"] = 0
         return self
+
+    @property
+    def watched(self) -> list[str]:
+        """The names of the layers that it watches."""
+        return list(self._watched)
 
     def close(self) -> None:
         """Take the hooks off the model."""
@@ -115,26 +120,30 @@ class KFAC(Optimizer):
             handle.remove()
         self._handles.clear()
 
-    def _note_inputs(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        assert isinstance(layer, nn.Linear | nn.Conv2d)
-        if not (torch.is_grad_enabled() and output.requires_grad) or self.taken % self.factor_every:
-            return
-        rows = _input_rows(layer, inputs[0].detach())
-        places = output[0, 0].numel() if isinstance(layer, nn.Conv2d) else 1
-        output.register_hook(  # type: ignore[no-untyped-call]
-            lambda gradient: self._add(layer, rows, gradient.detach(), places)
-        )
+    def state_dict(self) -> dict[str, Any]:
+        """As any optimizer's, with the curvature of the layers that it watches."""
+        curvature = {name: watched.factors.state_dict() for name, watched in self._watched.items()}
+        return {**super().state_dict(), "curvature": curvature}
 
-    @torch.no_grad()
-    def _add(self, layer: Layer, rows: Tensor, gradient: Tensor, places: int) -> None:
-        """What one backward tells of a layer: rows of inputs, one for every place of every sample."""
-        slopes = gradient.movedim(1, -1) if isinstance(layer, nn.Conv2d) else gradient
-        slopes = slopes.reshape(-1, slopes.shape[-1])
-        samples = len(slopes) // places
-        own = [rows.T @ rows / samples, slopes.T @ slopes * (samples / places)]
-        factors = self.factors[layer]
-        factors.sums = [a + b for a, b in zip(factors.sums, own, strict=True)] if factors.sums else own
-        factors.backwards += 1
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from `state_dict`; after `watch`."""
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "curvature"})
+        for name, watched in self._watched.items():
+            watched.factors.load_state_dict(state_dict["curvature"][name])
+
+    def _hook(self, watched: "_Watched") -> Callable[..., None]:
+        def note(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            if not (torch.is_grad_enabled() and output.requires_grad) or self._taken % self.factor_every:
+                return
+            rows = input_rows(watched.layer, inputs[0].detach())
+            output.register_hook(lambda gradient: watched.add(rows, gradient.detach()))  # type: ignore[no-untyped-call]
+
+        return note
+
+    @property
+    def _taken(self) -> int:
+        """Steps, where it watches a model."""
+        return int(self.param_groups[-1]["taken"])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -143,59 +152,55 @@ class KFAC(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for factors in self.factors.values():
-            self._average(factors)
-        if self.taken % self.inverse_every == 0:
-            for factors in self.factors.values():
-                self._decompose(factors)
+        for watched in self._watched.values():
+            watched.tell()
+        for group in self.param_groups:
+            for factor in group["params"] if group["role"] == FACTORS else ():
+                if factor.grad is not None:
+                    self._absorb(factor)
         directions = self._directions()
         for group in self.param_groups:
-            for parameter in group["params"]:
+            for parameter in group["params"] if group["role"] == WEIGHTS else ():
                 if parameter.grad is not None:
                     self._move(parameter, directions.get(parameter, parameter.grad), group)
-        self.taken += 1
+        if self._watched:
+            self.param_groups[-1]["taken"] += 1
         return loss
 
-    def _average(self, factors: Factors) -> None:
-        if not factors.backwards:
-            return
-        found = [total / factors.backwards for total in factors.sums]
-        if factors.inputs is None or factors.outputs is None:
-            factors.inputs, factors.outputs = found
+    def _absorb(self, factor: nn.Parameter) -> None:
+        """What a step tells of a factor goes into its running average; it is decomposed when it is its turn."""
+        state, told = self.state[factor], factor.grad
+        assert told is not None
+        if not state:
+            state["basis"], state["spectrum"] = torch.zeros_like(factor), torch.zeros_like(factor[0])
+            state["step"] = torch.zeros((), dtype=torch.float32)
+        updates = int(state["step"])
+        if updates:
+            factor.mul_(self.decay).add_(told, alpha=1 - self.decay)
         else:
-            for average, new in zip((factors.inputs, factors.outputs), found, strict=True):
-                average.mul_(self.decay).add_(new, alpha=1 - self.decay)
-        factors.sums, factors.backwards = [], 0
-
-    def _decompose(self, factors: Factors) -> None:
-        if factors.inputs is None or factors.outputs is None:
-            return
-        (a, by_a), (g, by_g) = torch.linalg.eigh(factors.inputs), torch.linalg.eigh(factors.outputs)
-        factors.bases = (a.clamp(min=0), by_a, g.clamp(min=0), by_g)
+            factor.copy_(told)
+        if updates * self.factor_every % self.inverse_every == 0:
+            spectrum, basis = torch.linalg.eigh(factor)
+            state["basis"].copy_(basis)
+            state["spectrum"].copy_(spectrum.clamp(min=0))
+        state["step"] += 1
 
     def _directions(self) -> dict[Tensor, Tensor]:
-        """The natural gradient of each parameter of a layer, clipped."""
-        found: list[tuple[Layer, Tensor]] = []
+        """The natural gradient of each parameter of a layer, limited."""
+        found: dict[Tensor, Tensor] = {}
         change = 0.0
-        for layer, factors in self.factors.items():
-            if factors.bases is None or layer.weight.grad is None:
+        for watched in self._watched.values():
+            weight, bias = watched.layer.weight, watched.layer.bias
+            inputs, outputs = (self.state.get(p) for p in (watched.factors.inputs, watched.factors.outputs))
+            if not inputs or not outputs or weight.grad is None:
                 continue
-            gradient = _whole_gradient(layer)
-            a, by_a, g, by_g = factors.bases
-            turned = by_g.T @ gradient @ by_a
-            direction = by_g @ (turned / (torch.outer(g, a) + self.damping)) @ by_a.T
-            change += self._rate_of(layer.weight) ** 2 * float((direction * gradient).sum().abs())
-            found.append((layer, direction))
-        factor = 1.0
-        if self.kl_clip is not None and change:
-            factor = min(1.0, math.sqrt(self.kl_clip / change))
-        result: dict[Tensor, Tensor] = {}
-        for layer, direction in found:
-            direction = direction * factor
-            if layer.bias is not None:
-                result[layer.bias], direction = direction[:, -1].contiguous(), direction[:, :-1]
-            result[layer.weight] = direction.reshape(layer.weight.shape)
-        return result
+            of_bias = None if bias is None else bias.grad
+            found[weight], column, own = natural_gradient(weight.grad, of_bias, inputs, outputs, self.damping)
+            if bias is not None and column is not None:
+                found[bias] = column
+            change += self._rate_of(weight) ** 2 * own
+        factor = limited(change, self.kl_clip)
+        return {parameter: direction * factor for parameter, direction in found.items()}
 
     def _rate_of(self, parameter: Tensor) -> float:
         groups = (group for group in self.param_groups if any(p is parameter for p in group["params"]))
@@ -209,60 +214,24 @@ class KFAC(Optimizer):
         parameter.add_(direction, alpha=-group["lr"])
 
 
-def _fits(module: Layer) -> bool:
-    """Whether a layer's curvature is a Kronecker product: not where channels are divided into groups."""
-    return not isinstance(module, nn.Conv2d) or (module.groups == 1 and module.padding_mode == "zeros")
+class _Watched:
+    """A layer in a loop of one's own: what its backwards have told since the last step."""
 
+    def __init__(self, layer: Layer, factors: Factors) -> None:
+        self.layer = layer
+        self.factors = factors
+        self._sums: tuple[Tensor, Tensor] | None = None
+        self._backwards = 0
 
-def _input_rows(layer: Layer, inputs: Tensor) -> Tensor:
-    """What a layer's outputs are linear in: a row for every place of every sample, a 1 at its end for the bias."""
-    if isinstance(layer, nn.Conv2d):
-        padding = _padding(layer)
-        if isinstance(padding, list):
-            inputs, padding = F.pad(inputs, padding), 0
-        patches = F.unfold(inputs, layer.kernel_size, layer.dilation, padding, layer.stride)
-        rows = patches.transpose(1, 2).reshape(-1, patches.shape[1])
-    else:
-        rows = inputs.reshape(-1, inputs.shape[-1])
-    return torch.cat([rows, rows.new_ones(len(rows), 1)], 1) if layer.bias is not None else rows
+    @torch.no_grad()
+    def add(self, rows: Tensor, gradient: Tensor) -> None:
+        """What one backward tells."""
+        own = moments(self.layer, rows, gradient, self.factors.inputs.dtype)
+        self._sums = own if self._sums is None else (self._sums[0] + own[0], self._sums[1] + own[1])
+        self._backwards += 1
 
-
-def _padding(layer: nn.Conv2d) -> Any:
-    """As `unfold` takes it, or as `pad` does where the sides differ."""
-    if layer.padding == "valid":
-        return 0
-    if layer.padding == "same":
-        sides: list[int] = []
-        for size, distance in zip(reversed(layer.kernel_size), reversed(layer.dilation), strict=True):
-            total = distance * (size - 1)
-            sides += [total // 2, total - total // 2]
-        return sides
-    return layer.padding
-
-
-def _whole_gradient(layer: Layer) -> Tensor:
-    """Of the weights as a matrix, (outputs, inputs), the bias's as its last column."""
-    assert layer.weight.grad is not None
-    matrix = layer.weight.grad.reshape(len(layer.weight), -1)
-    if layer.bias is None:
-        return matrix
-    column = layer.bias.grad if layer.bias.grad is not None else torch.zeros_like(layer.bias)
-    return torch.cat([matrix, column[:, None]], 1)
-
-
-def shared_out(costs: Sequence[int], workers: int) -> list[int]:
-    """The worker that decomposes each matrix: the dearest first, always to the one that has least.
-
-    Graham, "Bounds on multiprocessing timing anomalies", 1969.
-
-    Arguments:
-        costs: of each matrix, the cube of its size.
-
-    >>> shared_out([8, 27, 1, 27], 2)
-    [0, 0, 1, 1]
-    """
-    load, owners = [0] * workers, [0] * len(costs)
-    for number in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        owners[number] = min(range(workers), key=lambda worker: (load[worker], worker))
-        load[owners[number]] += costs[number]
-    return owners
+    def tell(self) -> None:
+        """Their mean is the gradient of the factors; None where there was no backward."""
+        for i, factor in enumerate((self.factors.inputs, self.factors.outputs)):
+            factor.grad = None if self._sums is None else self._sums[i] / self._backwards
+        self._sums, self._backwards = None, 0

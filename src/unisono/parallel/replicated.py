@@ -11,14 +11,15 @@ from torch.utils import _pytree as pytree
 
 from unisono.comm.partial import Partial, add_entry
 from unisono.errors import ConfigurationError, TrainingError
+from unisono.parallel.beside import member
 from unisono.parallel.buffers import Buffers
+from unisono.parallel.curvature import Noted, Statistics
 from unisono.parallel.entrance import Entrance
 from unisono.parallel.recompute import Recomputation
 from unisono.parallel.sharded import ShardedValues
 from unisono.parallel.split import Rest, first_part, second_part
 from unisono.parallel.stages import Left, Stages
 from unisono.parallel.tensor import TensorParallel
-from unisono.parallel.virtual import member
 from unisono.plan.schedule import WHOLE
 from unisono.run.rng import Draws, ModuleRandom
 
@@ -38,6 +39,7 @@ class Forwarded:
         draws: what its modules draw from.
         rest: what the first part of a backward has left for the second.
         replica: the virtual replica that computes it; 0 for the model itself.
+        noted: what it tells of the curvature; None where that is not learned.
     """
 
     micro_batch: int
@@ -50,6 +52,7 @@ class Forwarded:
     draws: Draws
     rest: Rest | None = None
     replica: int = 0
+    noted: Noted | None = None
 
     def scalars(self, count: int) -> list[float]:
         """What a partial's scalars, ``count`` of them, are for this micro-batch alone."""
@@ -111,6 +114,7 @@ class Replica:
         tensor: this worker's part of layers that several divide; None where it computes whole layers.
         sharded: brings parameters that other hosts keep; None where all are here.
         replica_of: (step, micro-batch) -> the virtual replica that computes it; 0 for the model itself.
+        statistics: of the curvature; None where that is not learned.
     """
 
     def __init__(
@@ -127,6 +131,7 @@ class Replica:
         tensor: TensorParallel | None = None,
         sharded: ShardedValues | None = None,
         replica_of: Callable[[int, int], int] = lambda step, micro_batch: 0,
+        statistics: Statistics | None = None,
     ) -> None:
         self.model = model
         self._replica_of = replica_of
@@ -140,6 +145,7 @@ class Replica:
         self._recomputation = recomputation
         self._tensor = tensor
         self._sharded = sharded
+        self._statistics = statistics
         self._last = stages.division.stages - 1 if stages is not None else 0
         names = [name for name, _ in uses]
         numbers = (*range(self._last + 1), WHOLE)
@@ -166,7 +172,7 @@ class Replica:
         for handle in self._handles:
             handle.remove()
         self.random.close()
-        for wrapping in (self._stages, self._recomputation, self._tensor, self._sharded):
+        for wrapping in (self._stages, self._recomputation, self._tensor, self._sharded, self._statistics):
             if wrapping is not None:
                 wrapping.close()
 
@@ -190,6 +196,7 @@ class Replica:
         entrance = Entrance([tensor for tensor, _ in arrived], [needed for _, needed in arrived])
         replica = self._replica_of(step, micro_batch)
         model = member(self.model, replica)
+        noted = self._statistics.begin(step) if self._statistics is not None else None
         with self._precision():
             if self._stages is None or stage == WHOLE:
                 result = self._loss(call(model, inputs), target)
@@ -199,9 +206,11 @@ class Replica:
             made, value, weight = result.tensors, 0.0, 0.0
         else:
             made, value, weight = self._lost(result, step, micro_batch)
+        if self._statistics is not None:
+            self._statistics.end()
         self._check_versions()
         buffers = self.buffers.gather()
-        return Forwarded(micro_batch, stage, made, entrance, value, weight, buffers, draws, replica=replica)
+        return Forwarded(micro_batch, stage, made, entrance, value, weight, buffers, draws, None, replica, noted)
 
     def _precision(self) -> AbstractContextManager[object]:
         """Autocast, entered once for each micro-batch."""
@@ -354,6 +363,9 @@ class Replica:
 
     def _close(self, forwarded: Forwarded, chain: Sequence[Partial]) -> None:
         """All gradients have come; the rest of the leaf follows."""
+        if self._statistics is not None and forwarded.noted and forwarded.weight:
+            for use, statistic in self._statistics.told(forwarded.noted, forwarded.weight):
+                self._takes[use](statistic)
         for u in self._use_sets[forwarded.stage]:
             if not self._seen[u]:
                 add_entry(chain, u, None)

@@ -25,7 +25,8 @@ class UpdateClass(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Blocks [first, stop) of the flat order, updated together by one owner: one optimizer group, one segment."""
+    """Blocks [first, stop) of the flat order, updated together by one owner: of one segment, and one optimizer group
+    unless they are one unit."""
 
     first: int
     stop: int
@@ -226,18 +227,43 @@ def units(layout: FlatLayout, update: UpdateClass, blocks: Sequence[int]) -> lis
     """Blocks, in flat order, that one worker has to update together."""
     result: list[list[int]] = []
     for i in blocks:
-        if update is UpdateClass.PARAMETER and layout.blocks[i].index > 0:
+        if update is UpdateClass.PARAMETER and _goes_on(layout, layout.blocks[i]):
             result[-1].append(i)
         else:
             result.append([i])
     return result
 
 
+def _goes_on(layout: FlatLayout, block: Block) -> bool:
+    """Whether the block before it belongs to the same unit of an optimizer that updates whole parameters."""
+    return block.index > 0 or layout.parameters[block.parameter].joined
+
+
 def _shares(layout: FlatLayout, update: UpdateClass, blocks: Sequence[int], workers: int) -> list[tuple[int, ...]]:
     parts = units(layout, update, blocks)
-    costs = [sum(layout.blocks[i].stop - layout.blocks[i].start for i in unit) for unit in parts]
-    shares = contiguous_shares(costs, workers)
-    return [tuple(i for unit in parts[share.start : share.stop] for i in unit) for share in shares]
+    factors = [unit for unit in parts if layout.parameters[layout.blocks[unit[0]].parameter].is_factor]
+    others = [unit for unit in parts if unit not in factors] if factors else parts
+    costs = [sum(layout.blocks[i].stop - layout.blocks[i].start for i in unit) for unit in others]
+    shares = [[i for unit in others[s.start : s.stop] for i in unit] for s in contiguous_shares(costs, workers)]
+    cubes = [layout.parameters[layout.blocks[unit[0]].parameter].tensor.shape[0] ** 3 for unit in factors]
+    for unit, worker in zip(factors, shared_out(cubes, workers), strict=True):
+        shares[worker] += unit
+    return [tuple(sorted(share)) for share in shares]
+
+
+def shared_out(costs: Sequence[int], workers: int) -> list[int]:
+    """The worker of each of some pieces of work: the dearest first, always to the one that has least.
+
+    Graham, "Bounds on multiprocessing timing anomalies", 1969.
+
+    >>> shared_out([8, 27, 1, 27], 2)
+    [0, 0, 1, 1]
+    """
+    load, owners = [0] * workers, [0] * len(costs)
+    for number in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        owners[number] = min(range(workers), key=lambda worker: (load[worker], worker))
+        load[owners[number]] += costs[number]
+    return owners
 
 
 def runs(layout: FlatLayout, update: UpdateClass, share: Sequence[int], most: int = RUN_ELEMENTS) -> tuple[Run, ...]:
@@ -255,7 +281,7 @@ def runs(layout: FlatLayout, update: UpdateClass, share: Sequence[int], most: in
 
     def joins(previous: Block, block: Block) -> bool:
         if update is UpdateClass.PARAMETER:
-            return block.parameter == previous.parameter
+            return _goes_on(layout, block)
         a, b = layout.parameters[previous.parameter], layout.parameters[block.parameter]
         same = a.group == b.group and a.tensor.dtype == b.tensor.dtype
         adjacent = block.parameter - previous.parameter <= 1

@@ -17,6 +17,8 @@ BLOCK_ELEMENTS = 65_536
 ALIGNMENT_ELEMENTS = 64
 REPLICA = "replica@"
 """Begins the names of what a virtual replica has of its own."""
+CURVATURE = "curvature@"
+"""Begins the names of what an optimizer learns of the curvature of a layer."""
 
 
 def aligned(size: int, multiple: int = ALIGNMENT_ELEMENTS) -> int:
@@ -38,6 +40,11 @@ def split_name(name: str) -> tuple[int, str]:
         return 0, name
     first, _, rest = name.partition(".")
     return int(first.removeprefix(REPLICA)), rest
+
+
+def is_plain(name: str) -> bool:
+    """Whether a name is one of the model's own, as its user made it."""
+    return not name.startswith((REPLICA, CURVATURE))
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +73,19 @@ class ParameterSpec:
         uses: every name in ``named_parameters(remove_duplicate=False)``; two or more where weights are tied.
         group: the optimizer's parameter group, or None where it is not trained.
         replica: 0 for the model itself; from 1, where several train apart, whose own copy it is.
+        joined: it is updated together with the parameter before it.
     """
 
     tensor: TensorSpec
     uses: tuple[str, ...]
     group: int | None
     replica: int = 0
+    joined: bool = False
+
+    @property
+    def is_factor(self) -> bool:
+        """Whether it is a matrix that tells of the curvature of a layer."""
+        return self.tensor.name.startswith(CURVATURE)
 
 
 @dataclass(frozen=True, slots=True)

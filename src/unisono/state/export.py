@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from unisono.plan.blocks import split_name
+from unisono.plan.blocks import is_plain
 from unisono.state.checkpoint import stream
 from unisono.state.manifest import Manifest, read
 from unisono.state.training_state import BUFFER, PARAMETER
@@ -22,7 +22,7 @@ def _plain(manifest: Manifest, path: Path) -> Iterator[tuple[str, Tensor]]:
     """What belongs to a plain state_dict, tied names left out, one file of the checkpoint at a time."""
     for name, tensor in stream(path):
         kind, _, rest = name.partition("/")
-        if split_name(rest)[0]:  # a virtual replica's own
+        if not is_plain(rest):
             continue
         if kind == PARAMETER or (kind == BUFFER and rest in manifest.plain_buffers):
             yield rest, tensor

@@ -34,8 +34,8 @@ class Rates:
     clip: ClipConfig | None
 
 
-class Squares(Protocol):
-    """How the squared norms of blocks come together."""
+class BlockNumbers(Protocol):
+    """How a number for each block comes together: its squared norm, for example."""
 
     def put(self, step: int, run: Run, values: Sequence[float]) -> None:
         """Leave those of a run."""
@@ -50,8 +50,15 @@ class Squares(Protocol):
         """Those of all blocks."""
 
 
+class Versions(Protocol):
+    """How far blocks are."""
+
+    def await_all(self, step: int, blocks: Sequence[int]) -> Sequence[Loss]:
+        """Wait until some blocks are at ``step``; workers that were lost meanwhile."""
+
+
 class GatheredSquares:
-    """Between hosts that share a state, each of which updates a part.
+    """Squared norms, between hosts that share a state, each of which updates a part.
 
     Arguments:
         group: the workers of all hosts.
@@ -114,7 +121,7 @@ class EveryStep:
         flat: FlatLayout,
         teams: Teams,
         count: int,
-        squares: Squares,
+        squares: BlockNumbers,
         values: Callable[[int, int, int], Tensor],
         holdings: Holdings,
         optimizer: BlockOptimizer,
@@ -184,8 +191,7 @@ class EveryStep:
         if sums.weights[owned.replica] == 0:
             self._commit(owned, step, None)
             return
-        self._reduce(owned, sums)
-        self._updater.clip(owned, self._under_way.factors[owned.replica])
+        self._gradient(owned, sums)
         self._commit(owned, step, self._updater.update(owned, sums))
 
     def _commit(self, owned: OwnedRun, step: int, update: Callable[[], None] | None) -> None:
@@ -201,9 +207,23 @@ class EveryStep:
         else:
             journal.commit(owned.image, step, update or (lambda: None), snapshot=snapshot)
 
+    def _gradient(self, owned: OwnedRun, sums: StepSums) -> None:
+        """What the optimizer is given for a run, into its scratch memory."""
+        self._reduce(owned, sums)
+        self._clip(owned)
+
     def _reduce(self, owned: OwnedRun, sums: StepSums) -> None:
         """The canonical mean of the run's gradient, into its scratch memory."""
         self._updater.reduce(owned, sums)
+
+    def _clip(self, owned: OwnedRun) -> None:
+        """Limit it."""
+        assert self._under_way is not None
+        self._updater.clip(owned, self._under_way.factors[owned.replica])
+
+    def _squares_of(self, owned: OwnedRun) -> list[float]:
+        """The squared norm of the gradient of each of the run's blocks."""
+        return squared_norms(owned.gradients)
 
     def _norms(self, step: int, sums: StepSums, phases: Phases) -> list[float]:
         """The global norm, from the norms of blocks: of the model itself, and of each replica.
@@ -231,7 +251,7 @@ class EveryStep:
             if not self._squares.has(step, owned.run):
                 if sums.weights[owned.replica]:
                     self._reduce(owned, sums)
-                    self._squares.put(step, owned.run, squared_norms(owned.gradients))
+                    self._squares.put(step, owned.run, self._squares_of(owned))
                 else:
                     self._squares.put(step, owned.run, [0.0] * len(owned.gradients))
 

@@ -10,7 +10,6 @@ Douillard et al., 2023 (DiLoCo) and 2025 (streaming).
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,11 +22,10 @@ from unisono.optim.blockwise import Unit
 from unisono.plan.agreement import Agreements, fragments
 from unisono.plan.assignment import Run
 from unisono.plan.blocks import FlatLayout
-from unisono.plan.roster import Loss
 from unisono.run.clients import Federation
 from unisono.run.rng import derive
 from unisono.run.summation import fold
-from unisono.sync.every_step import EveryStep
+from unisono.sync.every_step import EveryStep, Versions
 from unisono.sync.ownership import OwnedRun, Owner
 from unisono.sync.phases import Phases
 from unisono.sync.sums import StepSums
@@ -35,13 +33,6 @@ from unisono.sync.telling import Column, StartGather, Telling
 
 MOMENTUM, SENT = "outer_momentum", "sent"
 """State of the model itself, and of a replica whose words are under way."""
-
-
-class Versions(Protocol):
-    """How far blocks are."""
-
-    def await_all(self, step: int, blocks: Sequence[int]) -> Sequence[Loss]:
-        """Wait until some blocks are at ``step``; workers that were lost meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,28 +1,31 @@
-"""The squared norms of a gradient's blocks, brought together in the arena: whoever updates a block leaves its own."""
+"""A number for each block, brought together in the arena: whoever updates a block leaves its own."""
 
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from unisono.comm.arena import Region
 from unisono.comm.host import HostGroup
 from unisono.comm.words import store_fence
 from unisono.plan.assignment import Run
 from unisono.plan.roster import Loss
 
 
-class ArenaSquares:
+class ArenaNumbers:
     """Those of one state's blocks.
 
     Arguments:
         group: the workers of the host.
-        replica: the number of the state.
+        region: where they lie.
+        what: the numbers are, for errors.
         kept: the blocks that this host keeps, where others keep the rest.
     """
 
-    def __init__(self, group: HostGroup, replica: int, kept: Sequence[int] | None = None) -> None:
+    def __init__(self, group: HostGroup, region: Region, what: str, kept: Sequence[int] | None = None) -> None:
         self._group = group
-        data = group.arena.bytes(group.layout.squares(replica))
+        self._what = what
+        data = group.arena.bytes(region)
         halves = len(data) // 2
         trained = group.layout.blocks - 1  # the last one stands for the buffers
         self._steps: NDArray[np.uint64] = np.frombuffer(data[:halves], dtype=np.uint64)[:trained]
@@ -45,8 +48,11 @@ class ArenaSquares:
         def ready() -> bool:
             return bool((self._steps[self._kept] == step).all())
 
-        return self._group.wait_or_lose(ready, f"norm of step {step}", lambda: f"blocks' norms; {self._group.doing()}")
+        def absent() -> str:
+            return f"the {self._what} of some blocks; {self._group.doing()}"
+
+        return self._group.wait_or_lose(ready, f"{self._what} of step {step}", absent)
 
     def all(self, step: int) -> Sequence[float]:
-        """The squared norm of every block; 0 where others keep it."""
+        """That of every block; 0 where others keep it."""
         return self._values.tolist()  # type: ignore[no-any-return]

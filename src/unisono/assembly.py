@@ -483,6 +483,7 @@ def _replica(
         values: of the buffers, which every micro-batch begins with.
     """
     flat, buffers = prepared.layout.flat, [spec.name for spec in prepared.layout.buffers]
+    statistics = _statistics(prepared)
     recomputation = None
     if recompute != "none":
         again = blocks(prepared.model, prepared.division)
@@ -503,7 +504,7 @@ def _replica(
         tensor,
         sharded,
         replica_of(config),
-        _statistics(prepared),
+        statistics,
     )
 
 

@@ -357,7 +357,6 @@ def _refuse_curvature(config: TrainingConfig, several_hosts: bool) -> None:
     reasons = {
         "sync.mode": "it learns the curvature of one model, at every step" if config.sync.relaxed else "",
         "layout.tensor": "it needs a layer's inputs and outputs whole" if layout.tensor > 1 else "",
-        "layout.stages": "it is not divided into the stages of a pipeline" if layout.stages > 1 else "",
         "layout.zero": "hosts do not share what it learns" if layout.zero and several_hosts else "",
     }
     for key, reason in reasons.items():

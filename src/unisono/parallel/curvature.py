@@ -1,20 +1,21 @@
 """What a micro-batch tells of the curvature of a model's layers, on its way into the sums with its gradients."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from unisono.optim.kronecker import Layer, input_rows, moments
 from unisono.plan.blocks import CURVATURE
+from unisono.plan.wrapping import Forward, Wrapping
 
 Noted = dict[int, list[tuple[Tensor, Tensor]]]
 """What the backwards of one micro-batch tell, by layer."""
 
 
 class Statistics:
-    """Watches a model's layers.
+    """Watches a model's layers: the innermost of all that wraps them, so that it sees what they compute with.
 
     Arguments:
         model: as it is bound.
@@ -27,20 +28,18 @@ class Statistics:
         self._noted: Noted | None = None
         numbers = {name: use for use, name in enumerate(uses)}
         self._uses: list[tuple[int, int]] = []
-        self._handles: list[RemovableHandle] = []
+        self._wrapping = Wrapping()
         for name in uses:
             path, _, last = name.removeprefix(CURVATURE).rpartition(".")
             if name.startswith(CURVATURE) and last == "inputs":
                 layer, factors = model.get_submodule(path), model.get_submodule(f"{CURVATURE}{path}")
                 assert isinstance(layer, nn.Linear | nn.Conv2d) and isinstance(factors.inputs, Tensor)
-                self._watch(layer, len(self._uses), factors.inputs.dtype)
+                self._wrapping.add(layer, partial(self._watched, layer, len(self._uses), factors.inputs.dtype))
                 self._uses.append((numbers[name], numbers[f"{CURVATURE}{path}.outputs"]))
 
     def close(self) -> None:
-        """Take the hooks off the model."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        """The model is as it was."""
+        self._wrapping.close()
 
     def begin(self, step: int) -> Noted | None:
         """What the forward of a micro-batch of ``step`` (from 1) begins with; None in a step that tells nothing."""
@@ -63,17 +62,20 @@ class Statistics:
                 total = sum(own[1:], start=own[0])
                 yield self._uses[number][i], total if scale == len(own) else total * (scale / len(own))
 
-    def _watch(self, layer: Layer, number: int, dtype: torch.dtype) -> None:
-        def note(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def _watched(self, layer: Layer, number: int, dtype: torch.dtype, forward: Forward) -> Forward:
+        def watched(*args: Tensor, **kwargs: Tensor) -> Tensor:
+            output: Tensor = forward(*args, **kwargs)
             noted = self._noted
             if noted is None or not (torch.is_grad_enabled() and output.requires_grad):
-                return
-            rows = input_rows(layer, inputs[0].detach())
+                return output
+            waiting = [input_rows(layer, (*args, *kwargs.values())[0].detach())]
 
             def add(gradient: Tensor) -> None:
-                with torch.no_grad():
-                    noted.setdefault(number, []).append(moments(layer, rows, gradient.detach(), dtype))
+                if waiting:  # a backward in two parts comes by twice
+                    with torch.no_grad():
+                        noted.setdefault(number, []).append(moments(layer, waiting.pop(), gradient.detach(), dtype))
 
             output.register_hook(add)  # type: ignore[no-untyped-call]
+            return output
 
-        self._handles.append(layer.register_forward_hook(note))
+        return watched

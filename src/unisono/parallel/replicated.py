@@ -363,8 +363,8 @@ class Replica:
 
     def _close(self, forwarded: Forwarded, chain: Sequence[Partial]) -> None:
         """All gradients have come; the rest of the leaf follows."""
-        if self._statistics is not None and forwarded.noted and forwarded.weight:
-            for use, statistic in self._statistics.told(forwarded.noted, forwarded.weight):
+        if self._statistics is not None and forwarded.noted and (weight := self._weight_of(forwarded)):
+            for use, statistic in self._statistics.told(forwarded.noted, weight):
                 self._takes[use](statistic)
         for u in self._use_sets[forwarded.stage]:
             if not self._seen[u]:
@@ -377,6 +377,17 @@ class Replica:
             for i, value in enumerate(forwarded.scalars(len(chain[0].scalars))):
                 for partial in chain:
                     value = partial.scalars[i] = partial.scalars[i] + value
+
+    def _weight_of(self, forwarded: Forwarded) -> float:
+        """Of a micro-batch's loss, which only the last stage knows."""
+        if self._stages is None or forwarded.stage == WHOLE:
+            return forwarded.weight
+        if forwarded.stage == self._last and forwarded.weight != 1.0:
+            raise ConfigurationError(
+                f"the loss has the weight {forwarded.weight}, which the earlier stages of a pipeline do not know, and "
+                "the curvature depends on it; return a mean, or leave layout.pipeline out"
+            )
+        return 1.0
 
     def _take_own(self, use: int) -> Callable[[Tensor], None]:
         take = self._takes[use]

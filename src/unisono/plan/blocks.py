@@ -42,6 +42,17 @@ def split_name(name: str) -> tuple[int, str]:
     return int(first.removeprefix(REPLICA)), rest
 
 
+def home_of(name: str) -> str:
+    """The parameter with which a tensor is used: itself, or the weight of the layer whose curvature it is.
+
+    >>> home_of("curvature@body.0.inputs"), home_of("body.0.bias")
+    ('body.0.weight', 'body.0.bias')
+    """
+    if not name.startswith(CURVATURE):
+        return name
+    return f"{name.removeprefix(CURVATURE).rpartition('.')[0]}.weight".lstrip(".")
+
+
 def is_plain(name: str) -> bool:
     """Whether a name is one of the model's own, as its user made it."""
     return not name.startswith((REPLICA, CURVATURE))

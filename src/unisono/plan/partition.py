@@ -6,6 +6,7 @@ from functools import cached_property
 from itertools import pairwise
 
 from unisono.errors import ConfigurationError
+from unisono.plan.blocks import home_of
 from unisono.plan.outline import Cut, Outline
 
 
@@ -41,7 +42,7 @@ class Division:
 
     def stage_of(self, name: str) -> int:
         """The stage that computes with a parameter or buffer."""
-        return self.stage_of_unit(self.outline.homes[name])
+        return self.stage_of_unit(self.outline.homes[home_of(name)])
 
     def costs(self) -> tuple[int, ...]:
         """What each stage's forward costs, in operations."""

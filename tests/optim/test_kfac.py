@@ -241,8 +241,8 @@ def test_what_it_cannot_do_is_refused() -> None:
 def test_tied_and_frozen_weights_are_updated_as_by_sgd() -> None:
     """Their curvature is no product of a layer's inputs and outputs; what is frozen stays."""
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
-    model[1].weight = model[0].weight  # type: ignore[union-attr]
-    model[2].weight.requires_grad_(False)  # type: ignore[union-attr]
+    model[1].weight = model[0].weight
+    model[2].weight.requires_grad_(False)
     assert KFAC(model.parameters()).watch(model).watched == ["3"]
 
 
@@ -256,7 +256,7 @@ def test_it_goes_on_from_its_state() -> None:
             F.mse_loss(model(inputs), torch.ones(7, 3)).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
 
-    given = {"lr": 0.05, "factor_every": 2, "inverse_every": 4}
+    given: dict[str, Any] = {"lr": 0.05, "factor_every": 2, "inverse_every": 4}
     model = mlp()
     optimizer = KFAC(model.parameters(), **given).watch(model)
     steps(model, optimizer, range(3))

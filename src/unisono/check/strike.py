@@ -17,6 +17,7 @@ import torch
 
 from unisono.comm.host import HostGroup
 from unisono.comm.journal import Image, Journal
+from unisono.comm.numbers import ArenaNumbers
 from unisono.config import Config, validate
 from unisono.engine import Engine
 from unisono.evaluation import Evaluator
@@ -31,7 +32,7 @@ from unisono.trainer import Trainer
 
 MOMENTS = (
     *PHASES,
-    *("forward", "backward", "mid-reduce", "mid-update", "mid-commit", "rescue", "validation", "entry"),
+    *("forward", "backward", "mid-reduce", "mid-numbers", "mid-update", "mid-commit", "rescue", "validation", "entry"),
 )
 WAYS = ("kill", "stop", "hang", "sleep", "exit", "clock", "slow")
 HOUR_S = 3600.0
@@ -113,7 +114,7 @@ class Armed:
             self._left = [fault for fault in self._left if fault.step == 0 or fault.step > world.rolled_back + 1]
         self.step = 0
         self._more_s = 0.0
-        self._computed: set[tuple[int, int | None]] = set()
+        self._computed: set[tuple[int, int | str | None]] = set()
 
     def at(self, moment: str, step: int) -> None:
         """The worker is at a moment of a step."""
@@ -142,6 +143,7 @@ class Armed:
     def install(self) -> None:
         """Reach the moments inside phases too. For a process whose only use this is: nothing is put back."""
         self._before(Updater, "reduce", lambda *_: self._second("mid-reduce"))
+        self._before(ArenaNumbers, "put", lambda *_: self._second("mid-numbers"))
         self._before(Journal, "advance", self._advance)
         self._before(Engine, "_rescue", lambda *_: self.at("rescue", self.step))
         self._before(Evaluator, "_leaf", lambda *_: self.at("validation", self.step))
@@ -155,7 +157,7 @@ class Armed:
 
     def _second(self, moment: str) -> None:
         """After the first of several."""
-        key = (self.step, None)
+        key = (self.step, moment)
         if key in self._computed:
             self.at(moment, self.step)
         self._computed.add(key)

@@ -74,7 +74,7 @@ def pin_variant(optimizer: Optimizer, device: torch.device) -> None:
 
 
 def described(optimizer: Optimizer, replicas: int = 0) -> dict[str, Any]:
-    """An optimizer's class and the settings of its groups, to record with the run.
+    """An optimizer's class, its settings and those of its groups, to record with the run.
 
     Arguments:
         replicas: that train apart, whose groups are those of the model itself.
@@ -87,4 +87,5 @@ def described(optimizer: Optimizer, replicas: int = 0) -> dict[str, Any]:
         }
         for group in optimizer.param_groups[: len(optimizer.param_groups) // (1 + replicas)]
     ]
-    return {"class": type(optimizer).__name__, "groups": groups}
+    own = {k: v for k, v in vars(optimizer).items() if isinstance(v, int | float | str) and not k.startswith("_")}
+    return {"class": type(optimizer).__name__, "groups": groups, **({"settings": own} if own else {})}

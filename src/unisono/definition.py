@@ -13,6 +13,8 @@ from unisono.preparation import Objects, Prepared
 _SETTINGS = ("seed", "init", "global_batch_size", "micro_batch_size", "precision", "clip", "schedule", "scaling")
 _FIXED = ("seed", "global_batch_size", "micro_batch_size", "samples")
 """What decides which samples a step uses: it cannot change in the middle of a run."""
+_AGREED = ("mode", "replicas", "period", "after", "fragments", "delay", "clients")
+"""What decides what replicas that train apart have of their own after a step, and what of it is under way."""
 
 
 def definition(objects: Objects, config: TrainingConfig, steps: int, prepared: Prepared) -> dict[str, Any]:
@@ -29,7 +31,7 @@ def definition(objects: Objects, config: TrainingConfig, steps: int, prepared: P
         keys = ("tensor", "sequence_parallel", "loss_parallel", "tensor_plan")
         result["divided_layers"] = {key: value for key in keys if (value := settings["layout"][key])}
     if config.sync.relaxed:
-        result["sync"] = settings["sync"]
+        result["sync"] = {key: value for key, value in settings["sync"].items() if key not in ("record", "replay")}
     if config.schedule.name != "constant":
         result["schedule_steps"] = config.schedule.decay_steps or steps
     return result
@@ -41,12 +43,14 @@ def differences(mine: Mapping[str, Any], recorded: Mapping[str, Any], path: Path
     Raises:
         ConfigurationError: for a difference that would repeat or skip samples.
     """
-    mine_apart, theirs = (of.get("sync", {}).get("replicas") for of in (mine, recorded))
-    if mine_apart != theirs:
-        raise ConfigurationError(
-            f"sync.replicas is {mine_apart or 'not used'}, but the run in {path} has {theirs or 'none'}, each with a "
-            "state of its own; resume with the same number, or start another run from its weights (start_from)"
-        )
+    own, theirs = (of.get("sync", {}) for of in (mine, recorded))
+    for key in _AGREED if own.get("replicas") or theirs.get("replicas") else ():
+        if own.get(key) != theirs.get(key):
+            raise ConfigurationError(
+                f"sync.{key} is {own.get(key) or 'not used'}, but the run in {path} has {theirs.get(key) or 'none'}, "
+                "and its replicas are in the middle of what they agree on; resume with the same value, or start "
+                "another run from its weights (start_from)"
+            )
     for key in _FIXED:
         if recorded.get(key) != mine[key]:
             raise ConfigurationError(

@@ -119,7 +119,7 @@ class RoundsEngine(MeetingEngine):
         except TrainingError:
             if self._pool.round == number and not self._pool.is_closed(number):
                 raise
-            self._again = unit  # the values had begun to change
+            self._again = unit  # what comes late does not count
             return
         self._phases.enter("wait")
         self._locks.hold(POOL, f"the pool of step {step}")

@@ -24,7 +24,7 @@ Words = list[list[Tensor | None]]
 @given(st.dictionaries(st.tuples(st.integers(0, 2**40), st.integers(0, 99)), st.binary(max_size=40), max_size=5))
 def test_words_survive_a_message(told: dict[tuple[int, int], bytes]) -> None:
     tensors = {key: torch.tensor(list(data), dtype=torch.uint8) for key, data in told.items()}
-    found = dict(unpacked(b"".join(packed(tensors))))
+    found = dict(unpacked(b"".join(packed(tensors)), range(2**40 + 1)))
     assert {key: data.numpy().tobytes() for key, data in found.items()} == told
 
 

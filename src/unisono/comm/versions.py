@@ -25,8 +25,10 @@ class ArenaVersions:
     def await_all(self, step: int, blocks: Sequence[int]) -> Sequence[Loss]:
         """Wait until some blocks are at ``step``; workers that were lost meanwhile, of whose blocks some may not be."""
 
+        wanted = np.asarray(blocks, dtype=np.int64)
+
         def ready() -> bool:
-            return bool((self._words[blocks] >= step).all())
+            return bool((self._words[wanted] >= step).all())
 
         return self._group.wait_or_lose(
             ready, f"{self._what} of step {step}", lambda: f"updates of some blocks; {self._group.doing()}"

@@ -396,7 +396,7 @@ class TrainingConfig(Section):
         layout, mode = self.layout, self.sync.mode
         if layout.model_workers > 1:
             raise ValueError(f"sync.mode {mode} has whole models: set layout.pipeline and layout.tensor to 1")
-        if layout.zero not in (None, 1):
+        if layout.zero is not None:
             raise ValueError(f"sync.mode {mode} keeps all replicas in one state; leave layout.zero out")
         if layout.offload is not None:
             raise ValueError(f"sync.mode {mode} keeps its state in memory; leave layout.offload out")
@@ -408,6 +408,11 @@ class TrainingConfig(Section):
             raise ValueError(
                 f"{self.micro_batches} micro-batches cannot be pushed {self.sync.push} at a time; use a number that "
                 "divides them"
+            )
+        units = self.micro_batches // self.sync.push
+        if self.sync.accepted is not None and self.sync.accepted > units:
+            raise ValueError(
+                f"sync.accepted is {self.sync.accepted}, and a step has {units} pushes; no more can count in a round"
             )
         if self.device != "cpu":
             raise ValueError(f"sync.mode {mode} works in the CPU's memory so far; leave out device {self.device}")

@@ -105,6 +105,8 @@ class SyncConfig(Section):
             raise ValueError(f"mode is {self.mode} and period is missing: after how many steps do replicas agree?")
         if self.mode != "diloco" and "outer" in self._given():
             raise ValueError(f"outer is for mode diloco, not {self.mode}")
+        if "mix" in self._given() and not self.delay:
+            raise ValueError("mix is given, and an agreement counts at once, so replicas keep nothing; give a delay")
         if self.clients is not None:
             self._refuse_with_clients()
         if self.fragments > self.period:

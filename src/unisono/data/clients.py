@@ -60,5 +60,6 @@ def parts_of(dataset: object, count: int) -> tuple[Indices, ...]:
         if not len(part):
             raise DataError(f"client {number} of the dataset has no samples; leave it out")
         if part.min() < 0 or part.max() >= size:
-            raise DataError(f"client {number} of the dataset has the sample {part.max()}; there are {size}, from 0")
+            sample = part.min() if part.min() < 0 else part.max()
+            raise DataError(f"client {number} of the dataset has the sample {sample}; there are {size}, from 0")
     return parts

@@ -22,6 +22,11 @@ def refuse_impossible(config: TrainingConfig, hosts: Hosts) -> None:
     if replicas > config.micro_batches:
         each = layout.model_workers
         raise ConfigurationError(more_replicas_than_micro_batches(replicas, config.micro_batches, each))
+    if config.sync.pushes and hosts.size > (units := config.micro_batches // config.sync.push):
+        raise ConfigurationError(
+            f"{hosts.size} workers, and a step has {units} pushes of {config.sync.push} micro-batches; use at most "
+            f"{units} workers, a smaller sync.push, or a larger global_batch_size"
+        )
     if config.device != "cpu":
         _refuse_on_devices(config)
     for host, workers in enumerate(hosts.sizes):
@@ -35,6 +40,11 @@ def refuse_impossible(config: TrainingConfig, hosts: Hosts) -> None:
         )
     if config.sync.apart and len(hosts.sizes) > 1:
         _refuse_idle_workers(config, hosts)
+        if config.checkpoint.every == "auto":
+            raise ConfigurationError(
+                f"checkpoint.every is auto, which the chief decides alone, and with sync.mode {config.sync.mode} all "
+                "hosts take part in a checkpoint; give a number of steps"
+            )
     if layout.zero and len(hosts.sizes) > 1:
         _refuse_shared_state(config, layout.zero, hosts.sizes)
 

@@ -16,6 +16,9 @@ from unisono.optim.schedules import Schedule
 from unisono.optim.state_spec import clone, initial_state
 from unisono.plan.assignment import UpdateClass
 
+NEXT_TO_NONE = 1e-30
+"""A momentum that forgets all."""
+
 
 @dataclass(frozen=True, slots=True)
 class Unit:
@@ -87,10 +90,17 @@ class BlockOptimizer:
         return float(groups[0].get("lr", 0.0)) if groups else 0.0
 
     def lower_momentum(self, by: float) -> None:
-        """Every group's momentum is lower than the user's by so much, but not below 0, from the next step on."""
+        """Every group's momentum is lower than the user's by so much, from the next step on, but not below 0.
+
+        In place of 0 it is a number that changes nothing: without momentum, optimizers leave its buffer as it was.
+        """
         for group, momentum in zip(self._optimizer.param_groups, self._momenta, strict=True):
             if momentum:
-                group["momentum"] = max(0.0, momentum - by)
+                group["momentum"] = max(NEXT_TO_NONE, momentum - by)
+
+    def begins_with_state(self, unit: Unit) -> bool:
+        """Whether the optimizer makes a unit's state before its first step."""
+        return bool(initial_state(self._constructed, unit.original))
 
     def rate_of(self, group: int) -> float:
         """The rate of a group, as last set."""

@@ -29,6 +29,11 @@ class Beside(nn.Module):
         self._names = {name: number for number, name in enumerate(others)}
         self.others = nn.ModuleList(others.values())
 
+    @property
+    def replicas(self) -> list[str]:
+        """The names of virtual replicas."""
+        return [name for name in self._names if name.startswith(REPLICA)]
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own output."""
         return self.model(*args, **kwargs)

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from unisono.errors import ConfigurationError
+from unisono.parallel.beside import Beside
 from unisono.plan.outline import DEAR, entered
 from unisono.plan.partition import Division
 from unisono.plan.sharding import within
@@ -25,6 +26,9 @@ from unisono.plan.wrapping import Forward, Wrapping
 
 def blocks(model: nn.Module, division: Division | None = None) -> list[str]:
     """The modules that are computed again as a whole; never one that a stage's end cuts."""
+    if isinstance(model, Beside):
+        own = blocks(model.model, division)
+        return [*own, *(f"{replica}.{path}" for replica in model.replicas for path in own)]
     lists = [
         (path, [f"{path}.{name}".lstrip(".") for name, child in module.named_children() if any(child.children())])
         for path, module in model.named_modules()

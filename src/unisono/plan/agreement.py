@@ -50,6 +50,17 @@ class Agreements:
         """Whether an agreement counts from the end of a step on."""
         return step > self.delay and self.sends(step - self.delay, fragment)
 
+    def last(self, steps: int, fragment: int) -> int:
+        """The last of so many steps from which on the model has all that replicas have learned of a fragment.
+
+        >>> Agreements(period=4, after=2).last(9, 0), Agreements(period=4, after=2).last(5, 0)
+        (6, 2)
+        """
+        offset = fragment * self.period // self.fragments % self.period
+        taken = steps - self.after - self.delay
+        sent = taken - (taken - offset) % self.period
+        return self.after + sent + self.delay if sent > 0 else min(self.after, steps)
+
     def due(self, step: int) -> bool:
         """Whether anything is to be done after a step."""
         return self.parts(step) or any(

@@ -55,13 +55,6 @@ class LockFreePool(UnitPool):
         """A unit is done, during which ``late`` others were."""
         self._late[unit] = 1 + late
 
-    def inherit(self, slot: int, lost: int) -> int | None:
-        """The unit that a lost worker has left undone, which is this one's now."""
-        unit = int(self.under_way[lost]) - 1
-        if unit < 0 or self.is_done(unit):
-            return None
-        return self._hand_over(unit, slot, lost)
-
     def is_done(self, unit: int) -> bool:
         """Whether a unit's gradient is in the state."""
         return bool(self._late[unit])

@@ -111,13 +111,6 @@ class Pool(UnitPool):
         self._base[:] = self.version
         self._head[0] = step
 
-    def inherit(self, slot: int, lost: int) -> int | None:
-        """The unit that a lost worker has left undone, which is this one's now."""
-        unit = int(self.under_way[lost]) - 1
-        if unit < 0 or self.is_done(unit):
-            return None
-        return self._hand_over(unit, slot, lost)
-
     def is_done(self, unit: int) -> bool:
         """Whether every server has all of a unit."""
         return bool((self.done[unit] == self._runs).all())

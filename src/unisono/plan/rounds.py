@@ -112,24 +112,14 @@ class RoundsPool(UnitPool):
         under_way = np.count_nonzero(self.under_way)
         return bool(self._count[number] + under_way < self.needed(number) + self.layout.backup)
 
-    def inherit(self, slot: int, lost: int) -> int | None:
-        """The unit that a lost worker has left, which is this one's now."""
-        unit = int(self.under_way[lost]) - 1
-        if unit < 0:
-            return None
-        others = np.count_nonzero(self.under_way == unit + 1) > 1
-        if self._has_come(unit) or others:  # it died as it brought or took it
-            self.under_way[lost] = 0
-            return None
-        return self._hand_over(unit, slot, lost)
-
-    def _has_come(self, unit: int) -> bool:
+    def is_done(self, unit: int) -> bool:
+        """Whether a unit has come and counts."""
         come = np.arange(self.layout.accepted) < self._count[:, None]
         return bool(((self._arrivals[:, :, 0] == unit) & come).any())
 
     def arrive(self, number: int, arrival: Arrival) -> bool:
         """A unit comes that was computed in a round; whether it counts: else it is to be computed again."""
-        if self._has_come(arrival.unit):  # from another, who was lost
+        if self.is_done(arrival.unit):  # from another, who was lost
             self.under_way[arrival.slot] = 0
             return True
         if self.round != number or self.is_closed(number):

@@ -78,6 +78,7 @@ class StateShards:
     def _parts(self, bucket: Bucket, uses: Sequence[int]) -> list[list[slice]]:
         result: list[list[slice]] = [[] for _ in range(self.hosts)]
         for start, stop, host in self._pieces(uses):
+            assert host != EVERYWHERE, "who sums a block that all keep is not for shards to say"
             start, stop = start - bucket.start, stop - bucket.start
             parts = result[host]
             if parts and parts[-1].stop == start:

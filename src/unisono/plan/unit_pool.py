@@ -37,7 +37,7 @@ class PoolWords(ABC):
         return 8 * sum(self.sizes.values())
 
 
-class UnitPool:
+class UnitPool(ABC):
     """A step's units, each a few micro-batches, which workers take one after another.
 
     Methods that change something are called under the pool's lock. Words are written in an order in which a worker
@@ -83,8 +83,22 @@ class UnitPool:
         """Whether all units have been taken."""
         return bool(self._head[1] >= self._units)
 
-    def _hand_over(self, unit: int, slot: int, lost: int) -> int:
-        """A lost worker's unit is another's; it may have died as it took it."""
+    @abstractmethod
+    def is_done(self, unit: int) -> bool:
+        """Whether a unit counts already."""
+
+    def inherit(self, slot: int, lost: int) -> int | None:
+        """The unit that a lost worker has left undone, which is this one's now; None for none.
+
+        Where it died as it took one, that is still to be had, and another may have taken it since.
+        """
+        unit = int(self.under_way[lost]) - 1
+        if unit < 0:
+            return None
+        others = np.count_nonzero(self.under_way == unit + 1) > 1
+        if others or self.is_done(unit):
+            self.under_way[lost] = 0
+            return None
         self._head[1] = max(int(self._head[1]), unit + 1)
         self.under_way[slot], self.under_way[lost] = unit + 1, 0
         return unit

@@ -154,7 +154,7 @@ class EveryStep:
         limit = self._rates.clip.norm if self._rates.clip is not None else None
         if sums.weight != 0 and limit is not None:
             norms = self._norms(step, sums, phases)
-            norm, factors = max(norms), [clip_factor(each, limit) for each in norms]
+            norm, factors = self._told_norm(step, norms), [clip_factor(each, limit) for each in norms]
         self._under_way = _UnderWay(sums, factors, bool(flags & SNAPSHOT))
         phases.enter("update")
         self._bring(list(self._holdings.runs), step, phases)
@@ -245,6 +245,10 @@ class EveryStep:
                 "lower the learning rate, or look at the model's numerics"
             )
         return norms
+
+    def _told_norm(self, step: int, norms: Sequence[float]) -> float | None:
+        """The one that is shown of those of the model and of replicas."""
+        return max(norms)
 
     def _leave_squares(self, step: int, sums: StepSums, runs: Sequence[OwnedRun]) -> None:
         for owned in runs:

@@ -116,6 +116,7 @@ class LocalSteps(EveryStep):
         for owned in mine:
             if not owned.replica and not self._holdings.is_done(owned.run, step):
                 self._agree(owned, step)
+        self._telling.over()
 
     def _hear(self, runs: Sequence[OwnedRun], step: int) -> None:
         """Replicas tell what they have to after a step; what counts from now on has come."""
@@ -185,10 +186,16 @@ class LocalSteps(EveryStep):
         for replica in self._here(column):
             if terms.federation is not None:
                 _take_over(replica, common)
+                replica.present[0] = self._optimizer.begins_with_state(replica)  # the model takes no steps of its own
             elif keep:
                 replica.values.lerp_(common.values, 1 - keep)
             else:
                 replica.values.copy_(common.values)
+
+    def _told_norm(self, step: int, norms: Sequence[float]) -> float | None:
+        """The largest; None where other hosts have the gradients of some replicas."""
+        elsewhere = self._terms.when.apart(step) and not all(self._telling.here)
+        return None if elsewhere else super()._told_norm(step, norms)
 
     def _reduce(self, owned: OwnedRun, sums: StepSums) -> None:
         """The mean gradient, and the pull towards the model."""
@@ -324,11 +331,10 @@ def told_of(config: SyncConfig, steps: int) -> list[str]:
             "has learned counts by its samples"
         ]
     when = agreements(config)
-    last = max(
-        (step for step in range(1, steps + 1) if when.parts(step) or when.applies(step, 0)), default=config.after
-    )
-    if last < steps and steps > config.after:
+    lasts = sorted({when.last(steps, fragment) for fragment in range(config.fragments)})
+    if lasts[0] < steps:
+        which = f"step {lasts[0]}" if len(lasts) == 1 else f"steps {lasts[0]} to {lasts[-1]}, by fragment,"
         told.append(
-            f"replicas agree for the last time after step {last} of {steps}: what they learn later is not in the model"
+            f"replicas agree for the last time after {which} of {steps}: what they learn later is not in the model"
         )
     return told

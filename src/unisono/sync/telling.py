@@ -1,7 +1,7 @@
 """What replicas tell each other at an agreement: how far each has moved, as few bytes; between hosts, as messages."""
 
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -87,6 +87,10 @@ class Telling:
                     data, decode = heard[column.block, r]
                     replica.state[key].copy_(decode(data, column))
 
+    def over(self) -> None:
+        """What was told in a step is in the model, or kept with replicas."""
+        self._said = {}
+
     def words(self, step: int, column: Column) -> list[Tensor | None]:
         """What each replica has told of a unit after a step; None for what has not come yet."""
         if self.gather is None:
@@ -117,7 +121,7 @@ class Telling:
 def _heard(everyone: Sequence[bytes], columns: Sequence[Column]) -> dict[tuple[int, int], Tensor]:
     """What all have told of these columns."""
     wanted = {column.block for column in columns}
-    return {key: data for payload in everyone for key, data in unpacked(payload) if key[0] in wanted}
+    return {key: data for payload in everyone for key, data in unpacked(payload, wanted)}
 
 
 def packed(told: Mapping[tuple[int, int], Tensor]) -> Iterator[bytes]:
@@ -127,13 +131,14 @@ def packed(told: Mapping[tuple[int, int], Tensor]) -> Iterator[bytes]:
         yield data.numpy().tobytes()
 
 
-def unpacked(payload: bytes) -> Iterator[tuple[tuple[int, int], Tensor]]:
-    """What was `packed`."""
+def unpacked(payload: bytes, blocks: Container[int]) -> Iterator[tuple[tuple[int, int], Tensor]]:
+    """What was `packed` of some blocks."""
     at = 0
     while at < len(payload):
         block, replica, size_bytes = _HEAD.unpack_from(payload, at)
         at += _HEAD.size
-        yield (block, replica), torch.from_numpy(np.frombuffer(payload, np.uint8, size_bytes, at).copy())
+        if block in blocks:
+            yield (block, replica), torch.from_numpy(np.frombuffer(payload, np.uint8, size_bytes, at).copy())
         at += size_bytes
 
 

@@ -94,10 +94,12 @@ def train(steps: int = 6, resume: bool = False, **options: Any) -> dict[str, Any
     losses: list[float] = []
     validations: list[dict[str, float]] = []
     saved: list[int] = []
+    norms: list[float | None] = []
 
     def note(event: Event) -> None:
         if isinstance(event, StepFinished):
             losses.append(event.loss)
+            norms.append(event.gradient_norm)
             saved.append(event.wire.saved_bytes if event.wire else 0)
         elif isinstance(event, ValidationFinished):
             validations.append(dict(event.metrics))
@@ -105,7 +107,7 @@ def train(steps: int = 6, resume: bool = False, **options: Any) -> dict[str, Any
     if options.pop("validated", False):
         options["validation"] = toys.Samples()
     result = trainer(callbacks=[note], **options).fit(steps, resume=resume)
-    return {**asdict(result), "losses": losses, "validations": validations, "saved": saved}
+    return {**asdict(result), "losses": losses, "validations": validations, "saved": saved, "norms": norms}
 
 
 def train_gpt(optimizer: str, layout: dict[str, Any], steps: int = 20, resume: bool = False, **settings: Any) -> Any:

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.parallel.models import Deep
+from unisono.parallel.beside import with_replicas
 from unisono.parallel.recompute import Recomputation, blocks
 from unisono.plan.partition import divide
 from unisono.plan.rehearsal import outline
@@ -28,6 +29,7 @@ def test_a_plain_sequence_is_taken_layer_by_layer() -> None:
 def test_no_block_reaches_over_a_stages_end() -> None:
     model = nn.Sequential(*(nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)) for _ in range(2)))
     assert blocks(model) == ["0", "1"]
+    assert blocks(with_replicas(model, 1)) == ["0", "1", "replica@1.0", "replica@1.1"]
     found = outline(model, lambda: model(torch.randn(3, 6)).mean())
     cut = divide(found, 2, ["0.2"])
     assert blocks(model, cut) == ["0.0", "0.1", "0.2", "1"]

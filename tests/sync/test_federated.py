@@ -94,6 +94,31 @@ def test_it_is_the_algorithm_of_the_paper(name: str, proximal: float) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", ["rprop", "asgd", "nadam", "adagrad"])
+def test_new_clients_begin_anew_whatever_the_outer_optimizer(name: str) -> None:
+    """diloco whose outer step is the whole way is federated averaging, also by optimizers whose state is not 0."""
+
+    def trained(sync: dict[str, Any]) -> nn.Module:
+        trainer = Trainer(
+            model=lambda: toys.MODELS["plain"]().double(),
+            loss=nn.functional.mse_loss,
+            data=Divided(),
+            optimizer=toys.OPTIMIZERS[name],
+            sync={"clients": 5, "replicas": 3, "period": 2, **sync},
+            global_batch_size=12,
+            micro_batch_size=2,
+            observe={"progress": False},
+        )
+        trainer.fit(9)
+        assert trainer.model is not None
+        return trainer.model
+
+    expected = trained({"mode": "local"})
+    found = trained({"mode": "diloco", "outer": {"lr": 1.0, "momentum": 0.0, "nesterov": False}})
+    for ours, theirs in zip(found.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
 def train(pool: LocalLauncher, workers: int, hosts: int = 1, **arguments: Any) -> Any:
     settings = {"global_batch_size": 24, "steps": 7, "deadline_s": 20.0, **arguments}
     return pool.run({"call": "tests.jobs:train", "arguments": settings}, workers, hosts=hosts).results[0]
@@ -177,7 +202,8 @@ class Odd(list[int]):
 
 
 @pytest.mark.parametrize(
-    ("clients", "said"), [([[0], []], "client 1 of the dataset has no samples"), ([[0], [3]], "3;")]
+    ("clients", "said"),
+    [([[0], []], "client 1 of the dataset has no samples"), ([[0], [3]], "3;"), ([[-1, 2], [0]], "sample -1;")],
 )
 def test_clients_without_data_are_refused(clients: list[list[int]], said: str) -> None:
     odd = Odd([1, 2, 3])

@@ -324,6 +324,8 @@ def test_fragments_share_the_model_evenly() -> None:
         ),
         ({"layout": {"pipeline": 2}}, "sync.mode local has whole models"),
         ({"layout": {"zero": 0}}, "sync.mode local keeps all replicas in one state; leave layout.zero out"),
+        ({"layout": {"zero": 1}}, "sync.mode local keeps all replicas in one state; leave layout.zero out"),
+        ({"sync": {"mode": "local", "period": 2, "mix": 0.1}}, "mix is given, and an agreement counts at once"),
         ({"init": "by_name"}, "use init: stream"),
         ({"wire": {"compression": "bf16"}}, "with sync.mode local use sync.compression"),
     ],
@@ -335,13 +337,13 @@ def test_what_makes_no_sense_is_refused(changes: dict[str, Any], said: str) -> N
 
 
 def test_a_run_goes_on_with_the_replicas_it_has(tmp_path: Path) -> None:
-    def fit(replicas: int, resume: bool) -> None:
+    def fit(replicas: int, resume: bool, **sync: Any) -> None:
         Trainer(
             model=lambda: nn.Linear(6, 4),
             loss=nn.functional.mse_loss,
             data=toys.Samples(),
             optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
-            sync={"mode": "local", "period": 2, "replicas": replicas},
+            sync={"mode": "local", "period": 2, "replicas": replicas, **sync},
             global_batch_size=8,
             micro_batch_size=1,
             run_dir=str(tmp_path),
@@ -351,6 +353,10 @@ def test_a_run_goes_on_with_the_replicas_it_has(tmp_path: Path) -> None:
     fit(2, False)
     with pytest.raises(ConfigurationError, match=r"sync.replicas is 4, but the run in .* has 2"):
         fit(4, True)
+    fit(2, True)
+    for key, value in (("period", 3), ("after", 3), ("fragments", 2), ("delay", 1), ("mode", "diloco")):
+        with pytest.raises(ConfigurationError, match=f"sync.{key} is {value}, but .* in the middle of what they agree"):
+            fit(2, True, **{key: value})
 
 
 def test_every_worker_of_several_hosts_has_work() -> None:
@@ -362,6 +368,13 @@ def test_every_worker_of_several_hosts_has_work() -> None:
         refuse_impossible(config, Hosts((1,) * 5))
     with pytest.raises(ConfigurationError, match="host 0 has 5 workers and 4 micro-batches for its part of 4"):
         refuse_impossible(config, Hosts((5, 1)))
+    saved = validate(TrainingConfig, {**given, "checkpoint": {"every": "auto"}}, "test")
+    refuse_impossible(saved, Hosts((4,)))
+    with pytest.raises(ConfigurationError, match=r"checkpoint\.every is auto, which the chief decides alone"):
+        refuse_impossible(saved, Hosts((2, 2)))
+    pushed = validate(TrainingConfig, {**given, "sync": {"mode": "server", "push": 4}}, "test")
+    with pytest.raises(ConfigurationError, match="3 workers, and a step has 2 pushes of 4 micro-batches"):
+        refuse_impossible(pushed, Hosts((3,)))
     pushed = validate(TrainingConfig, {**given, "sync": {"mode": "server"}}, "test")
     with pytest.raises(ConfigurationError, match=r"sync\.mode server trains on one host so far, and there are 2"):
         refuse_impossible(pushed, Hosts((1, 1)))
@@ -371,6 +384,26 @@ def test_what_is_learned_after_the_last_agreement_is_told_of() -> None:
     sync = SyncConfig(mode="diloco", replicas=2, period=5, after=3)
     assert len(told_of(sync, 13)) == 1
     assert "the last time after step 13 of 15" in told_of(sync, 15)[1]
+    in_turn = SyncConfig(mode="diloco", replicas=2, period=6, fragments=3)
+    assert "after steps 8 to 12, by fragment, of 12" in told_of(in_turn, 12)[1]
+    assert "after steps 10 to 14, by fragment, of 14" in told_of(in_turn, 14)[1]
+
+
+@given(st.integers(1, 7), st.integers(0, 5), st.integers(1, 5), st.integers(0, 5), st.integers(1, 40))
+def test_the_last_agreement_is_found(period: int, after: int, count: int, delay: int, steps: int) -> None:
+    count, delay = min(count, period), min(delay, period - 1)
+    when = Agreements(period, after, count, delay)
+    for fragment in range(count):
+        applied = [step for step in range(1, steps + 1) if when.applies(step, fragment)]
+        assert when.last(steps, fragment) == max(applied, default=min(after, steps))
+
+
+def test_the_norm_that_is_shown_is_that_of_all_replicas_or_none(pool: LocalLauncher) -> None:
+    """Where another host has the gradients of some, nobody here knows it."""
+    options = {"steps": 3, "model": "mlp", "clip": 0.1, "global_batch_size": 24}
+    sync = {"mode": "local", "period": 2, "replicas": 3, "after": 1}
+    one, three = (train(pool, 3, hosts, sync=sync, **options)["norms"] for hosts in (1, 3))
+    assert one[0] == three[0] and three[1:] == [None, None] and None not in one
 
 
 def test_an_unknown_optimizer_would_couple_replicas() -> None:

@@ -281,6 +281,10 @@ def test_a_replay_of_another_run_is_refused(pool: LocalLauncher, tmp_path: Path)
         ({"mode": "server", "staleness": -1}, "sync.staleness"),
         ({"mode": "server", "staleness": 2, "backup": 1}, "backup is for rounds, in which nobody is ahead"),
         ({"mode": "server", "accepted": 2}, "accepted is for rounds; set staleness to 0, or backup"),
+        (
+            {"mode": "server", "staleness": 0, "push": 4, "accepted": 3},
+            "accepted is 3, and a step has 2 pushes",
+        ),
         ({"mode": "server", "backup": 1, "damping": "rate"}, "damping is for pushes that are stale"),
     ],
 )

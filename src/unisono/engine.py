@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from unisono.comm.copies import Copies
-from unisono.comm.forms import LINE_BYTES, alike
 from unisono.comm.group import Group
 from unisono.comm.partial import Partial, same_bits
-from unisono.comm.passage import Arrived, Passages
-from unisono.comm.passage_layout import Way
+from unisono.comm.passage import Passages
 from unisono.data.feed import TrainingFeed
 from unisono.errors import ImpureRunError, Regrouped, ReplicaBroken
+from unisono.in_flight import Entered, InFlight, Sums
 from unisono.parallel.replicated import Forwarded, Replica
 from unisono.plan.roster import consecutive
 from unisono.plan.schedule import WHOLE, Action, Kind
@@ -76,31 +75,6 @@ def lone_share(micro_batches: Sequence[int], count: int, stage: int, first_entry
     return WorkShare(tuple(actions), {leaf.micro_batch: leaf for leaf in leaves})
 
 
-@dataclass(slots=True)
-class _UnderWay:
-    """A micro-batch on one stage, from its forward to the end of its backward.
-
-    Attributes:
-        activations, gradients: what has arrived for it, None where nothing does.
-        computed: its backward is over.
-        given: the stage before has what it waits for.
-    """
-
-    forwarded: Forwarded
-    activations: Arrived | None
-    gradients: Arrived | None = None
-    computed: bool = False
-    given: bool = False
-
-    def release_if_over(self) -> bool:
-        """Whether it is over; then the memory of what has arrived is given back."""
-        over = self.computed and (self.given or self.activations is None)
-        for arrived in (self.activations, self.gradients) if over else ():
-            if arrived is not None:
-                arrived.release()
-        return over
-
-
 class Engine:
     """Executes the steps of one worker.
 
@@ -131,6 +105,7 @@ class Engine:
         self._group = group
         self._replica = replica
         self._feed = feed
+        self._in_flight = InFlight(replica, feed, phases, passages)
         self._policy = policy
         self._count = count
         self._share_of_step = share
@@ -140,8 +115,6 @@ class Engine:
         self._partial = partial
         self._passages = passages
         self._last_micro_batch = -1
-        self._arrived: dict[tuple[int, int], Arrived] = {}
-        self._under_way: dict[tuple[int, int], _UnderWay] = {}
         self._left: dict[int, int] = {}  # micro-batch -> stages whose leaf is not complete
         self._first: _LeafCopy | None = None
 
@@ -188,8 +161,7 @@ class Engine:
 
     def _forget(self) -> None:
         """What was under way is of no use any more."""
-        self._arrived.clear()
-        self._under_way.clear()
+        self._in_flight.forget()
         self._first = None
 
     def _work(self, step: int, share: WorkShare, copies: Copies | None = None, checked: int | None = None) -> None:
@@ -203,7 +175,7 @@ class Engine:
         self._left = dict.fromkeys(share.leaves, len(share.stages))
         self._last_micro_batch = max((action.micro_batch for action in share.actions), default=-1)
         for action in share.actions:
-            m, between = action.micro_batch, action.kind is Kind.FORWARD and not self._under_way
+            m, between = action.micro_batch, action.kind is Kind.FORWARD and not self._in_flight
             if copies is not None and between and copies.has(step, m):
                 self._work_beside(step, copies, [later for later in share.leaves if later >= m])
                 return
@@ -240,53 +212,26 @@ class Engine:
         elif kind is Kind.BACKWARD:
             self._backward(step, m, stage)
         elif kind is Kind.INPUT:
-            self._backward_inputs(m, stage)
+            self._in_flight.backward_inputs(m, stage, self._sums(m))
         elif kind is Kind.WEIGHT:
             self._backward(step, m, stage, weights_only=True)
         else:
-            self._move(step, action)
-
-    def _move(self, step: int, action: Action) -> None:
-        """Take what another stage has sent, or give it what it waits for."""
-        kind, m, stage = action.kind, action.micro_batch, action.stage
-        assert self._passages is not None
-        if kind is Kind.TAKE_ACTIVATION:
-            self._phases.enter("wait", m)
-            self._arrived[stage, m] = self._passages.receive(stage - 1, Way.ACTIVATIONS, step, m)
-        elif kind is Kind.TAKE_GRADIENT:
-            self._phases.enter("wait", m)
-            self._under_way[stage, m].gradients = self._passages.receive(stage, Way.GRADIENTS, step, m)
-        elif kind is Kind.GIVE_ACTIVATION:
-            made = self._under_way[stage, m].forwarded.made
-            needed = [tensor.requires_grad for tensor in made]
-            self._passages.send(stage, Way.ACTIVATIONS, step, m, made, needed)
-        else:
-            work = self._under_way[stage, m]
-            gradients = work.forwarded.entrance.gradients()
-            self._passages.send(stage - 1, Way.GRADIENTS, step, m, gradients, [False] * len(gradients))
-            work.given = True
-            self._end_if_over(stage, m)
+            self._in_flight.move(step, action)
 
     def _forward(self, step: int, m: int, stage: int, check_purity: bool) -> None:
-        self._phases.enter("data", m)
-        batch = self._feed.load(step, m)
-        self._phases.enter("compute", m)
-        activations = self._arrived.pop((stage, m), None)
-        arrived = []
-        if activations is not None:
-            tensors = [tensor for tensor in activations.tensors if tensor is not None]
-            arrived = list(zip(tensors, activations.needed, strict=True))
-        if check_purity:
-            copies = [(alike(tensor, tensor, tensor.data_ptr() % LINE_BYTES), needed) for tensor, needed in arrived]
-            first = self._replica.forward(step, m, batch, stage, copies)
+        made: list[Forwarded] = []
+
+        def rehearse(
+            batch: object, arrived: Entered
+        ) -> None:  # loading must be pure too, and a model may change its input
+            made.append(self._replica.forward(step, m, batch, stage, arrived))
             if self._whole:
-                self._replica.backward(first, self._chain(m), opens=True)
+                self._replica.backward(made[0], self._chain(m), opens=True)
                 self._first = _copy(self._chain(m)[0])
-            batch = self._feed.load(step, m)  # loading must be pure too, and the model may have changed its input
-        forwarded = self._replica.forward(step, m, batch, stage, arrived)
+
+        forwarded = self._in_flight.forward(step, m, stage, rehearse if check_purity else None)
         if check_purity and not self._whole:
-            _compare_made(step, stage, first, forwarded)
-        self._under_way[stage, m] = _UnderWay(forwarded, activations)
+            _compare_made(step, stage, made[0], forwarded)
         if self._passages is None:
             self._group.foretell(step, m, forwarded.scalars)
 
@@ -301,23 +246,9 @@ class Engine:
             return None
         return self._group.on_gradient if m == self._last_micro_batch or self._share.rounds else None
 
-    def _backward_inputs(self, m: int, stage: int) -> None:
-        self._phases.enter("compute", m)
-        work, chain, opens, final = self._under_way[stage, m], self._chain(m), self._opens(m), self._on_gradient(m)
-        gradients = _gradients(work)
-        self._replica.backward_inputs(work.forwarded, chain, opens=opens, gradients=gradients, on_gradient=final)
-
     def _backward(self, step: int, m: int, stage: int, *, weights_only: bool = False) -> None:
-        self._phases.enter("compute", m)
-        work, chain, opens, final = self._under_way[stage, m], self._chain(m), self._opens(m), self._on_gradient(m)
         leaf = self._share.leaves[m]
-        if weights_only:
-            self._replica.backward_weights(work.forwarded, chain, opens=opens, on_gradient=final)
-        else:
-            gradients = _gradients(work)
-            self._replica.backward(work.forwarded, chain, opens=opens, gradients=gradients, on_gradient=final)
-        work.computed = True
-        self._end_if_over(stage, m)
+        self._in_flight.backward(m, stage, self._sums(m), weights_only=weights_only)
         if self._first is not None:
             self._compare(step, self._first, _copy(self._chain(m)[0]))
             self._first = None
@@ -326,12 +257,9 @@ class Engine:
             node, entry = leaf.completes
             self._group.publish(step, entry, node, whole=stage == WHOLE)
 
-    def _end_if_over(self, stage: int, m: int) -> None:
-        work = self._under_way[stage, m]
-        if work.computed:
-            work.forwarded.made, work.forwarded.rest = (), None  # the graph ends here
-        if work.release_if_over():
-            del self._under_way[stage, m]
+    def _sums(self, m: int) -> Sums:
+        """Where a micro-batch's gradient goes."""
+        return Sums(self._chain(m), self._opens(m), self._on_gradient(m))
 
     def _chain(self, micro_batch: int) -> list[Partial]:
         return [self._partial(b) for b in self._share.leaves[micro_batch].chain]
@@ -360,10 +288,6 @@ class Engine:
 class _LeafCopy:
     loss: float
     entries: list[Tensor | None]
-
-
-def _gradients(work: _UnderWay) -> Sequence[Tensor | None]:
-    return work.gradients.tensors if work.gradients is not None else ()
 
 
 def _compare_made(step: int, stage: int, first: Forwarded, second: Forwarded) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from unisono.asynchronous import AsynchronousEngine
 from unisono.comm.group import Group
@@ -15,17 +16,22 @@ from unisono.comm.host import HostGroup
 from unisono.comm.locks import Locks
 from unisono.comm.numbers import ArenaNumbers
 from unisono.comm.partial import Partial
+from unisono.comm.passage import Passages
 from unisono.comm.versions import ArenaVersions
 from unisono.config import TrainingConfig
 from unisono.data.feed import TrainingFeed
+from unisono.in_flight import InFlight
 from unisono.optim.blockwise import BlockOptimizer
 from unisono.optim.kfac import KFAC
 from unisono.optim.schedules import Schedule, scale
 from unisono.parallel.replicated import Replica
+from unisono.parallel.stash import Stash
+from unisono.pipedream import PipeDreamEngine, StepWords
 from unisono.plan.assignment import apart_teams, runs
 from unisono.plan.lock_free import LockFreePool
 from unisono.plan.pool import Pool, PoolLayout
 from unisono.plan.rounds import RoundsLayout, RoundsPool
+from unisono.plan.schedule import timetable
 from unisono.preparation import Prepared, pool_layout
 from unisono.replaying import ReplayEngine, RoundsReplayEngine
 from unisono.rounds import RoundsEngine
@@ -37,10 +43,11 @@ from unisono.sync.every_step import EveryStep, GatheredSquares, Rates
 from unisono.sync.hogwild import LockFreeValues, tables_of
 from unisono.sync.holdings import Holdings
 from unisono.sync.local import LocalSteps, telling_of, terms_of, turns_of
-from unisono.sync.ownership import Owner, RunMemory
+from unisono.sync.ownership import OwnedRun, Owner, RunMemory
 from unisono.sync.phases import Phases
 from unisono.sync.policy import Executes
 from unisono.sync.server import PulledValues, Servers, divided, servers_of
+from unisono.sync.stash import StashedValues, own_team
 from unisono.sync.updater import Updater
 from unisono.units import Pace, UnitGradients
 
@@ -115,7 +122,6 @@ class Parts:
         snapshot: where a checkpoint is written from.
         run_memory: of a slot.
         versions: of blocks.
-        locks: of the pool, and of servers.
     """
 
     prepared: Prepared
@@ -128,7 +134,6 @@ class Parts:
     schedule: Schedule
     replica: Replica
     feed: TrainingFeed
-    locks: Locks
     phases: Phases
 
     @property
@@ -157,13 +162,13 @@ class Parts:
 
     def units(self, rows: Sequence[int] = ()) -> UnitGradients:
         """Computes gradients."""
-        partials = self.prepared.partials
-
-        def memory() -> Partial:
-            return Partial(partials, torch.zeros(partials.size_bytes, dtype=torch.uint8))
-
         push, teams = self.config.sync.push, self.prepared.teams
-        return UnitGradients(self.replica, self.feed, push, self.prepared.layout.flat, teams, memory, rows)
+        return UnitGradients(self.replica, self.feed, push, self.prepared.layout.flat, teams, self.partial, rows)
+
+    def partial(self) -> Partial:
+        """Memory of this process for sums."""
+        partials = self.prepared.partials
+        return Partial(partials, torch.zeros(partials.size_bytes, dtype=torch.uint8))
 
     def pool(self) -> LockFreePool | Pool | RoundsPool:
         """The step's units."""
@@ -175,21 +180,79 @@ class Parts:
         return Pool(divides, words) if isinstance(divides, PoolLayout) else LockFreePool(divides, words)
 
 
-def pushing_engine(parts: Parts, pulled: PulledValues | None) -> Executes:
+def stashing_engine(
+    parts: Parts,
+    states: Sequence[TrainingState],
+    stash: Stash,
+    buffers: Sequence[Tensor],
+    passages: Passages | None,
+) -> Executes:
+    """An engine of a pipeline that does not drain.
+
+    Arguments:
+        states: where versions lie; the first is the training state.
+        buffers: this worker's own.
+        passages: to the other stages.
+    """
+    prepared, config, optimizer, local = parts.prepared, parts.config, parts.optimizer(), parts.local
+    stashing, flat = prepared.stashing, prepared.layout.flat
+    assert stashing is not None
+    mine, stages = local.slot, config.layout.pipeline
+    teams = own_team(prepared.teams, mine)
+    blocks = [block for block, team in enumerate(teams.of_blocks(flat)) if team == 0]
+    joinable = config.threads == 1
+
+    def prepare(state: TrainingState, own: Sequence[int]) -> list[OwnedRun]:
+        owner = Owner(state, parts.run_memory(mine), prepared.originals, teams, joinable)
+        return owner.prepare(runs(flat, prepared.update, own, prepared.run_elements), optimizer)
+
+    values = StashedValues(
+        stashing,
+        states,
+        blocks,
+        prepare,
+        teams,
+        Updater(flat, optimizer, config.clip),
+        optimizer,
+        parts.rate,
+        [
+            (own, common, not team)
+            for own, common, team in zip(buffers, parts.state.buffers, teams.buffers, strict=True)
+        ],
+    )
+    return PipeDreamEngine(
+        local,
+        stashing,
+        timetable("1f1b", stages, range(config.micro_batches)).workers[mine],
+        parts.replica,
+        stash,
+        InFlight(parts.replica, parts.feed, parts.phases, passages),
+        values,
+        StepWords(local.arena.bytes(prepared.host.regions.named["pool"]), stashing.units),
+        parts.partial,
+        parts.phases,
+        parts.keep,
+        passages,
+        last=mine == stages - 1,
+    )
+
+
+def pushing_engine(parts: Parts, locks: Locks, pulled: PulledValues | None) -> Executes:
     """An engine of workers that wait for nobody.
 
     Arguments:
+        locks: of the pool, and of servers.
         pulled: what this worker computes with, where that is not the state itself.
     """
     pool = parts.pool()
     if isinstance(pool, LockFreePool):
-        return _lock_free_engine(parts, pool)
+        return _lock_free_engine(parts, locks, pool)
     assert pulled is not None
-    return _server_engine(parts, pool, pulled)
+    return _server_engine(parts, locks, pool, pulled)
 
 
-def _lock_free_engine(parts: Parts, pool: LockFreePool) -> Executes:
-    prepared, config, locks = parts.prepared, parts.config, parts.locks
+def _lock_free_engine(parts: Parts, locks: Locks, pool: LockFreePool) -> Executes:
+    prepared, config = parts.prepared, parts.config
     layout, optimizer, owner = prepared.layout, parts.optimizer(), parts.owner()
     tables = tables_of(prepared.model, layout.flat, parts.state.values, prepared.optimizer, config.clip)
     uses = [use for table in tables for use in table.uses]
@@ -213,8 +276,8 @@ def _lock_free_engine(parts: Parts, pool: LockFreePool) -> Executes:
     )
 
 
-def _server_engine(parts: Parts, pool: Pool | RoundsPool, pulled: PulledValues) -> Executes:
-    prepared, config, local, locks, phases = parts.prepared, parts.config, parts.local, parts.locks, parts.phases
+def _server_engine(parts: Parts, locks: Locks, pool: Pool | RoundsPool, pulled: PulledValues) -> Executes:
+    prepared, config, local, phases = parts.prepared, parts.config, parts.local, parts.phases
     sync, optimizer, pace, units = config.sync, parts.optimizer(), parts.pace, parts.units()
     divides = divided(prepared.layout, prepared.update, sync.servers, prepared.run_elements)
     servers = Servers(

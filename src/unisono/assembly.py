@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from unisono.agreeing import Parts, policy_of, pushing_engine
+from unisono.agreeing import Parts, policy_of, pushing_engine, stashing_engine
 from unisono.comm.arena import DeviceMemory, Region, mapped
 from unisono.comm.copies import Copies
 from unisono.comm.group import Group
@@ -41,6 +41,7 @@ from unisono.parallel.recompute import Recomputation, blocks, refuse_inside
 from unisono.parallel.replicated import Replica
 from unisono.parallel.sharded import ShardedValues
 from unisono.parallel.stages import Stages
+from unisono.parallel.stash import Stash
 from unisono.parallel.tensor import TensorParallel
 from unisono.plan.assignment import UpdateClass, micro_batches
 from unisono.plan.blocks import split_name
@@ -263,7 +264,13 @@ def _worker(
     sharded = _sharded(prepared, objects, config, group, local, state, feed)
     tensor = _tensor(prepared, local, loss_parallel=config.layout.loss_parallel)
     buffers = state.buffers if pulled is None else pulled.buffers
-    replica = _replica(prepared, objects, config, buffers, bound, feed, recompute, tensor, sharded)
+    states, stash = [state], None
+    if prepared.stashing is not None:
+        states += [state.apart() for _ in range(1, prepared.stashing.versions)]
+        places = [each.values for each in states]
+        stash = Stash(prepared.model, prepared.layout.flat, prepared.stashing, bound, places)
+        buffers = [buffer.clone() for buffer in state.buffers]
+    replica = _replica(prepared, objects, config, buffers, bound, feed, recompute, tensor, sharded, stash)
 
     def run_memory(slot: int) -> RunMemory:
         return RunMemory(prepared.layout, state.memory, memory(host.undo(slot)), snapshot.memory)
@@ -274,18 +281,20 @@ def _worker(
     federation = federation_of(config, objects.data)
     sampler = Sampler(feed.size, *order) if federation is None else ClientSampler(feed.size, *order, federation)
     names = [name for name, _ in prepared.layout.flat.uses] + [spec.name for spec in prepared.layout.buffers]
-    if group is local and passages is None and tensor is None and _copies_pay(config, host.slots):
+    exact = group is local and passages is None and tensor is None and stash is None
+    if exact and _copies_pay(config, host.slots):
         local.copies = Copies(local, host.entries, names)
     training = TrainingFeed(feed, sampler)
     if group is local:
         local.roll.costs = training.costs
     engine: Executes
     phases = Phases(group, listeners)
+    own = state, snapshot, run_memory, versions
+    parts = Parts(prepared, config, local, *own, schedule, replica, training, phases)
     if locks is not None:
-        own = state, snapshot, run_memory, versions
-        engine = pushing_engine(
-            Parts(prepared, config, local, *own, schedule, replica, training, locks, phases), pulled
-        )
+        engine = pushing_engine(parts, locks, pulled)
+    elif stash is not None:
+        engine = stashing_engine(parts, states, stash, buffers, passages)
     else:
         engine = Engine(
             group,
@@ -309,8 +318,8 @@ def _worker(
             group, replica, held_out, config.micro_batch_size, config.validation.samples, objects.metrics, stopping
         )
     memos = Memos(local.arena.bytes(host.memos()), local.slot) if local.survives else None
-    parts = (prepared, group, state, snapshot, replica, engine, evaluator, snapshots, shared, offload, memos)
-    return Worker(*parts, locks=locks), step
+    members = (prepared, group, state, snapshot, replica, engine, evaluator, snapshots, shared, offload, memos)
+    return Worker(*members, locks=locks), step
 
 
 def _copies_pay(config: TrainingConfig, workers: int) -> bool:
@@ -476,6 +485,7 @@ def _replica(
     recompute: str,
     tensor: TensorParallel | None,
     sharded: ShardedValues | None,
+    stash: Stash | None,
 ) -> Replica:
     """The model over its parameters.
 
@@ -505,6 +515,7 @@ def _replica(
         sharded,
         replica_of(config),
         statistics,
+        stash,
     )
 
 

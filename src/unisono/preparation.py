@@ -57,6 +57,7 @@ from unisono.plan.rounds import RoundsLayout
 from unisono.plan.schedule import placement
 from unisono.plan.sharding import within
 from unisono.plan.shards import StateShards, replica_shards, state_shards
+from unisono.plan.stash import Stashing, stage_delay, words_bytes
 from unisono.run.rng import Isolation, derive
 from unisono.run.summation import accumulation
 from unisono.state.layout import StateLayout, state_layout
@@ -103,6 +104,7 @@ class Prepared:
         division, passages: of the model into stages, and the memory between them; None where there is one stage.
         shards: which host keeps what; None where each has all of it.
         tensor: what the tensor-parallel workers divide; None where there is one.
+        stashing: the versions of parameters; None where there is one.
         run_elements: at the most that an owner updates at once.
         copies: every worker's model has memory of its own when training is over; else it stays in what is shared.
     """
@@ -122,6 +124,7 @@ class Prepared:
     passages: PassageLayout | None
     shards: StateShards | None
     tensor: ProvenPlan | None
+    stashing: Stashing | None
     run_elements: int
     copies: bool
 
@@ -203,6 +206,7 @@ def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) 
         found = rehearse(model, objects.loss, config, feed)
         division = divide(found, config.layout.stages, config.layout.cuts)
     teams = _teams(layout, config, division)
+    stashing = _stashing(model, objects.loss, config, feed, flat, division)
     replicas = mesh.data if config.layout.zero == 0 else 1
     shards = _shards(flat, update, teams, config, len(place.hosts.sizes)) if several_hosts else None
     passages = _passages(config, place, mesh, division) if division is not None else None
@@ -222,7 +226,9 @@ def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) 
         passages=passages,
         crews=mesh.data * mesh.pipeline if mesh.tensor > 1 else 0,
         crew=mesh.tensor,
-        pool_bytes=pool_layout(layout, update, config, workers, run_elements).size_bytes,
+        pool_bytes=pool_layout(layout, update, config, workers, run_elements).size_bytes
+        if stashing is None
+        else words_bytes(stashing.units),
         foretold_bytes=foretold_bytes(config.micro_batches, partials.scalars) if config.sync.apart else 0,
     )
     return Prepared(
@@ -241,6 +247,7 @@ def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) 
         passages=passages,
         shards=shards,
         tensor=tensor_parallel_plan(model, objects.loss, config, feed) if mesh.tensor > 1 else None,
+        stashing=stashing,
         run_elements=run_elements,
         copies=config.init != "by_name",
     )
@@ -444,6 +451,40 @@ def _teams(layout: StateLayout, config: TrainingConfig, division: Division | Non
         tuple(places[division.stage_of(spec.name)] for spec in layout.buffers),
         places[-1],
     )
+
+
+def _stashing(
+    model: nn.Module,
+    loss: Loss,
+    config: TrainingConfig,
+    feed: Feed,
+    flat: FlatLayout,
+    division: Division | None,
+) -> Stashing | None:
+    """The versions of each parameter, by its stage.
+
+    Raises:
+        ConfigurationError: where a parameter belongs to several stages, which are updated at different times.
+    """
+    sync, units = config.sync, config.micro_batches // config.sync.push
+    if not sync.stashes:
+        return None
+    if sync.mode == "pipedream" and division is None:
+        assert sync.stages is not None
+        division = divide(rehearse(model, loss, config, feed), sync.stages)
+    stages: list[int] = []
+    for spec in flat.parameters:
+        found = sorted({0 if division is None else division.stage_of(name) for name in spec.uses})
+        if len(found) > 1:
+            raise ConfigurationError(
+                f"{spec.tensor.name} is used in stages {found[0]} and {found[1]}, which sync.mode {sync.mode} updates "
+                "at different times; untie it, or cut the model elsewhere (layout.cuts)"
+            )
+        stages += found
+    if division is None or sync.mode == "pipedream_2bw":
+        return Stashing(sync.push, units, (1,) * len(stages), (1,))
+    kinds = tuple(stage_delay(stage, division.stages) for stage in range(division.stages))
+    return Stashing(sync.push, units, tuple(kinds[stage] for stage in stages), kinds)
 
 
 def _passages(config: TrainingConfig, place: Place, mesh: Mesh, division: Division) -> PassageLayout:

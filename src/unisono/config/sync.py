@@ -18,12 +18,15 @@ class OuterConfig(Section):
 class SyncConfig(Section):
     """When replicas agree. All but every_step trade exactness for speed: the result depends on how many there are."""
 
-    mode: Literal["every_step", "local", "diloco", "server", "hogwild"] = Field(
+    mode: Literal["every_step", "local", "diloco", "server", "hogwild", "pipedream", "pipedream_2bw"] = Field(
         "every_step",
         description="local: replicas take steps of their own, and their average is taken every `period` steps. diloco: "
         "the model follows them by an outer optimizer. server: workers wait for nobody within a step; each pushes the "
         "gradient of some micro-batches to a parameter server, and pulls what others have pushed. hogwild: all compute "
-        "with one copy of the parameters and update it at any time, without locks; for sparse gradients.",
+        "with one copy of the parameters and update it at any time, without locks; for sparse gradients. pipedream: a "
+        "pipeline whose stages are updated every `push` micro-batches and do not drain for it: each backward uses the "
+        "weights of its forward, of which a stage keeps as many versions as there are stages from it on; "
+        "pipedream_2bw: two.",
     )
     replicas: int | None = Field(
         None, ge=1, description="How many train apart, on any number of workers; default: one a worker."
@@ -66,7 +69,12 @@ class SyncConfig(Section):
     accepted: int | None = Field(
         None, ge=1, description="server, in rounds: pushes that count in a round; default: one a worker, less backup."
     )
-    push: int = Field(1, ge=1, description="server, hogwild: micro-batches of a push.")
+    push: int = Field(1, ge=1, description="server, hogwild: micro-batches of a push; pipedream: of an update.")
+    stages: int | None = Field(
+        None,
+        ge=2,
+        description="pipedream: stages of the pipeline, on as many workers or on one; default: layout.pipeline.",
+    )
     damping: Literal["none", "rate", "momentum", "both"] = Field(
         "none",
         description="server: of a push before which t others came since its values were read: the rate is divided by "
@@ -83,15 +91,21 @@ class SyncConfig(Section):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         of_server = {"staleness", "servers", "backup", "accepted", "push", "damping", "record", "replay"}
-        further = set(type(self).model_fields) - of_server
-        known = {"every_step": set(), "server": of_server, "hogwild": {"push"}}.get(self.mode, further)
+        further = set(type(self).model_fields) - of_server - {"stages"}
+        known = {
+            "every_step": set(),
+            "server": of_server,
+            "hogwild": {"push"},
+            "pipedream": {"push", "stages"},
+            "pipedream_2bw": {"push"},
+        }.get(self.mode, further)
         if given := sorted(self._given() - known - {"mode"}):
             if self.mode == "hogwild" and given[0] in ("record", "replay"):
                 raise ValueError(
                     f"{given[0]} is given and mode is hogwild: updates without locks have no order, and some are lost; "
                     "use mode server"
                 )
-            modes = "server" if given[0] in of_server else "local or diloco"
+            modes = "server" if given[0] in of_server else "pipedream" if given[0] == "stages" else "local or diloco"
             raise ValueError(f"{given[0]} is given and mode is {self.mode}; it is for {modes}")
         if self.backup and self.staleness:
             raise ValueError(f"backup is for rounds, in which nobody is ahead; leave out staleness {self.staleness}")
@@ -144,6 +158,11 @@ class SyncConfig(Section):
     def pushes(self) -> bool:
         """Whether workers take units of a step, and update the state with each one's gradient."""
         return self.mode in ("server", "hogwild")
+
+    @property
+    def stashes(self) -> bool:
+        """Whether weights are kept in several versions, by a pipeline that does not drain."""
+        return self.mode in ("pipedream", "pipedream_2bw")
 
     @property
     def apart(self) -> bool:

@@ -27,6 +27,11 @@ def refuse_impossible(config: TrainingConfig, hosts: Hosts) -> None:
             f"{hosts.size} workers, and a step has {units} pushes of {config.sync.push} micro-batches; use at most "
             f"{units} workers, a smaller sync.push, or a larger global_batch_size"
         )
+    if config.sync.stashes and hosts.sizes != (layout.pipeline,):
+        raise ConfigurationError(
+            f"sync.mode {config.sync.mode} trains one pipeline on one host so far, and there are {hosts.size} workers "
+            f"for one of {layout.pipeline}; start {layout.pipeline} (-n {layout.pipeline}), or set layout.pipeline"
+        )
     if config.device != "cpu":
         _refuse_on_devices(config)
     for host, workers in enumerate(hosts.sizes):
@@ -51,7 +56,7 @@ def refuse_impossible(config: TrainingConfig, hosts: Hosts) -> None:
 
 def with_replicas(config: TrainingConfig, hosts: Hosts) -> TrainingConfig:
     """The configuration with what follows from the number of workers where it is not given: how many replicas train
-    apart, or how many pushes count in a round.
+    apart, how many pushes count in a round, or how many stages are updated apart.
 
     Raises:
         ConfigurationError: where micro-batches cannot be shared evenly by them.
@@ -64,6 +69,8 @@ def with_replicas(config: TrainingConfig, hosts: Hosts) -> TrainingConfig:
             )
         accepted = hosts.size - config.sync.backup
         return config.model_copy(update={"sync": config.sync.model_copy(update={"accepted": accepted})})
+    if config.sync.mode == "pipedream" and config.sync.stages is None:
+        return config.model_copy(update={"sync": config.sync.model_copy(update={"stages": config.layout.pipeline})})
     if not config.sync.apart or config.sync.replicas is not None:
         return config
     if config.micro_batches % hosts.size:
@@ -142,14 +149,14 @@ def refuse_inelastic(config: TrainingConfig, elastic: Elastic | None) -> None:
 def survives(config: TrainingConfig, workers: int) -> bool:
     """Whether the workers of a host can go on without one of them, in the same processes, so far.
 
-    Those who divide a layer compute nothing alone; a device's state dies with its worker; that on a disk is made by all
-    at their start; and where every replica has a
-    state of its own, the rest of one shares nothing with others that could take over.
+    Those who divide a layer compute nothing alone, nor do stages that are updated apart; a device's state dies with its
+    worker; that on a disk is made by all at their start; and where every replica has a state of its own, the rest of one
+    shares nothing with others that could take over.
     """
     layout = config.layout
     own_states = layout.zero == 0 and layout.model_workers > 1
     in_memory = config.device == "cpu" and layout.offload is None
-    return in_memory and layout.tensor == 1 and not own_states and workers > 1
+    return in_memory and layout.tensor == 1 and not own_states and not config.sync.stashes and workers > 1
 
 
 def rolls_back(config: TrainingConfig) -> bool:

@@ -19,6 +19,7 @@ from unisono.parallel.recompute import Recomputation
 from unisono.parallel.sharded import ShardedValues
 from unisono.parallel.split import Rest, first_part, second_part
 from unisono.parallel.stages import Left, Stages
+from unisono.parallel.stash import Stash
 from unisono.parallel.tensor import TensorParallel
 from unisono.plan.schedule import WHOLE
 from unisono.run.rng import Draws, ModuleRandom
@@ -115,6 +116,7 @@ class Replica:
         sharded: brings parameters that other hosts keep; None where all are here.
         replica_of: (step, micro-batch) -> the virtual replica that computes it; 0 for the model itself.
         statistics: of the curvature; None where that is not learned.
+        stash: versions of the parameters; None where there is one.
     """
 
     def __init__(
@@ -132,6 +134,7 @@ class Replica:
         sharded: ShardedValues | None = None,
         replica_of: Callable[[int, int], int] = lambda step, micro_batch: 0,
         statistics: Statistics | None = None,
+        stash: Stash | None = None,
     ) -> None:
         self.model = model
         self._replica_of = replica_of
@@ -146,21 +149,21 @@ class Replica:
         self._tensor = tensor
         self._sharded = sharded
         self._statistics = statistics
+        self._stash = stash
+        self._leaves = list(enumerate(p for _, p in uses) if stash is None else stash.leaves)
         self._last = stages.division.stages - 1 if stages is not None else 0
         names = [name for name, _ in uses]
         numbers = (*range(self._last + 1), WHOLE)
         self._use_sets = {stage: self._of_stage(stage, names) for stage in numbers}
         self._buffer_sets = {stage: self._of_stage(stage, buffers.names) for stage in numbers}
-        self._versions = [p._version for _, p in uses]
+        self._versions = [p._version for _, p in self._leaves]
         self._chain: Sequence[Partial] = ()
         self._on_gradient: Callable[[int], None] | None = None
         self._seen = bytearray(len(uses))
         self._stage = 0
         self._stage_of = {u: stage for stage in range(self._last + 1) for u in self._use_sets[stage]}
         self._takes = [self._take(u) for u in range(len(uses))]
-        self._handles = [
-            cast(Any, p).register_post_accumulate_grad_hook(self._take_own(u)) for u, (_, p) in enumerate(uses)
-        ]
+        self._handles = [cast(Any, p).register_post_accumulate_grad_hook(self._take_own(u)) for u, p in self._leaves]
 
     def _of_stage(self, stage: int, names: Sequence[str]) -> range | list[int]:
         if self._stages is None or stage == WHOLE:
@@ -189,6 +192,8 @@ class Replica:
             TrainingError: where the loss is not a finite number, or the model wrote to its parameters.
         """
         self.buffers.reset()
+        if self._stash is not None:
+            self._stash.bind(micro_batch)
         if self._sharded is not None:
             self._sharded.begin_forward()
         draws = self.random.enter(step - 1, micro_batch)
@@ -336,6 +341,8 @@ class Replica:
     def _resume(self, forwarded: Forwarded) -> None:
         """What is computed again from here on (activation checkpointing) belongs to this micro-batch."""
         self.buffers.reset()
+        if self._stash is not None:
+            self._stash.bind(forwarded.micro_batch)
         self.random.resume(forwarded.draws)
 
     def _open(
@@ -435,8 +442,9 @@ class Replica:
             add_entry(self._chain, use, gradient.to_dense() if gradient.is_sparse else gradient)
 
     def _check_versions(self) -> None:
-        for u, (name, parameter) in enumerate(self._uses):
-            if parameter._version != self._versions[u]:
+        for (use, parameter), version in zip(self._leaves, self._versions, strict=True):
+            if parameter._version != version:
+                name = self._uses[use][0]
                 raise ConfigurationError(
                     f"the model wrote to its parameter {name} in the forward; parameters are shared by all workers: "
                     "make it a buffer, or change it in the optimizer"

@@ -1,5 +1,6 @@
 """A training state in memory: named views of values, optimizer state and buffers over one region of bytes."""
 
+import copy
 from collections.abc import Collection, Iterable, Iterator
 
 import torch
@@ -9,10 +10,18 @@ from unisono.comm.partial import torch_dtype
 from unisono.errors import CheckpointError
 from unisono.optim.state_spec import ElementState
 from unisono.plan.assignment import UpdateClass
+from unisono.plan.blocks import ALIGNMENT_ELEMENTS
 from unisono.run.digest import digest
 from unisono.state.layout import CELL, PYTHON_STATE_BYTES, StateLayout
 
 PARAMETER, OPTIMIZER, BUFFER = "parameter", "optimizer", "buffer"
+
+
+def _aligned_zeros(like: Tensor) -> Tensor:
+    """Memory that begins on a line's boundary, as the arena does."""
+    memory = torch.zeros(like.numel() + ALIGNMENT_ELEMENTS, dtype=like.dtype)
+    skipped = -memory.data_ptr() % (ALIGNMENT_ELEMENTS * like.itemsize) // like.itemsize
+    return memory[skipped : skipped + like.numel()]
 
 
 def holds_words(memory: Tensor) -> bool:
@@ -36,6 +45,8 @@ class TrainingState:
         self.layout = layout
         self.memory = memory
         self._frozen = frozen
+        dtypes = enumerate(layout.flat.segment_dtypes)
+        self._segments = [self._region(f"values {segment}").view(torch_dtype(dtype)) for segment, dtype in dtypes]
         self.values = [self._value(p) for p in range(len(layout.flat.parameters))]
         self.buffers = [
             self._region(f"buffer {b}").view(torch_dtype(spec.dtype)).view(spec.shape)
@@ -63,8 +74,14 @@ class TrainingState:
         spec, place = self.layout.flat.parameters[parameter], self.layout.flat.places[parameter]
         if self._frozen is not None and spec.group is None:
             return self._frozen.values[parameter]
-        segment = self._region(f"values {place.segment}").view(torch_dtype(spec.tensor.dtype))
-        return segment[place.offset : place.offset + place.numel].view(spec.tensor.shape)
+        return self._segments[place.segment][place.offset : place.offset + place.numel].view(spec.tensor.shape)
+
+    def apart(self) -> "TrainingState":
+        """This state with values, all 0, in memory of this process; what nobody touches takes none."""
+        other = copy.copy(self)
+        other._segments = [_aligned_zeros(segment) for segment in self._segments]
+        other.values = [other._value(p) for p in range(len(self.values))]
+        return other
 
     def element_state(self, key: str, dtype: str, parameter: int) -> Tensor:
         """A parameter's element-wise optimizer state, in the parameter's shape."""
@@ -107,8 +124,7 @@ class TrainingState:
 
     def span(self, segment: int, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of a segment's values."""
-        dtype = torch_dtype(self.layout.flat.segment_dtypes[segment])
-        return self._region(f"values {segment}").view(dtype)[start:stop]
+        return self._segments[segment][start:stop]
 
     def span_state(self, segment: int, start: int, stop: int, block: int) -> dict[str, Tensor]:
         """The element-wise optimizer state of a span of one group, with the scalars of ``block``, one of its blocks."""

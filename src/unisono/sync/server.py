@@ -14,16 +14,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from unisono.comm.journal import Image, Journal
 from unisono.comm.locks import Locks
-from unisono.comm.partial import torch_dtype
 from unisono.optim.blockwise import BlockOptimizer
 from unisono.optim.clipping import global_norm, squared_norms
 from unisono.optim.schedules import Schedule
 from unisono.plan.assignment import Run, UpdateClass, contiguous_shares, runs
-from unisono.plan.blocks import ALIGNMENT_ELEMENTS
 from unisono.plan.pool import Entry, Pool
 from unisono.plan.rounds import RoundsPool
 from unisono.plan.unit_pool import Words
@@ -48,15 +45,12 @@ class PulledValues:
     """
 
     def __init__(self, state: TrainingState) -> None:
-        flat = state.layout.flat
-        kinds = zip(flat.segment_dtypes, flat.segment_elements, strict=True)
-        self._segments = [_aligned_zeros(elements, torch_dtype(dtype)) for dtype, elements in kinds]
-        self.values = []
-        for spec, place in zip(flat.parameters, flat.places, strict=True):
-            whole = self._segments[place.segment][place.offset : place.offset + place.numel]
-            self.values.append(whole.view(spec.tensor.shape))
+        own_state = state.apart()
+        self.values = own_state.values
         self.buffers = [torch.empty_like(buffer) for buffer in state.buffers]
         self._state = state
+        elements = enumerate(state.layout.flat.segment_elements)
+        self._segments = [own_state.span(segment, 0, number) for segment, number in elements]
         for segment, own in enumerate(self._segments):
             own.copy_(state.span(segment, 0, own.numel()))
         for buffer, common in zip(self.buffers, state.buffers, strict=True):
@@ -77,13 +71,6 @@ class PulledValues:
         """Have the values of others."""
         for own, theirs in zip([*self._segments, *self.buffers], [*other._segments, *other.buffers], strict=True):
             own.copy_(theirs)
-
-
-def _aligned_zeros(elements: int, dtype: torch.dtype) -> Tensor:
-    """Memory that begins on a line's boundary, as the arena does."""
-    memory = torch.zeros(elements + ALIGNMENT_ELEMENTS, dtype=dtype)
-    skipped = -memory.data_ptr() % (ALIGNMENT_ELEMENTS * dtype.itemsize) // dtype.itemsize
-    return memory[skipped : skipped + elements]
 
 
 @dataclass(frozen=True, slots=True)

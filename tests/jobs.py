@@ -39,6 +39,8 @@ from unisono.engine import Engine
 from unisono.errors import GroupError
 from unisono.events import Event, MicroBatchesCopied, Notice, PhaseEntered, StepFinished, ValidationFinished
 from unisono.launch.world import this_process
+from unisono.meeting import Done
+from unisono.pipedream import PipeDreamEngine
 from unisono.plan.assignment import micro_batches, one_team
 from unisono.plan.blocks import ParameterSpec, TensorSpec, flat_layout
 from unisono.plan.exchange import Bucket
@@ -593,3 +595,29 @@ def local_model() -> nn.Module:
     with Isolation() as isolation:
         isolation.seed(5)
         return nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 4)).double()
+
+
+def touched_versions(sync: dict[str, Any], layout: dict[str, Any]) -> dict[str, int]:
+    """Train four layers, and count the versions of this worker's stage, and their bytes that have been touched."""
+    seen: list[PipeDreamEngine] = []
+    done = PipeDreamEngine._do
+
+    def noted(engine: PipeDreamEngine, step: int) -> Done:
+        seen.append(engine)
+        return done(engine, step)
+
+    PipeDreamEngine._do = noted  # type: ignore[method-assign, assignment]
+    small_trainer(
+        model=lambda: nn.Sequential(*(nn.Linear(n, m) for n, m in ((6, 8), (8, 8), (8, 8), (8, 4)))),
+        sync=sync,
+        layout=layout,
+        global_batch_size=48,
+        micro_batch_size=2,
+    ).fit(1)
+    (kind,) = seen[0]._values._kinds
+    touched = sum(t.nbytes for places in kind.places[1:] for t in places if t.any())
+    return {
+        "versions": len(kind.places),
+        "touched_bytes": touched,
+        "stage_bytes": sum(t.nbytes for t in kind.places[0]),
+    }

@@ -430,7 +430,7 @@ class TrainingConfig(Section):
         layout, sync = self.layout, self.sync
         if layout.tensor > 1 or layout.data not in (None, 1):
             raise ValueError(
-                f"sync.mode {sync.mode} trains one pipeline of whole layers: set layout.data and tensor to 1"
+                f"sync.mode {sync.mode} trains one pipeline of whole layers: leave out layout.data, tensor"
             )
         if layout.stages != layout.pipeline or layout.schedule not in ("1f1b", "gpipe"):
             raise ValueError(f"sync.mode {sync.mode} has a schedule of its own: leave layout.schedule out")

@@ -149,9 +149,9 @@ def refuse_inelastic(config: TrainingConfig, elastic: Elastic | None) -> None:
 def survives(config: TrainingConfig, workers: int) -> bool:
     """Whether the workers of a host can go on without one of them, in the same processes, so far.
 
-    Those who divide a layer compute nothing alone, nor do stages that are updated apart; a device's state dies with its
-    worker; that on a disk is made by all at their start; and where every replica has a state of its own, the rest of one
-    shares nothing with others that could take over.
+    Those who divide a layer compute nothing alone, nor do stages that are updated apart; a device's state dies with
+    its worker; that on a disk is made by all at their start; and where every replica has a state of its own, the rest
+    of one shares nothing with others that could take over.
     """
     layout = config.layout
     own_states = layout.zero == 0 and layout.model_workers > 1

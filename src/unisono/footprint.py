@@ -94,6 +94,8 @@ def footprint(
         stages = {action.stage for action in actions}
         received = sum(messages[stage - 1] for stage in stages if stage > 0)
         _, partials = accumulation(own.start, own.stop, config.micro_batches)
+        if prepared.stashing is not None:
+            partials = accumulation(0, prepared.stashing.unit, prepared.stashing.unit)[1]
         result.append(
             worker_memory(
                 states[at["pipeline"]],
@@ -143,7 +145,7 @@ def _state(prepared: Prepared, team: int) -> ModelState:
     for p, spec in enumerate(flat.parameters):
         if of_parameter.get(p, 0) == team:
             size_bytes = spec.tensor.numel * item_size(spec.tensor.dtype)
-            parameter_bytes += size_bytes
+            parameter_bytes += size_bytes * (1 if prepared.stashing is None else 1 + prepared.stashing.delays[p])
             largest = max(largest, size_bytes)
             optimizer_bytes += _optimizer_bytes(prepared, p) if spec.group is not None else 0
     gradient_bytes = sum(

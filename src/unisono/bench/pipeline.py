@@ -12,6 +12,8 @@ from unisono.plan.timing import bubble_theory, timing
 
 PART_S = {2: 0.05, 4: 0.05, 8: 0.08}
 """Seconds of a stage's forward; longer where eight workers share the cores for what is not sleep."""
+PIPEDREAM, UPDATES = "pipedream", 8
+"""Besides: a pipeline that makes so many updates without draining, each of as many micro-batches."""
 
 
 def bench(
@@ -25,7 +27,7 @@ def bench(
     rows = []
     for p in stages:
         for m in micro_batches:
-            for schedule in SCHEDULES:
+            for schedule in (*SCHEDULES, PIPEDREAM):
                 rows.append(_row(launcher, schedule, p, m))
                 if say is not None:
                     say(as_text(rows[-1]))
@@ -38,17 +40,20 @@ def bench(
 
 def _row(launcher: Launcher, schedule: str, stages: int, micro_batches: int) -> dict[str, Any]:
     virtual = 2 if schedule == "interleaved" else 1
+    updates = UPDATES if schedule == PIPEDREAM else 1
+    order = "1f1b" if schedule == PIPEDREAM else schedule
     arguments = {
-        "schedule": schedule,
+        "schedule": order,
         "stages": stages,
         "micro_batches": micro_batches,
         "part_s": PART_S.get(stages, 0.05),
         "virtual_stages": virtual,
+        "updates": updates,
     }
     target = {"call": "unisono.bench.sleepers:measure", "arguments": arguments}
-    theory = bubble_theory(schedule, stages, micro_batches, virtual)
+    theory = bubble_theory(order, stages, updates * micro_batches, virtual)
     if theory is None:
-        theory = timing(timetable(schedule, stages, range(micro_batches), virtual)).bubble
+        theory = timing(timetable(order, stages, range(updates * micro_batches), virtual)).bubble
     return {
         "schedule": schedule,
         "stages": stages,

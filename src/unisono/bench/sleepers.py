@@ -73,12 +73,16 @@ class _Zeros:
         return torch.zeros(WIDTH), torch.zeros(WIDTH)
 
 
-def measure(schedule: Schedule, stages: int, micro_batches: int, part_s: float, virtual_stages: int) -> float:
+def measure(
+    schedule: Schedule, stages: int, micro_batches: int, part_s: float, virtual_stages: int, updates: int = 1
+) -> float:
     """The bubble of a schedule in this worker's pipeline, by the time that all its workers wait.
 
     Arguments:
         stages: workers of the pipeline; each holds two layers.
+        micro_batches: of an update.
         part_s: seconds of a worker's forward of a micro-batch, and of either part of its backward.
+        updates: in a step; for more than one the pipeline does not drain.
     """
     bubbles: list[float] = []
 
@@ -93,12 +97,13 @@ def measure(schedule: Schedule, stages: int, micro_batches: int, part_s: float, 
     trainer = Trainer(
         model=lambda: nn.Sequential(Beginning(), *(Sleeper(part_s / 2) for _ in range(layers))),
         loss=nn.functional.mse_loss,
-        data=_Zeros(micro_batches),
+        data=_Zeros(updates * micro_batches),
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0),
         callbacks=[note],
-        global_batch_size=micro_batches,
+        global_batch_size=updates * micro_batches,
         micro_batch_size=1,
         layout=layout,
+        sync={} if updates == 1 else {"mode": "pipedream", "push": micro_batches},
         observe={"progress": False},
     )
     trainer.fit(WARMUP + STEPS)

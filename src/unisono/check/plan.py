@@ -117,7 +117,7 @@ def prepared_without_values(config: Config, workers: int) -> tuple[Prepared, Out
 
 def _stages(prepared: Prepared, found: Outline) -> list[dict[str, Any]]:
     edges = edges_of(prepared, found)
-    sizes = {spec.tensor.name: spec.tensor.numel for spec in prepared.layout.flat.parameters}
+    sizes = {spec.tensor.name: spec.tensor.numel for spec in prepared.layout.flat.parameters if not spec.is_factor}
     division = prepared.division
     return [
         {

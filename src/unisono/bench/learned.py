@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.optim import SGD, AdamW, Optimizer
 
 from unisono.bench.optimizers import accuracy, digits, network
-from unisono.config import ScheduleConfig
+from unisono.config import Layout, ScheduleConfig
 from unisono.data.feed import Dataset
 from unisono.events import Event, StepFinished
 from unisono.tasks.lm import LanguageModel
@@ -40,6 +40,8 @@ WAYS: dict[str, Mapping[str, Any]] = {
     "diloco, period 50": LONG,
     "diloco, period 50, int8": {**LONG, "compression": "int8"},
     "diloco, period 50, streaming": {**LONG, "fragments": 2, "delay": 2},
+    "pipedream": {"mode": "pipedream"},
+    "pipedream, two versions": {"mode": "pipedream_2bw"},
     "hogwild": {"mode": "hogwild"},
     ALONE: {"mode": "hogwild"},
 }
@@ -53,6 +55,14 @@ TASKS: dict[str, tuple[int, Sequence[str]]] = {
     "gpt-long": (2, ["every step", *_LONG]),
 }
 """Workers, and the ways that are compared."""
+STAGES = {"digits": 2}
+"""Workers of a pipeline, where a model cannot be cut into as many stages."""
+
+
+def workers_of(task: str, way: str) -> int:
+    """How many a way takes."""
+    workers = TASKS[task][0]
+    return STAGES.get(task, workers) if way.startswith("pipedream") else workers
 
 
 class SparseSamples:
@@ -175,9 +185,11 @@ def measure(task: str, way: str, seed: int) -> dict[str, Any]:
         for name in [name for name in os.environ if name.startswith("UNISONO_") or name in ("WORLD_SIZE", "RANK")]:
             del os.environ[name]
     given, sync, workers = problem(task), dict(WAYS[way]), TASKS[task][0]
-    pushes = sync.get("mode") in ("server", "hogwild")
+    pushes, piped = sync.get("mode") in ("server", "hogwild"), way.startswith("pipedream")
+    if piped:
+        sync["push"] = workers  # an update of a whole batch, by as many micro-batches
     unit = given.batch // workers
-    batch = given.samples // given.meetings if pushes else given.batch
+    batch = given.samples // given.meetings if pushes or piped else given.batch
     steps = given.samples // batch
     if "after" in sync:
         sync["after"] = int(sync["after"] * steps)
@@ -200,6 +212,7 @@ def measure(task: str, way: str, seed: int) -> dict[str, Any]:
         validate={"every": steps},
         schedule=given.schedule,
         sync=sync,
+        layout=Layout(pipeline=workers_of(task, way) if piped else 1),
         global_batch_size=batch,
         micro_batch_size=unit,
         seed=seed,
@@ -224,7 +237,7 @@ def measure(task: str, way: str, seed: int) -> dict[str, Any]:
 def told_bytes(sync: Mapping[str, Any], size_bytes: int, steps: int, pushes: int, workers: int) -> int | None:
     """What workers tell each other in all, by how the way works: gradients or how far they have moved, and values.
 
-    None where it depends on which rows have gradients.
+    None where it depends on which rows have gradients, or on how large activations are.
 
     Arguments:
         size_bytes: of the parameters.
@@ -238,7 +251,7 @@ def told_bytes(sync: Mapping[str, Any], size_bytes: int, steps: int, pushes: int
     mode: str | None = sync.get("mode")
     if mode is None:
         return steps * each_step
-    if mode == "hogwild":
+    if mode in ("hogwild", "pipedream", "pipedream_2bw"):
         return None
     if mode == "server":
         accepted = workers - int(sync.get("backup", 0))

@@ -46,7 +46,7 @@ def _measured(launcher: Launcher, task: str, way: str, slow: str, seed: int) -> 
         workers = paced.WORKERS
     else:
         target = {"call": "unisono.bench.learned:measure", "arguments": {"task": task, "way": way, "seed": seed}}
-        workers = learned.TASKS[task][0]
+        workers = learned.workers_of(task, way)
     found: dict[str, Any] = launcher.run(target, workers, output=STANDARD_ERROR).results[0]
     return found
 

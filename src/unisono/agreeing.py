@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +33,7 @@ from unisono.plan.lock_free import LockFreePool
 from unisono.plan.pool import Pool, PoolLayout
 from unisono.plan.rounds import RoundsLayout, RoundsPool
 from unisono.plan.schedule import timetable
+from unisono.plan.unit_pool import Words
 from unisono.preparation import Prepared, pool_layout
 from unisono.replaying import ReplayEngine, RoundsReplayEngine
 from unisono.rounds import RoundsEngine
@@ -40,7 +42,7 @@ from unisono.state.order import write_order, write_rounds
 from unisono.state.training_state import TrainingState
 from unisono.sync.curvature import CurvedSteps
 from unisono.sync.every_step import EveryStep, GatheredSquares, Rates
-from unisono.sync.hogwild import LockFreeValues, tables_of
+from unisono.sync.hogwild import LockFreeValues
 from unisono.sync.holdings import Holdings
 from unisono.sync.local import LocalSteps, telling_of, terms_of, turns_of
 from unisono.sync.ownership import OwnedRun, Owner, RunMemory
@@ -48,8 +50,12 @@ from unisono.sync.phases import Phases
 from unisono.sync.policy import Executes
 from unisono.sync.server import PulledValues, Servers, divided, servers_of
 from unisono.sync.stash import StashedValues, own_team
+from unisono.sync.tables import members
 from unisono.sync.updater import Updater
 from unisono.units import Pace, UnitGradients
+
+_NONE: Words = np.zeros(0, dtype=np.int64)
+"""In place of the rows of tables, where there are none."""
 
 
 def policy_of(
@@ -160,8 +166,9 @@ class Parts:
         memory, joinable = self.run_memory(self.local.slot), self.config.threads == 1
         return Owner(self.state, memory, self.prepared.originals, self.prepared.teams, joinable)
 
-    def units(self, rows: Sequence[int] = ()) -> UnitGradients:
+    def units(self) -> UnitGradients:
         """Computes gradients."""
+        rows = [use for table in self.prepared.tables for use in table.uses]
         push, teams = self.config.sync.push, self.prepared.teams
         return UnitGradients(self.replica, self.feed, push, self.prepared.layout.flat, teams, self.partial, rows)
 
@@ -173,7 +180,8 @@ class Parts:
     def pool(self) -> LockFreePool | Pool | RoundsPool:
         """The step's units."""
         prepared, host = self.prepared, self.prepared.host
-        divides = pool_layout(prepared.layout, prepared.update, self.config, host.slots, prepared.run_elements)
+        laid_out = prepared.layout, prepared.update, self.config, host.slots, prepared.run_elements
+        divides = pool_layout(*laid_out, prepared.tables)
         words = self.local.arena.bytes(host.regions.named["pool"])
         if isinstance(divides, RoundsLayout):
             return RoundsPool(divides, words)
@@ -254,14 +262,12 @@ def pushing_engine(parts: Parts, locks: Locks, pulled: PulledValues | None) -> E
 def _lock_free_engine(parts: Parts, locks: Locks, pool: LockFreePool) -> Executes:
     prepared, config = parts.prepared, parts.config
     layout, optimizer, owner = prepared.layout, parts.optimizer(), parts.owner()
-    tables = tables_of(prepared.model, layout.flat, parts.state.values, prepared.optimizer, config.clip)
-    uses = [use for table in tables for use in table.uses]
-    apart = {layout.flat.uses[use][1] for use in uses}
-    dense = [number for number, block in enumerate(layout.flat.blocks) if block.parameter not in apart]
+    apart = members(prepared.tables)
+    dense = [block for block in range(len(layout.flat.blocks)) if block not in apart]
     values = LockFreeValues(
         parts.local.slot,
         owner.prepare(runs(layout.flat, prepared.update, dense, prepared.run_elements), optimizer),
-        tables,
+        [(table, parts.state.values[table.parameter]) for table in prepared.tables],
         owner.prepare_buffers(),
         pool,
         locks,
@@ -270,7 +276,7 @@ def _lock_free_engine(parts: Parts, locks: Locks, pool: LockFreePool) -> Execute
         parts.rate,
         parts.versions,
     )
-    units = parts.units(uses)
+    units = parts.units()
     return AsynchronousEngine(
         parts.local, units, values, pool, locks, parts.pace, parts.phases, parts.keep, lambda step: None
     )
@@ -279,10 +285,11 @@ def _lock_free_engine(parts: Parts, locks: Locks, pool: LockFreePool) -> Execute
 def _server_engine(parts: Parts, locks: Locks, pool: Pool | RoundsPool, pulled: PulledValues) -> Executes:
     prepared, config, local, phases = parts.prepared, parts.config, parts.local, parts.phases
     sync, optimizer, pace, units = config.sync, parts.optimizer(), parts.pace, parts.units()
-    divides = divided(prepared.layout, prepared.update, sync.servers, prepared.run_elements)
+    tables = prepared.tables
+    divides = divided(prepared.layout, prepared.update, sync.servers, prepared.run_elements, tables)
     servers = Servers(
         local.slot,
-        servers_of(divides, parts.owner(), optimizer),
+        servers_of(divides, parts.owner(), optimizer, tables, pool.changed if isinstance(pool, Pool) else _NONE),
         pool,
         locks,
         pulled,

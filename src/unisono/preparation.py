@@ -13,7 +13,7 @@ from unisono.comm.foretold import foretold_bytes
 from unisono.comm.forms import LINE_BYTES
 from unisono.comm.header import ENTRIES
 from unisono.comm.host_layout import HostLayout, host_layout
-from unisono.comm.partial import PartialLayout, partial_layout
+from unisono.comm.partial import PartialLayout, item_size, partial_layout
 from unisono.comm.passage_layout import PassageLayout
 from unisono.config import SyncConfig, TrainingConfig
 from unisono.data.feed import Collate, Dataset, Feed
@@ -64,6 +64,7 @@ from unisono.state.layout import StateLayout, state_layout
 from unisono.sync.local import kept_by_agreements
 from unisono.sync.ownership import undo_bytes
 from unisono.sync.server import divided
+from unisono.sync.tables import Table, rows_bytes, tables_of
 
 SHARES_AT_ONCE = 4
 """Of a worker in a step: its own, and what it takes over. What is not touched takes no memory."""
@@ -105,6 +106,7 @@ class Prepared:
         shards: which host keeps what; None where each has all of it.
         tensor: what the tensor-parallel workers divide; None where there is one.
         stashing: the versions of parameters; None where there is one.
+        tables: parameters of which workers that push change some rows.
         run_elements: at the most that an owner updates at once.
         copies: every worker's model has memory of its own when training is over; else it stays in what is shared.
     """
@@ -125,6 +127,7 @@ class Prepared:
     shards: StateShards | None
     tensor: ProvenPlan | None
     stashing: Stashing | None
+    tables: Sequence[Table]
     run_elements: int
     copies: bool
 
@@ -205,6 +208,7 @@ def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) 
     if config.layout.stages > 1:
         found = rehearse(model, objects.loss, config, feed)
         division = divide(found, config.layout.stages, config.layout.cuts)
+    tables = tables_of(model, flat, optimizer, config.clip) if config.sync.pushes and not config.sync.in_rounds else []
     teams = _teams(layout, config, division)
     stashing = _stashing(model, objects.loss, config, feed, flat, division)
     replicas = mesh.data if config.layout.zero == 0 else 1
@@ -220,13 +224,13 @@ def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) 
         partial_bytes=partials.size_bytes,
         state_bytes=layout.size_bytes,
         replicas=replicas,
-        undo_bytes=undo_bytes(layout, run_elements),
+        undo_bytes=max(undo_bytes(layout, run_elements), *(_undo_bytes(flat, table) for table in tables), 0),
         buckets=len(way(config).buckets(flat, teams)) if several_hosts else 0,
         wire_bytes=way(config).wire_bytes(flat) if several_hosts else 0,
         passages=passages,
         crews=mesh.data * mesh.pipeline if mesh.tensor > 1 else 0,
         crew=mesh.tensor,
-        pool_bytes=pool_layout(layout, update, config, workers, run_elements).size_bytes
+        pool_bytes=pool_layout(layout, update, config, workers, run_elements, tables).size_bytes
         if stashing is None
         else words_bytes(stashing.units),
         foretold_bytes=foretold_bytes(config.micro_batches, partials.scalars) if config.sync.apart else 0,
@@ -248,29 +252,43 @@ def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) 
         shards=shards,
         tensor=tensor_parallel_plan(model, objects.loss, config, feed) if mesh.tensor > 1 else None,
         stashing=stashing,
+        tables=tables,
         run_elements=run_elements,
         copies=config.init != "by_name",
     )
 
 
 def pool_layout(
-    layout: StateLayout, update: UpdateClass, config: TrainingConfig, workers: int, most: int
+    layout: StateLayout,
+    update: UpdateClass,
+    config: TrainingConfig,
+    workers: int,
+    most: int,
+    tables: Sequence[Table],
 ) -> LockFreeLayout | PoolLayout | RoundsLayout:
     """The pool of a step, where workers take units from one; an empty one where they do not.
 
     Arguments:
         most: elements of a run.
+        tables: which are runs of their own.
     """
     if not config.sync.pushes:
         return LockFreeLayout(0, 0)
     units = config.micro_batches // config.sync.push
     if config.sync.mode == "hogwild":
         return LockFreeLayout(workers, units)
-    servers = [len(part) for part in divided(layout, update, config.sync.servers, most)]
+    servers = [len(part) for part in divided(layout, update, config.sync.servers, most, tables)]
     if config.sync.in_rounds:
         assert config.sync.accepted is not None
         return RoundsLayout(workers, units, len(servers), config.sync.accepted, config.sync.backup)
-    return PoolLayout(workers, units, (servers[0] + 1, *servers[1:]))  # the first has the buffers as well
+    rows = sum(layout.flat.parameters[table.parameter].tensor.shape[0] for table in tables)
+    return PoolLayout(workers, units, (servers[0] + 1, *servers[1:]), rows)  # the first has the buffers as well
+
+
+def _undo_bytes(flat: FlatLayout, table: Table) -> int:
+    """Of an undo area that holds all rows of a table."""
+    spec = flat.parameters[table.parameter].tensor
+    return rows_bytes(spec.shape[0], spec.numel * item_size(spec.dtype) // max(1, spec.shape[0]))
 
 
 def _shards(

@@ -17,8 +17,8 @@ from torch import Tensor
 from unisono.comm.header import UNDO_PLACE, UNDO_RUN, UNDO_VERSION
 from unisono.comm.words import store_fence
 
-IN_UNDO_AREA, IN_SNAPSHOT, COLUMN = 0, 1, 2
-"""Where old bytes are; added, that they are of a column."""
+IN_UNDO_AREA, IN_SNAPSHOT, COLUMN, ROWS = 0, 1, 2, 4
+"""Where old bytes are; added, that they are of a column; in place of that, that they are some rows of a table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +72,25 @@ class Journal:
             self.advance(image, version)
             return
         self._copy(image.snapshot if snapshot else image.undo, image.live)
+        self._do(image, version, (IN_SNAPSHOT if snapshot else IN_UNDO_AREA) + (COLUMN if image.column else 0), update)
+
+    def commit_rows(self, image: Image, version: int, keep: Callable[[], None], update: Callable[[], None]) -> None:
+        """As `commit`, where some rows of a table change.
+
+        Arguments:
+            keep: copies them to the undo area.
+        """
+        if self._protects:
+            keep()
+            self._do(image, version, ROWS, update)
+        else:
+            update()
+            self.advance(image, version)
+
+    def _do(self, image: Image, version: int, place: int, update: Callable[[], None]) -> None:
+        """Publish what was copied, update, and say so."""
         self._row[UNDO_RUN] = (image.first << 32) | image.count
-        self._row[UNDO_PLACE] = (IN_SNAPSHOT if snapshot else IN_UNDO_AREA) + (COLUMN if image.column else 0)
+        self._row[UNDO_PLACE] = place
         store_fence()
         self._row[UNDO_VERSION] = version
         store_fence()
@@ -87,12 +104,18 @@ class Journal:
         for block in range(image.first, image.first + image.count):
             self._versions[block] = version
 
-    def recover(self, image_of: Callable[[int, int, bool], Image], only: tuple[int, int] | None = None) -> Image | None:
+    def recover(
+        self,
+        image_of: Callable[[int, int, bool], Image],
+        only: tuple[int, int] | None = None,
+        put_back_rows: Callable[[int], None] | None = None,
+    ) -> Image | None:
         """Undo a commit that was cut short.
 
         Arguments:
             image_of: (first, count, of a column) -> what it was about.
             only: where it was about these blocks, from first to stop, alone.
+            put_back_rows: of a table, by its first block.
 
         Returns the run that was put back to the version before, or None where there was nothing to put back.
         """
@@ -107,7 +130,11 @@ class Journal:
         if self._versions[first + count - 1] < version:
             place = self._row[UNDO_PLACE]
             restored = image_of(first, count, bool(place & COLUMN))
-            self._copy(restored.live, restored.snapshot if place & IN_SNAPSHOT else restored.undo)
+            if place & ROWS:
+                assert put_back_rows is not None
+                put_back_rows(first)
+            else:
+                self._copy(restored.live, restored.snapshot if place & IN_SNAPSHOT else restored.undo)
             for block in range(first, first + count):
                 self._versions[block] = version - 1
         store_fence()

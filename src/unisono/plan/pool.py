@@ -42,11 +42,13 @@ class PoolLayout(PoolWords):
         slots: workers at the most.
         units: of a step.
         runs: of each server.
+        rows: of all tables together.
     """
 
     slots: int
     units: int
     runs: tuple[int, ...]
+    rows: int = 0
 
     @property
     def servers(self) -> int:
@@ -71,6 +73,7 @@ class PoolLayout(PoolWords):
             "done": self.units * self.servers,
             "sums": 2 * self.units,
             "order": self.servers * (self.units + SPARE) * self.entry_words,
+            "changed": self.rows,
         }
 
 
@@ -82,6 +85,7 @@ class Pool(UnitPool):
         version: of each server.
         done: how many runs of each server a unit has changed, (units, servers).
         sums: loss and weight of each unit, (units, 2).
+        changed: the version of its server since which each row of a table is as it is.
     """
 
     def __init__(self, layout: PoolLayout, memory: memoryview) -> None:
@@ -91,6 +95,7 @@ class Pool(UnitPool):
         self.version, self._base, self._busy = parts["version"], parts["base"], parts["busy"]
         self.done = parts["done"].reshape(layout.units, layout.servers)
         self.sums = parts["sums"].view(np.float64).reshape(layout.units, 2)
+        self.changed = parts["changed"]
         self._order = parts["order"].reshape(layout.servers, layout.units + SPARE, layout.entry_words)
 
     @property

@@ -6,42 +6,22 @@ change; where gradients are sparse, both are rare. No value is ever half-written
 Niu et al., "Hogwild!: A lock-free approach to parallelizing stochastic gradient descent", 2011.
 """
 
-import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch import Tensor
 
 from unisono.comm.locks import Locks
-from unisono.config import ClipConfig
 from unisono.optim.blockwise import BlockOptimizer
 from unisono.optim.clipping import global_norm, squared_norms
 from unisono.optim.schedules import Schedule
-from unisono.plan.blocks import FlatLayout
 from unisono.plan.lock_free import LockFreePool
 from unisono.sync.ownership import OwnedBuffers, OwnedRun
 from unisono.sync.server import POOL
 from unisono.sync.sums import StepSums
+from unisono.sync.tables import Table
 from unisono.sync.updater import Updater
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """A parameter of which a micro-batch changes a few rows.
-
-    Attributes:
-        uses: of the parameter.
-        group: of the optimizer.
-        values: (rows, ...), in common memory.
-    """
-
-    uses: Sequence[int]
-    group: int
-    values: Tensor
 
 
 class LockFreeValues:
@@ -50,7 +30,7 @@ class LockFreeValues:
     Arguments:
         slot: of the worker.
         runs: of parameters, each updated as one; they hold no table.
-        tables: further parameters, of which only the rows are touched that have a gradient.
+        tables: further parameters, of which only the rows are touched that have a gradient, with their values.
         buffers: of the model.
         pool: the step's units.
         locks: of the pool.
@@ -63,7 +43,7 @@ class LockFreeValues:
         self,
         slot: int,
         runs: Sequence[OwnedRun],
-        tables: Sequence[Table],
+        tables: Sequence[tuple[Table, Tensor]],
         buffers: OwnedBuffers,
         pool: LockFreePool,
         locks: Locks,
@@ -111,10 +91,10 @@ class LockFreeValues:
                 self._updater.reduce(owned, sums)
                 self._updater.clip(owned, factor)
                 self._updater.update(owned, sums)()
-            for table in self._tables:
+            for table, values in self._tables:
                 amount = -self._optimizer.rate_of(table.group) * factor / sums.weight
-                for gradient in self._gradients(table, sums):
-                    table.values.index_add_(0, gradient._indices()[0], gradient._values(), alpha=amount)
+                for gradient in table.gradients(sums):
+                    values.index_add_(0, gradient._indices()[0], gradient._values(), alpha=amount)
             self._updater.update_buffers(self._buffers, sums)
         self._pool.finish(unit, self._pool.pushes - self._read)
 
@@ -128,9 +108,8 @@ class LockFreeValues:
         for owned in self._runs:
             self._updater.reduce(owned, sums)
             squares += squared_norms(owned.gradients)
-        for table in self._tables:
-            if gradients := self._gradients(table, sums):
-                total = functools.reduce(torch.add, gradients).coalesce()
+        for table, _ in self._tables:
+            if (total := table.total(sums)) is not None:
                 squares += squared_norms([total.values() / sums.weight])
         return global_norm(squares)
 
@@ -139,38 +118,3 @@ class LockFreeValues:
         schedule, scale = self._rate
         self._optimizer.set_rate(schedule, scale, step - 1)
         return self._optimizer.learning_rate
-
-    def _gradients(self, table: Table, sums: StepSums) -> list[Tensor]:
-        return [gradient for use in table.uses for gradient in sums.rows[use]]
-
-
-def tables_of(
-    model: nn.Module, flat: FlatLayout, values: Sequence[Tensor], optimizer: Optimizer, clip: ClipConfig | None
-) -> list[Table]:
-    """Parameters whose sparse gradients can be applied row by row: of embeddings made with ``sparse=True``, all of
-    them, under SGD that changes nothing else.
-
-    Arguments:
-        values: of parameters, in flat order.
-        clip: limits of gradients; some of them need the whole gradient.
-    """
-    if clip is not None and clip.norm is None:
-        return []
-    sparse = {
-        f"{name}.weight".removeprefix(".")
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse
-    }
-    tables = []
-    for parameter, (spec, own) in enumerate(zip(flat.parameters, values, strict=True)):
-        if spec.group is None or not sparse.issuperset(spec.uses):
-            continue
-        if _is_plain_sgd(optimizer, spec.group):
-            tables.append(Table(flat.uses_of(parameter), spec.group, own))
-    return tables
-
-
-def _is_plain_sgd(optimizer: Optimizer, group: int) -> bool:
-    options = optimizer.param_groups[group]
-    further = ("momentum", "weight_decay", "maximize")
-    return type(optimizer) is SGD and not any(options.get(name) for name in further)

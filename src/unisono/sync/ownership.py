@@ -65,6 +65,11 @@ class RunMemory:
         self._undo = undo
         self._snapshot = snapshot
 
+    @property
+    def undo(self) -> Tensor:
+        """Where old bytes go."""
+        return self._undo
+
     def image(self, run: Run, *, column: bool = False) -> Image:
         """One run's memory.
 

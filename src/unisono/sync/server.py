@@ -9,11 +9,14 @@ parameter server", 2014; Ho et al., 2013 (bounded staleness); Zhang et al., "Sta
 Mitliagkas et al., "Asynchrony begets momentum", 2016.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from unisono.comm.journal import Image, Journal
 from unisono.comm.locks import Locks
@@ -28,10 +31,13 @@ from unisono.state.layout import StateLayout
 from unisono.state.training_state import TrainingState
 from unisono.sync.ownership import OwnedBuffers, OwnedRun, Owner, RunMemory
 from unisono.sync.sums import StepSums
+from unisono.sync.tables import Table, keep_rows, members, put_back_rows
 from unisono.sync.updater import Updater
 
 Change = Callable[[], Callable[[], None]]
 """Prepares a run's change, and returns what does it."""
+Commit = Callable[[int], None]
+"""Brings a part of a server from a version to the next."""
 POOL = 0
 """The number of the pool's lock; those of servers follow."""
 
@@ -56,6 +62,10 @@ class PulledValues:
         for buffer, common in zip(self.buffers, state.buffers, strict=True):
             buffer.copy_(common)
 
+    def pull_rows(self, table: Table, rows: Tensor) -> None:
+        """Copy some rows of a table from the state."""
+        self.values[table.parameter][rows] = self._state.values[table.parameter][rows]
+
     def pull(self, runs: Sequence[Run]) -> None:
         """Copy some runs from the state."""
         state = self._state
@@ -74,26 +84,66 @@ class PulledValues:
 
 
 @dataclass(frozen=True, slots=True)
+class OwnedTable:
+    """A table, as one worker updates it.
+
+    Attributes:
+        image: by which its blocks are known; old rows are kept as rows.
+        values: (rows, ...), in the state.
+        changed: the version of its server since which each row is as it is.
+    """
+
+    table: Table
+    image: Image
+    values: Tensor
+    changed: Words
+
+    def since(self, version: int) -> Tensor:
+        """The rows that were changed after a version."""
+        return torch.from_numpy(np.flatnonzero(self.changed > version))
+
+
+@dataclass(frozen=True, slots=True)
 class Server:
     """A part of the state with a lock and a version of its own.
 
     Attributes:
-        runs: of parameters, each updated as one.
+        members: its runs of parameters, each updated as one, and tables.
         buffers: of the model, on one of the servers, where there are any.
     """
 
-    runs: Sequence[OwnedRun]
+    members: Sequence[OwnedRun | OwnedTable]
     buffers: OwnedBuffers | None
 
     @property
+    def runs(self) -> list[OwnedRun]:
+        """Those of its members that are."""
+        return [member for member in self.members if isinstance(member, OwnedRun)]
+
+    @property
+    def tables(self) -> list[OwnedTable]:
+        """Those of its members that are."""
+        return [member for member in self.members if isinstance(member, OwnedTable)]
+
+    @property
     def images(self) -> list[Image]:
-        """The memory of its runs; the buffers' is the last."""
-        return [owned.image for owned in self.runs] + ([self.buffers.image] if self.buffers is not None else [])
+        """The memory of its members; the buffers' is the last."""
+        return [member.image for member in self.members] + ([self.buffers.image] if self.buffers is not None else [])
 
     @property
     def parts(self) -> list[Run]:
-        """Its runs, the buffers' among them."""
-        return [Run(image.first, image.first + image.count) for image in self.images]
+        """Its members as runs, the buffers' among them."""
+        return [_run(image) for image in self.images]
+
+    @property
+    def dense(self) -> list[Run]:
+        """The same without tables."""
+        apart = {owned.table.first for owned in self.tables}
+        return [run for run in self.parts if run.first not in apart]
+
+
+def _run(image: Image) -> Run:
+    return Run(image.first, image.first + image.count)
 
 
 class Servers:
@@ -157,8 +207,17 @@ class Servers:
 
     def pull_all(self) -> None:
         """Compute with what the servers have, where nobody updates them."""
-        for server in self._servers:
+        for number, server in enumerate(self._servers):
+            self._pull(number, server)
+
+    def _pull(self, number: int, server: Server) -> None:
+        """Copy what a server has, and of its tables what is not here already."""
+        if self._read[number] < 0:
             self._values.pull(server.parts)
+            return
+        self._values.pull(server.dense)
+        for owned in server.tables:
+            self._values.pull_rows(owned.table, owned.since(self._read[number]))
 
     def update_all(
         self, versions: Sequence[int], busy: Words, sums: StepSums, factor: float, step: int, first: int
@@ -180,9 +239,9 @@ class Servers:
             if any(left):
                 busy[number] = self._slot + 1
                 self._set_rate(step, 0)
-                for (image, change), behind in zip(self._changes(number, sums, factor), left, strict=True):
+                for (_, commit), behind in zip(self._changes(number, sums, factor), left, strict=True):
                     if behind:
-                        self._commit(image, version, change, sums)
+                        commit(version)
             busy[number] = 0
             self._locks.let_go(1 + number)
 
@@ -193,7 +252,7 @@ class Servers:
             self._locks.hold(1 + number, f"server {number}, to read it")
             self._mend(number)
             if self._read[number] != pool.version[number]:
-                self._values.pull(server.parts)
+                self._pull(number, server)
                 self._read[number] = int(pool.version[number])
             self._locks.let_go(1 + number)
 
@@ -230,27 +289,47 @@ class Servers:
         """
         self._set_rate(step, late)
         changes = self._changes(number, sums, factor)
-        for image, change in changes[entry.first : entry.stop]:
-            self._commit(image, version, change, sums)
+        for _, commit in changes[entry.first : entry.stop]:
+            commit(version)
         for image, _ in changes[: entry.first] + changes[entry.stop :]:
             self._journal.advance(image, version + 1)
 
-    def _changes(self, number: int, sums: StepSums, factor: float) -> list[tuple[Image, Change]]:
-        """Each run of a server, and what prepares its change."""
+    def _changes(self, number: int, sums: StepSums, factor: float) -> list[tuple[Image, Commit]]:
+        """Each member of a server, and what brings it to the next version."""
         server = self._servers[number]
-        changes: list[tuple[Image, Change]] = [
-            (owned.image, partial(self._change, owned, sums, factor)) for owned in server.runs
-        ]
+        commits: list[tuple[Image, Commit]] = []
+        for member in server.members:
+            if isinstance(member, OwnedTable):
+                commits.append((member.image, partial(self._commit_rows, member, sums, factor)))
+            else:
+                change = partial(self._change, member, sums, factor)
+                commits.append((member.image, partial(self._commit, member.image, change, sums)))
         if (buffers := server.buffers) is not None:
-            changes.append((buffers.image, lambda: partial(self._updater.update_buffers, buffers, sums)))
-        return changes
+            of_buffers = lambda: partial(self._updater.update_buffers, buffers, sums)  # noqa: E731
+            commits.append((buffers.image, partial(self._commit, buffers.image, of_buffers, sums)))
+        return commits
 
-    def _commit(self, image: Image, version: int, change: Change, sums: StepSums) -> None:
+    def _commit(self, image: Image, change: Change, sums: StepSums, version: int) -> None:
         """One run goes from ``version`` to the next; what weighs nothing changes nothing."""
         if sums.weight == 0:
             self._journal.advance(image, version + 1)
         else:
             self._journal.commit(image, version + 1, change())
+
+    def _commit_rows(self, owned: OwnedTable, sums: StepSums, factor: float, version: int) -> None:
+        """A table goes from ``version`` to the next, by the rows that have a gradient."""
+        table, total = owned.table, owned.table.total(sums)
+        if sums.weight == 0 or total is None:
+            self._journal.advance(owned.image, version + 1)
+            return
+        rows, amount = total.indices()[0], -self._optimizer.rate_of(table.group) * factor / sums.weight
+
+        def update() -> None:
+            owned.changed[rows.numpy()] = version + 1
+            owned.values.index_add_(0, rows, total.values(), alpha=amount)
+
+        undo = self._memory(self._slot).undo
+        self._journal.commit_rows(owned.image, version + 1, lambda: keep_rows(undo, rows, owned.values), update)
 
     def _change(self, owned: OwnedRun, sums: StepSums, factor: float) -> Callable[[], None]:
         self._updater.reduce(owned, sums)
@@ -294,7 +373,11 @@ class Servers:
         def image_of(first: int, count: int, column: bool) -> Image:
             return memory.image(Run(first, first + count), column=column)
 
-        Journal(self._row(slot), self._versions).recover(image_of)
+        def put_back(first: int) -> None:
+            tables = (owned for server in self._servers for owned in server.tables)
+            put_back_rows(memory.undo, next(owned.values for owned in tables if owned.table.first == first))
+
+        Journal(self._row(slot), self._versions).recover(image_of, put_back_rows=put_back)
 
     def pull_into(self, number: int, values: PulledValues) -> None:
         """Copy what a server has now."""
@@ -311,6 +394,9 @@ class Servers:
             for owned in server.runs:
                 self._updater.reduce(owned, sums)
                 squares += squared_norms(owned.gradients)
+            for member in server.tables:
+                if (total := member.table.total(sums)) is not None:
+                    squares += squared_norms([total.values() / sums.weight])
         return global_norm(squares)
 
     @property
@@ -329,20 +415,50 @@ class Servers:
         return self._optimizer.learning_rate
 
 
-def divided(layout: StateLayout, update: UpdateClass, count: int, most: int) -> list[Sequence[Run]]:
+def divided(
+    layout: StateLayout, update: UpdateClass, count: int, most: int, tables: Sequence[Table]
+) -> list[Sequence[Run]]:
     """A state's runs, divided among servers about evenly; as many as are wanted, or as there are runs for.
 
     Arguments:
         most: elements of a run.
+        tables: each is a run of its own.
     """
-    blocks = layout.flat.blocks
-    everything = runs(layout.flat, update, range(len(blocks)), most)
+    blocks, apart = layout.flat.blocks, members(tables)
+    dense = runs(layout.flat, update, [block for block in range(len(blocks)) if block not in apart], most)
+    everything = sorted([*dense, *(Run(table.first, table.stop) for table in tables)], key=lambda run: run.first)
     costs = [sum(b.stop - b.start for b in blocks[run.first : run.stop]) for run in everything]
     shares = contiguous_shares(costs, min(count, len(everything)))
     return [everything[share.start : share.stop] for share in shares if share]
 
 
-def servers_of(parts: Sequence[Sequence[Run]], owner: Owner, optimizer: BlockOptimizer) -> list[Server]:
-    """Servers over a worker's memory; the buffers are the first one's."""
-    buffers = owner.prepare_buffers()
-    return [Server(owner.prepare(part, optimizer), None if number else buffers) for number, part in enumerate(parts)]
+def servers_of(
+    parts: Sequence[Sequence[Run]],
+    owner: Owner,
+    optimizer: BlockOptimizer,
+    tables: Sequence[Table],
+    changed: Words,
+) -> list[Server]:
+    """Servers over a worker's memory; the buffers are the first one's.
+
+    Arguments:
+        tables: those of the runs that are.
+        changed: of each row of all tables.
+    """
+    buffers, values = owner.prepare_buffers(), owner.state.values
+    stops = list(itertools.accumulate(len(values[table.parameter]) for table in tables))
+    owned = {
+        table.first: OwnedTable(
+            table,
+            Image(table.first, table.stop - table.first, (), (), ()),
+            values[table.parameter],
+            changed[stop - len(values[table.parameter]) : stop],
+        )
+        for table, stop in zip(tables, stops, strict=True)
+    }
+
+    def members_of(part: Sequence[Run]) -> list[OwnedRun | OwnedTable]:
+        dense = iter(owner.prepare([run for run in part if run.first not in owned], optimizer))
+        return [owned[run.first] if run.first in owned else next(dense) for run in part]
+
+    return [Server(members_of(part), None if number else buffers) for number, part in enumerate(parts)]

@@ -1,5 +1,6 @@
 """A parameter server whose workers wait for nobody: a plain loop with one worker, replays, bounds, and faults."""
 
+import contextlib
 import copy
 import itertools
 import json
@@ -12,9 +13,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from tests import toys
+from unisono.comm.journal import Image, Journal
 from unisono.config import TrainingConfig, validate
 from unisono.errors import CheckpointError, ConfigurationError, UnisonoError
 from unisono.events import StepFinished
@@ -30,7 +32,8 @@ from unisono.run.sampling import Sampler
 from unisono.state.checkpoint import newest_intact
 from unisono.state.export import state_dict
 from unisono.state.order import path_of, read_order, read_rounds, write_order
-from unisono.sync.server import Servers
+from unisono.sync.server import PulledValues, Servers
+from unisono.sync.tables import Table, keep_rows, put_back_rows, rows_bytes
 from unisono.trainer import Trainer
 
 
@@ -89,6 +92,13 @@ WAYS: dict[str, dict[str, Any]] = {
     "some weigh nothing": {"model": "mlp", "loss": "sometimes", "sync": {"servers": 2}},
     "tied": {"model": "tied", "sync": {"servers": 2}},
     "untouched parameters": {"model": "untouched", "optimizer": "adam", "sync": {}},
+    "rows of a table": {"model": "embedded", "optimizer": "sgd", "sync": {"servers": 2}},
+    "rows, clipped and damped": {
+        "model": "embedded",
+        "optimizer": "sgd",
+        "clip": 0.05,
+        "sync": {"damping": "rate", "push": 2},
+    },
 }
 
 
@@ -123,6 +133,102 @@ def test_a_worker_is_killed_at_any_moment(pool: LocalLauncher, moment: str, at: 
                 pushed[entry.unit] = entry.stop
             assert set(pushed.values()) == {runs}
     assert replayed_digest(pool, tmp_path, sync, model="mlp") == digest_of(live)
+
+
+@pytest.mark.parametrize("moment", ["mid-update", "mid-commit"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_worker_is_killed_as_it_changes_rows(pool: LocalLauncher, moment: str, rank: int, tmp_path: Path) -> None:
+    """(rank, the first of a server's versions from 60 that it makes): they are put back, its unit is another's."""
+    options = {"model": "embedded", "optimizer": "sgd"}
+    strikes = [{"rank": rank, "step": version, "moment": moment, "how": "kill"} for version in range(60, 68)]
+    sync = {"mode": "server", "record": True, "servers": 2}
+    live = run(pool, 3, strikes, run_dir=str(tmp_path), sync=sync, **options)
+    assert replayed_digest(pool, tmp_path, {"servers": 2}, **options) == digest_of(live)
+
+
+@pytest.mark.parametrize("until", [0, 1, 2])
+def test_a_change_of_rows_that_was_cut_short_is_undone(until: int) -> None:
+    """Killed before the rows were kept, in the middle of their change, or after it; put back twice."""
+    values, undo = torch.arange(12.0).view(6, 2), torch.zeros(rows_bytes(6, 8), dtype=torch.uint8)
+    before, rows = values.clone(), torch.tensor([4, 1])
+    row, versions = memoryview(bytearray(8 * 64)).cast("Q"), memoryview(bytearray(8 * 4)).cast("Q")
+    versions[1] = versions[2] = 5
+    journal = Journal(row, versions)
+
+    class Killed(Exception):
+        pass
+
+    def keep() -> None:
+        if until == 0:
+            raise Killed
+        keep_rows(undo, rows, values)
+
+    def update() -> None:
+        values[4] = -1.0
+        if until == 1:
+            raise Killed
+        values[1] = -1.0
+
+    with contextlib.suppress(Killed):
+        journal.commit_rows(Image(1, 2, (), (), ()), 6, keep, update)
+    found = [journal.recover(lambda *_: Image(1, 2, (), (), ()), put_back_rows=lambda _: put_back_rows(undo, values))]
+    found.append(journal.recover(lambda *_: Image(1, 2, (), (), ())))
+    assert [image is None for image in found] == [until != 1, True]
+    assert torch.equal(values, before) == (until < 2) and versions[1] == versions[2] == (6 if until == 2 else 5)
+
+
+def test_a_table_is_pushed_and_pulled_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gradient is never made dense; after the first pull only rows that were changed since come."""
+    pulled: list[list[int]] = []
+    pull_rows, pull = PulledValues.pull_rows, PulledValues.pull
+
+    def note(values: PulledValues, table: Table, rows: Tensor) -> None:
+        pulled.append(rows.tolist())
+        pull_rows(values, table, rows)
+
+    whole: list[int] = []
+
+    def note_whole(values: PulledValues, runs: Any) -> None:
+        whole.extend(run.first for run in runs)
+        pull(values, runs)
+
+    def refuse(gradient: Tensor, *_: Any) -> Tensor:
+        raise AssertionError("the whole gradient was made")
+
+    monkeypatch.setattr(PulledValues, "pull_rows", note)
+    monkeypatch.setattr(PulledValues, "pull", note_whole)
+    monkeypatch.setattr(Tensor, "to_dense", refuse)
+    torch.manual_seed(0)
+    model = toys.Embedded()
+    trainer = Trainer(
+        model=lambda: copy.deepcopy(model),
+        loss=nn.functional.mse_loss,
+        data=toys.Samples(),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.05),
+        sync={"mode": "server", "servers": 1},
+        global_batch_size=24,
+        micro_batch_size=4,
+        observe={"progress": False},
+    )
+    trainer.fit(2)
+    data, sampler = toys.Samples(), Sampler(toys.SAMPLES, 0, 24, 4)
+    used = [
+        {row for i in sampler.indices(0, m).tolist() for row in ((data[i][0] * 1e4).long() % 1000).tolist()}
+        for m in range(5)
+    ]
+    assert [set(rows) for rows in pulled[:5]] == used
+    assert whole.count(0) == 1  # its first block's run
+
+
+@given(st.lists(st.integers(0, 11), unique=True, max_size=12), st.integers(1, 5), st.integers(0, 9))
+def test_rows_are_put_back(rows: list[int], width: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    values = torch.randn(12, width)
+    before, memory = values.clone(), torch.zeros(rows_bytes(12, 4 * width), dtype=torch.uint8)
+    keep_rows(memory, torch.tensor(rows, dtype=torch.int64), values)
+    values[rows] = 7.0
+    put_back_rows(memory, values)
+    assert torch.equal(values, before)
 
 
 def test_it_is_resumed_and_the_resumed_part_is_replayed(pool: LocalLauncher, tmp_path: Path) -> None:

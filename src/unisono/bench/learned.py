@@ -224,10 +224,11 @@ def measure(task: str, way: str, seed: int) -> dict[str, Any]:
     size_bytes = sum(p.numel() * p.element_size() for p in trainer.model.parameters())
     seconds = (ends[-1] - ends[0]) * steps / (steps - 1) if ends else 0.0
     samples = given.samples * (workers if way == ALONE else 1)
+    told = told_bytes(sync, size_bytes, steps, given.samples // unit, workers)
     return {
         "accuracy": result.validation["accuracy"],
         "loss": result.validation["loss"],
-        "bytes": told_bytes(sync, size_bytes, steps, given.samples // unit, workers) if way != ALONE else 0,
+        "bytes": 0 if way == ALONE else None if task == "sparse" and pushes else told,
         "wall_s": seconds,
         "samples_per_s": samples / seconds if seconds else 0.0,
         "staleness_max": max(late),

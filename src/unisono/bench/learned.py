@@ -24,7 +24,7 @@ FEATURES, PRESENT, EXAMPLES = 100_000, 20, 20_000
 SERVER = {"mode": "server"}
 DILOCO = {"mode": "diloco", "period": 20, "after": 0.2}
 LONG = {**DILOCO, "period": 50}
-ALONE = "share nothing"
+ALONE, TORCHS = "share nothing", "hogwild, torch's shared memory"
 WAYS: dict[str, Mapping[str, Any]] = {
     "every step": {},
     "server, synchronous": {**SERVER, "staleness": 0},
@@ -51,7 +51,7 @@ _LONG = [way for way in WAYS if "period 50" in way]
 TASKS: dict[str, tuple[int, Sequence[str]]] = {
     "digits": (4, [way for way in WAYS if way not in (*_LONG, ALONE)]),
     "gpt": (4, [way for way in WAYS if way not in (*_LONG, ALONE)]),
-    "sparse": (2, ["every step", "server, asynchronous", "hogwild", ALONE]),
+    "sparse": (2, ["every step", "server, asynchronous", "hogwild", TORCHS, ALONE]),
     "gpt-long": (2, ["every step", *_LONG]),
 }
 """Workers, and the ways that are compared."""

@@ -44,6 +44,9 @@ def _measured(launcher: Launcher, task: str, way: str, slow: str, seed: int) -> 
     if task == SLEEP:
         target = {"call": "unisono.bench.paced:measure", "arguments": {"way": way, "slow": slow}}
         workers = paced.WORKERS
+    elif way == learned.TORCHS:
+        arguments = {"task": task, "workers": learned.workers_of(task, way), "seed": seed}
+        target, workers = {"call": "unisono.bench.shared:measure", "arguments": arguments}, 1  # which starts the others
     else:
         target = {"call": "unisono.bench.learned:measure", "arguments": {"task": task, "way": way, "seed": seed}}
         workers = learned.workers_of(task, way)
@@ -61,7 +64,7 @@ def _summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "bytes": runs[0].get("bytes"),
         "wall_s": round(median(run["wall_s"] for run in runs), 3),
         "samples_per_s": round(median(run["samples_per_s"] for run in runs), 1),
-        "staleness_max": max(run["staleness_max"] for run in runs),
+        "staleness_max": max((run["staleness_max"] for run in runs if run["staleness_max"] is not None), default=None),
     }
 
 
@@ -74,5 +77,6 @@ def as_text(row: dict[str, Any]) -> str:
         figures = [f"accuracy {100 * row['accuracy']:.2f}%{ends}", f"loss {row['loss']:.4f}", *figures]
     if row["bytes"]:
         figures.append(f"{row['bytes'] / 1e6:.1f} MB told")
-    figures.append(f"staleness at most {row['staleness_max']}")
+    if row["staleness_max"] is not None:
+        figures.append(f"staleness at most {row['staleness_max']}")
     return f"{row['task']}{slow}  {row['mode']:<28} {', '.join(figures)}"

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import default_collate
 
+from unisono.comm.partial import same_bits
 from unisono.errors import DataError
 from unisono.run.rng import Isolation, derive
 from unisono.run.sampling import Sampler
@@ -51,6 +52,9 @@ def size_of(dataset: object, role: str) -> int:
 class Feed:
     """Loads batches of samples, each sample under random state of its own, so that augmentation is exact.
 
+    To seed it takes longer than many a sample. Where the first batch is the same without, it is left out, for as long
+    as nobody draws: then the batch is loaded again, and all that follow as the first.
+
     Arguments:
         dataset: the samples.
         seed: the run's seed.
@@ -67,6 +71,7 @@ class Feed:
         self._collate = collate or default_collate
         self.device = device
         self._isolation = Isolation()
+        self._draws: bool | None = None  # None until the first batch
 
     @property
     def cost(self) -> Callable[[int], float] | None:
@@ -87,24 +92,73 @@ class Feed:
 
     def load(self, indices: Sequence[int], epoch_key: int, where: str) -> object:
         """The batch of the given samples; ``where`` says for an error what needed it."""
-        samples = []
         with self._isolation as random:
-            for index in indices:
-                random.seed(derive(self._seed, self._role, epoch_key, index))
-                try:
-                    samples.append(self._dataset[index])
-                except Exception as error:
-                    error.add_note(f"raised by the {self._role} dataset for sample {index} ({where})")
-                    raise
-            random.seed(derive(self._seed, self._role, "batch", epoch_key, *indices))
-            try:
-                batch = self._collate(samples)
-            except Exception as error:
-                error.add_note(f"raised while making a batch of {self._role} samples {list(indices)} ({where})")
-                raise
+            batch = self._loaded(random, indices, epoch_key, where)
         if self.device.type == "cpu":
             return batch
         return pytree.tree_map_only(Tensor, lambda t: t.to(self.device), batch)
+
+    def _loaded(self, random: Isolation, indices: Sequence[int], epoch_key: int, where: str) -> object:
+        if self._draws is False:
+            random.mark()
+            batch = self._batch(indices, where)
+            if random.is_untouched():
+                return batch
+            self._draws = True
+
+        def seed(*names: int | str) -> None:
+            random.seed(derive(self._seed, self._role, *names))
+
+        batch = self._batch(
+            indices, where, lambda index: seed(epoch_key, index), lambda: seed("batch", epoch_key, *indices)
+        )
+        if self._draws is None:
+            random.mark()
+            without = self._batch(indices, where)
+            self._draws = not (random.is_untouched() and _alike(batch, without))
+        return batch
+
+    def _batch(
+        self,
+        indices: Sequence[int],
+        where: str,
+        before: Callable[[int], None] | None = None,
+        before_all: Callable[[], None] | None = None,
+    ) -> object:
+        """Read samples and make a batch of them.
+
+        Arguments:
+            before: called with the index of each sample, before it is read.
+            before_all: called before they are put together.
+        """
+        samples = []
+        for index in indices:
+            if before is not None:
+                before(index)
+            try:
+                samples.append(self._dataset[index])
+            except Exception as error:
+                error.add_note(f"raised by the {self._role} dataset for sample {index} ({where})")
+                raise
+        if before_all is not None:
+            before_all()
+        try:
+            return self._collate(samples)
+        except Exception as error:
+            error.add_note(f"raised while making a batch of {self._role} samples {list(indices)} ({where})")
+            raise
+
+
+def _alike(a: object, b: object) -> bool:
+    """Whether two batches are the same, bit for bit; not where that cannot be said."""
+    (leaves, form), (others, other_form) = pytree.tree_flatten(a), pytree.tree_flatten(b)
+    return form == other_form and all(map(_same, leaves, others))
+
+
+def _same(a: object, b: object) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and not a.is_sparse and same_bits(a, b)
+    return isinstance(a, int | float | str | bytes | None) and type(a) is type(b) and a == b
 
 
 ORDER_SAMPLES = 1024

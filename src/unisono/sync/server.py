@@ -264,6 +264,8 @@ class Servers:
             step: which is under way (from 1).
         """
         for number, server in enumerate(self._servers):
+            for owned in server.tables:
+                owned.table.total(sums)  # while nobody waits for it
             self._locks.hold(1 + number, f"server {number}, to update it")
             self._mend(number)
             self._update(number, server, unit, sums, factor, step)

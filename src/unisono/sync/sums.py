@@ -41,6 +41,7 @@ class StepSums:
         rows: sparse gradients, by use, each one micro-batch's; they are no part of the partials.
 
     Attributes:
+        totals: what sparse gradients of a parameter come to, where that has been asked for.
         loss, weight: summed over all micro-batches.
         weights: the same of the model itself and of each replica, where several train apart.
         touched: whether any micro-batch touched each entry (uses, then buffers).
@@ -57,6 +58,7 @@ class StepSums:
         rows: Mapping[int, Sequence[Tensor]] | None = None,
     ) -> None:
         self.rows = rows or {}
+        self.totals: dict[int, Tensor | None] = {}
         self._covers = covers if len(covers) == teams.count else [covers[0]] * teams.count
         self._count = count
         self._flat = flat

@@ -37,9 +37,11 @@ class Table:
         return [gradient for use in self.uses for gradient in sums.rows[use]]
 
     def total(self, sums: StepSums) -> Tensor | None:
-        """Their sum, every row once; None where there is none."""
-        found = self.gradients(sums)
-        return functools.reduce(torch.add, found).coalesce() if found else None
+        """Their sum, every row once; None where there is none. Made once."""
+        if self.parameter not in sums.totals:
+            found = self.gradients(sums)
+            sums.totals[self.parameter] = functools.reduce(torch.add, found).coalesce() if found else None
+        return sums.totals[self.parameter]
 
 
 def tables_of(model: nn.Module, flat: FlatLayout, optimizer: Optimizer, clip: ClipConfig | None) -> list[Table]:

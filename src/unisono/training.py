@@ -307,7 +307,7 @@ class Training:
         self._leave_known()
         if snapshots is not None and snapshots.is_needed(len(prepared.place.hosts.sizes)):
             snapshots.take(self._start, saving.as_bytes())
-        parameters = sum(spec.tensor.numel for spec in prepared.layout.flat.own)
+        parameters = sum(spec.tensor.numel for spec in prepared.layout.flat.own if not spec.is_factor)
         run_dir = str(self._records.run_dir) if self._records.run_dir else None
         tell = self._records
         tell(RunStarted(self._start, self._steps, group.size, parameters, run_dir))
@@ -320,6 +320,8 @@ class Training:
             tell(Notice(f"optimizer {name} is of no known class, so rank 0 updates everything; see update_class"))
         if self._inexact:
             tell(Notice(f"not exact: {self._inexact}"))
+        if prepared.stashing is not None:
+            tell(Notice(str(prepared.stashing)))
         for text in told_of(self._config.sync, self._steps) if self._config.sync.apart else ():
             tell(Notice(text))
         if self._assembled.unprotected:

@@ -64,7 +64,7 @@ def divide(outline: Outline, stages: int, at: Sequence[str] = ()) -> Division:
     if stages > len(cuts) + 1:
         raise ConfigurationError(
             f"the layout has {stages} stages, but the model can be cut into {len(cuts) + 1} at most "
-            f"({_places(cuts)}); use fewer pipeline workers or virtual stages"
+            f"({_places(cuts)}); use fewer (layout.pipeline, layout.virtual_stages, sync.stages)"
         )
     edges = [0, *(cut.unit for cut in cuts), len(outline.units)]
     costs = [sum(unit.cost for unit in outline.units[a:b]) for a, b in pairwise(edges)]

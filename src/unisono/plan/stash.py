@@ -59,6 +59,14 @@ class Stashing:
         """Of the parameter that has most."""
         return 1 + max(self.delays, default=0)
 
+    def __str__(self) -> str:
+        least, most = (f(self.kinds) for f in (min, max))
+        each = f"{most}" if least == most else f"{least} to {most}"
+        return (
+            f"stages are updated {self.units} times a step, by gradients that miss the last {each} of their updates: the "
+            "result depends on that, not on workers"
+        )
+
     def staleness(self) -> dict[int, int]:
         """How many updates, of each stage, were made of gradients that so many others had made old."""
         found: dict[int, int] = {}

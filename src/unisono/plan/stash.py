@@ -63,8 +63,8 @@ class Stashing:
         least, most = (f(self.kinds) for f in (min, max))
         each = f"{most}" if least == most else f"{least} to {most}"
         return (
-            f"stages are updated {self.units} times a step, by gradients that miss the last {each} of their updates: the "
-            "result depends on that, not on workers"
+            f"stages are updated {self.units} times a step, by gradients that miss the last {each} of their updates: "
+            "the result depends on that, not on workers"
         )
 
     def staleness(self) -> dict[int, int]:

@@ -192,6 +192,19 @@ class Embedded(nn.Module):
         return y
 
 
+class EmbeddedAndTied(nn.Module):
+    """A table whose lookups have sparse gradients, and which is a layer's weight too, with a dense one."""
+
+    def __init__(self, sparse: bool = True) -> None:
+        super().__init__()
+        self.table = nn.Embedding(40, 4, sparse=sparse)
+        self.mix = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.mix(self.table((x[:, 0] * 1e4).long() % 40)))
+        return nn.functional.linear(y, self.table.weight)[:, :4]
+
+
 def norm() -> nn.Module:
     """BatchNorm and dropout."""
     return nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 4))
@@ -228,6 +241,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "scaled": Scaled,
     "wide": wide,
     "tied": Tied,
+    "normed": lambda: nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.LayerNorm(4)),
+    "embedded_and_tied": lambda: EmbeddedAndTied(),
     "untouched": Untouched,
     "double": double,
     "checkpointed": lambda: Checkpointed(True),
@@ -290,12 +305,18 @@ def not_a_number(output: Tensor, target: Tensor) -> Tensor:
     return (output - target).sum() * float("nan")
 
 
+def not_smooth(output: Tensor, target: Tensor) -> Tensor:
+    """A number whose gradient is none."""
+    return (output * 0).abs().sqrt().sum()
+
+
 LOSSES: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "mse": F.mse_loss,
     "weighted": weighted,
     "no_weight": no_weight,
     "sometimes": sometimes,
     "nan": not_a_number,
+    "not_smooth": not_smooth,
 }
 
 

@@ -46,10 +46,11 @@ def differences(mine: Mapping[str, Any], recorded: Mapping[str, Any], path: Path
     own, theirs = (of.get("sync", {}) for of in (mine, recorded))
     for key in _AGREED if own.get("replicas") or theirs.get("replicas") else ():
         if own.get(key) != theirs.get(key):
+            why = "its replicas are in the middle of what they agree on"
             raise ConfigurationError(
                 f"sync.{key} is {own.get(key) or 'not used'}, but the run in {path} has {theirs.get(key) or 'none'}, "
-                "and its replicas are in the middle of what they agree on; resume with the same value, or start "
-                "another run from its weights (start_from)"
+                f"and {why if theirs.get('replicas') else 'no replicas'}; resume with the same value, or start another "
+                "run from its weights (start_from)"
             )
     for key in _FIXED:
         if recorded.get(key) != mine[key]:

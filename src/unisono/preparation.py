@@ -378,15 +378,17 @@ def _factors(optimizer: KFAC, model: nn.Module) -> dict[str, Factors]:
 
 def _refuse_curvature(config: TrainingConfig, several_hosts: bool) -> None:
     """What an optimizer that learns the curvature does not go with."""
-    layout = config.layout
+    layout, compressed = config.layout, config.wire.compression != "none"
     reasons = {
         "sync.mode": "it learns the curvature of one model, at every step" if config.sync.relaxed else "",
         "layout.tensor": "it needs a layer's inputs and outputs whole" if layout.tensor > 1 else "",
         "layout.zero": "hosts do not share what it learns" if layout.zero and several_hosts else "",
+        "wire.compression": "what it learns would be compressed with gradients" if compressed else "",
     }
     for key, reason in reasons.items():
         if reason:
-            value = getattr(config.sync if key == "sync.mode" else layout, key.partition(".")[2])
+            section, _, name = key.partition(".")
+            value = getattr(getattr(config, section), name)
             raise ConfigurationError(
                 f"optimizer KFAC and {key} {value} do not go together: {reason}; leave {key} out, or use LAMB or AdamW"
             )
@@ -496,7 +498,7 @@ def _stashing(
         if len(found) > 1:
             raise ConfigurationError(
                 f"{spec.tensor.name} is used in stages {found[0]} and {found[1]}, which sync.mode {sync.mode} updates "
-                "at different times; untie it, or cut the model elsewhere (layout.cuts)"
+                "at different times; untie it"
             )
         stages += found
     if division is None or sync.mode == "pipedream_2bw":

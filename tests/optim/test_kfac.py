@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unisono.bench.optimizers import digits, network
+from unisono.errors import TrainingError
 from unisono.optim import KFAC
 from unisono.plan.assignment import shared_out
 
@@ -267,3 +268,44 @@ def test_it_goes_on_from_its_state() -> None:
     for one, its in ((model, optimizer), (other, later)):
         steps(one, its, range(3, 9))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_a_layer_without_rows_tells_nothing() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    optimizer = KFAC(model.parameters(), lr=0.1).watch(model)
+    (model(torch.randn(4, 3)).sum() + model[1](torch.zeros(0, 2)).sum()).backward()
+    optimizer.step()
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+def test_curvature_that_is_not_finite_is_told_of() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    optimizer = KFAC(model.parameters(), lr=0.1).watch(model)
+    (model(torch.zeros(1, 3)) * 0).abs().sqrt().sum().backward()  # the root's slope at 0
+    with pytest.raises(TrainingError, match="the curvature of 0 is not finite"):
+        optimizer.step()
+
+
+def test_only_what_torchs_layers_compute_is_learned() -> None:
+    """A subclass that computes something else is updated as by SGD; inputs may be given by name, or without a batch."""
+
+    class Scaled(nn.Linear):
+        def forward(self, input: Tensor, scale: float = 2.0) -> Tensor:
+            return super().forward(input) * scale
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.image, self.scaled, self.last = nn.Conv2d(1, 2, 2), Scaled(4, 3), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.scaled(scale=0.5, input=self.image(x).flatten()[:4])
+            output: Tensor = self.last(input=y)
+            return output
+
+    model = Named()
+    optimizer = KFAC(model.parameters(), lr=0.1).watch(model)
+    assert optimizer.watched == ["image", "last"]
+    model(torch.randn(1, 3, 3)).square().sum().backward()
+    optimizer.step()
+    assert all(bool(p.isfinite().all()) for p in model.parameters())

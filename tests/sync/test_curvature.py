@@ -87,6 +87,55 @@ def test_a_run_takes_the_steps_of_a_plain_loop(name: str, micro_batch: int) -> N
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12, msg=key)
 
 
+def test_a_layer_that_some_micro_batches_pass_by_is_learned_as_in_a_plain_loop() -> None:
+    """Its curvature is the mean over those that came by."""
+
+    class Sometimes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.always, self.sometimes = nn.Linear(6, 4), nn.Linear(6, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.always(x)
+            return y + self.sometimes(x) if float(x[0, 0]) > 0 else y
+
+    with Isolation() as isolation:
+        isolation.seed(derive(0, "init"))
+        model = Sometimes().double()
+    optimizer = KFAC(model.parameters(), lr=0.1, kl_clip=None, damping=0.1, inverse_every=1).watch(model)
+    came = 0
+    for step in range(4):
+        optimizer.zero_grad()
+        for m in range(4):
+            rows = [SAMPLES[i] for i in Sampler(toys.SAMPLES, 0, 8, 2).indices(step, m).tolist()]
+            inputs, targets = (torch.stack(part) for part in zip(*rows, strict=True))
+            came += float(inputs[0, 0]) > 0
+            F.mse_loss(model(inputs), targets).backward()  # type: ignore[no-untyped-call]
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= 4
+        optimizer.step()
+    assert 0 < came < 16
+    trainer = Trainer(
+        model=lambda: Sometimes().double(),
+        loss=F.mse_loss,
+        data=SAMPLES,
+        optimizer=lambda p: KFAC(p, lr=0.1, kl_clip=None, damping=0.1, inverse_every=1),
+        global_batch_size=8,
+        micro_batch_size=2,
+        observe={"progress": False},
+    )
+    trainer.fit(4)
+    assert trainer.model is not None
+    for ours, theirs in zip(trainer.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_gradients_that_are_not_finite_are_told_of(pool: LocalLauncher) -> None:
+    with pytest.raises(UnisonoError, match=r"the curvature of .* is not finite, since gradients of"):
+        train(pool, 2, model="mlp", optimizer="kfac", loss="not_smooth")
+
+
 def test_what_it_learned_is_kept_out_of_the_model(tmp_path: Any) -> None:
     trainer = Trainer(
         model=lambda: nn.Linear(6, 4),
@@ -139,12 +188,17 @@ def test_two_are_killed_at_once(pool: LocalLauncher) -> None:
         ),
         ({"sync": {"mode": "local", "period": 2, "replicas": 7}}, "KFAC and sync.mode local do not go together"),
         ({"layout": {"pipeline": 2}, "loss": "weighted"}, "the loss has the weight .*; return a mean, or leave layout"),
+        (
+            {"model": "normed", "layout": {"pipeline": 2, "cuts": ["2"]}, "loss": "weighted"},
+            "the loss has the weight .*; return a mean, or leave layout",
+        ),
+        ({"wire": {"compression": "bf16"}}, "KFAC and wire.compression bf16 do not go together"),
     ],
-    ids=["tensor", "local", "weighted"],
+    ids=["tensor", "local", "weighted", "weighted, nothing learned in the last stage", "compressed"],
 )
 def test_what_it_does_not_go_with_is_refused(pool: LocalLauncher, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UnisonoError, match=message) as raised:
-        train(pool, 2, model="mlp", optimizer="kfac", **options)
+        train(pool, 2, **{"model": "mlp", "optimizer": "kfac", **options})
     assert raised.value.exit_code == 2
 
 

@@ -18,7 +18,8 @@ from tests.test_parity import train
 from unisono.config import TrainingConfig, validate
 from unisono.errors import ConfigurationError, UnisonoError
 from unisono.launch.local import LocalLauncher
-from unisono.launch.possible import refuse_impossible, with_replicas
+from unisono.launch.possible import refuse_impossible, refuse_inelastic, refuse_to_compare, with_replicas
+from unisono.launch.task import Elastic
 from unisono.plan.hosts import Hosts
 from unisono.plan.schedule import timetable
 from unisono.plan.stash import Stashing, place, stage_delay, used
@@ -208,6 +209,7 @@ def test_staleness_is_told() -> None:
         ),
         ({"sync": {"mode": "local", "period": 2, "stages": 2}}, "stages is given and mode is local"),
         ({"layout": {"pipeline": 3}}, "sync.stages is 2 and layout.pipeline is 3; leave one out"),
+        ({"layout": {"pipeline": 2, "cuts": ["a"]}}, "the result depends on where stages begin: leave layout.cuts out"),
         ({"layout": {"pipeline": 2, "schedule": "zb_h1"}}, "has a schedule of its own: leave layout.schedule out"),
         ({"layout": {"tensor": 2}}, "trains one pipeline of whole layers: leave out layout.data, tensor"),
         ({"layout": {"data": 2}}, "trains one pipeline of whole layers: leave out layout.data, tensor"),
@@ -232,6 +234,15 @@ def test_there_are_as_many_workers_as_stages_or_one() -> None:
     for hosts in ((4,), (2, 2)):
         with pytest.raises(ConfigurationError, match="trains one pipeline on one host so far, and there are 4 workers"):
             refuse_impossible(config, Hosts(hosts))
+
+
+def test_other_numbers_of_workers_are_refused_with_the_reason() -> None:
+    given = {"global_batch_size": 8, "micro_batch_size": 1, "sync": {"mode": "pipedream"}, "layout": {"pipeline": 2}}
+    config = validate(TrainingConfig, given, "test")
+    with pytest.raises(ConfigurationError, match=r"--workers is 1:2, and sync\.mode pipedream has a worker"):
+        refuse_inelastic(config, Elastic(1, 2))
+    with pytest.raises(ConfigurationError, match="compare the digests of unisono train -n 1 and of"):
+        refuse_to_compare(config)
 
 
 def test_a_weight_in_two_stages_is_refused(pool: LocalLauncher) -> None:

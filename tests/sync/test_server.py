@@ -220,6 +220,32 @@ def test_a_table_is_pushed_and_pulled_by_rows(monkeypatch: pytest.MonkeyPatch) -
     assert whole.count(0) == 1  # its first block's run
 
 
+@pytest.mark.parametrize("mode", ["server", "hogwild"])
+@pytest.mark.parametrize("push", [1, 3])
+def test_a_table_that_is_used_in_other_ways_too_is_trained(mode: str, push: int) -> None:
+    """Its gradient is dense then; one worker does what it does with a table that is none."""
+    torch.manual_seed(0)
+    models = [toys.EmbeddedAndTied(sparse) for sparse in (True, False)]
+    models[1].load_state_dict(models[0].state_dict())
+    found = []
+    for model in models:
+        trainer = Trainer(
+            model=lambda model=model: copy.deepcopy(model),  # type: ignore[misc]
+            loss=nn.functional.mse_loss,
+            data=toys.Samples(),
+            optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5),
+            sync={"mode": mode, "push": push},
+            global_batch_size=24,
+            micro_batch_size=4,
+            observe={"progress": False},
+        )
+        trainer.fit(3)
+        assert trainer.model is not None
+        found.append(list(trainer.model.parameters()))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
 @given(st.lists(st.integers(0, 11), unique=True, max_size=12), st.integers(1, 5), st.integers(0, 9))
 def test_rows_are_put_back(rows: list[int], width: int, seed: int) -> None:
     torch.manual_seed(seed)

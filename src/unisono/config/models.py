@@ -434,6 +434,8 @@ class TrainingConfig(Section):
             )
         if layout.stages != layout.pipeline or layout.schedule not in ("1f1b", "gpipe"):
             raise ValueError(f"sync.mode {sync.mode} has a schedule of its own: leave layout.schedule out")
+        if sync.mode == "pipedream" and layout.cuts:
+            raise ValueError("with sync.mode pipedream the result depends on where stages begin: leave layout.cuts out")
         if sync.mode == "pipedream" and sync.stages is None and layout.pipeline == 1:
             raise ValueError("mode is pipedream and its stages are missing: set layout.pipeline, or sync.stages")
         if sync.stages is not None and layout.pipeline not in (1, sync.stages):

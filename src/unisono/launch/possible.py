@@ -94,6 +94,11 @@ def refuse_to_compare(config: TrainingConfig) -> None:
     """
     sync = config.sync
     refuse_inexact(config)
+    if sync.stashes:
+        raise ConfigurationError(
+            f"sync.mode {sync.mode} trains on one worker, or on one for each stage: compare the digests of unisono "
+            "train -n 1 and of -n with layout.pipeline"
+        )
     if sync.apart and sync.replicas is None:
         raise ConfigurationError(
             f"sync.mode is {sync.mode} with one replica a worker, another run on each number of workers; give "
@@ -137,6 +142,11 @@ def refuse_inelastic(config: TrainingConfig, elastic: Elastic | None) -> None:
         raise ConfigurationError(
             f"--spares is {elastic.spares}, and a worker computes a part of the model that another cannot wait for in "
             "advance; leave --spares out: a lost worker is replaced all the same"
+        )
+    if config.sync.stashes:
+        raise ConfigurationError(
+            f"--workers is {elastic.least}:{elastic.most}, and sync.mode {config.sync.mode} has a worker for each "
+            "stage; give a number of workers (-n)"
         )
     if not survives(config, elastic.most):
         raise ConfigurationError(

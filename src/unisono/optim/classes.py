@@ -87,5 +87,5 @@ def described(optimizer: Optimizer, replicas: int = 0) -> dict[str, Any]:
         }
         for group in optimizer.param_groups[: len(optimizer.param_groups) // (1 + replicas)]
     ]
-    own = {k: v for k, v in vars(optimizer).items() if isinstance(v, int | float | str) and not k.startswith("_")}
+    own = {key: getattr(optimizer, key) for key in getattr(optimizer, "recorded", ())}
     return {"class": type(optimizer).__name__, "groups": groups, **({"settings": own} if own else {})}

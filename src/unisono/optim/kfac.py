@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from unisono.optim.kronecker import Factors, Layer, input_rows, layers_of, limited, moments, natural_gradient
+from unisono.errors import TrainingError
+from unisono.optim.kronecker import Factors, Layer, input_of, layers_of, limited, moments, natural_gradient, not_finite
 from unisono.optim.layerwise import moving, refuse_unless
 from unisono.plan.assignment import UpdateClass
 
@@ -51,6 +52,8 @@ class KFAC(Optimizer):
     """
 
     update_class = UpdateClass.PARAMETER
+    recorded = ("damping", "decay", "kl_clip", "factor_every", "inverse_every")
+    """Settings besides those of groups, to record with a run."""
 
     def __init__(
         self,
@@ -94,7 +97,8 @@ class KFAC(Optimizer):
         return factors
 
     def watch(self, model: nn.Module) -> "KFAC":
-        """Learn the curvature of a model's layers from its backwards, once; this optimizer.
+        """Learn the curvature of a model's layers from its backwards, once, before a scheduler of rates is made; this
+        optimizer.
 
         Raises:
             ValueError: as `factors_of`; and where it watches a model already.
@@ -104,8 +108,9 @@ class KFAC(Optimizer):
         for name, factors in self.factors_of(model).items():
             layer = model.get_submodule(name)
             assert isinstance(layer, nn.Linear | nn.Conv2d)
-            self._watched[name] = _Watched(layer, factors)
-            self._handles.append(layer.register_forward_hook(self._hook(self._watched[name])))
+            self._watched[name] = _Watched(name, layer, factors)
+            hook = self._hook(self._watched[name])
+            self._handles.append(layer.register_forward_hook(hook, with_kwargs=True))
         self.param_groups[-1]["taken"] = 0
         return self
 
@@ -132,11 +137,11 @@ class KFAC(Optimizer):
             watched.factors.load_state_dict(state_dict["curvature"][name])
 
     def _hook(self, watched: "_Watched") -> Callable[..., None]:
-        def note(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             if not (torch.is_grad_enabled() and output.requires_grad) or self._taken % self.factor_every:
                 return
-            rows = input_rows(watched.layer, inputs[0].detach())
-            output.register_hook(lambda gradient: watched.add(rows, gradient.detach()))  # type: ignore[no-untyped-call]
+            inputs = input_of(args, kwargs)
+            output.register_hook(lambda gradient: watched.add(inputs, gradient))  # type: ignore[no-untyped-call]
 
         return note
 
@@ -217,21 +222,30 @@ class KFAC(Optimizer):
 class _Watched:
     """A layer in a loop of one's own: what its backwards have told since the last step."""
 
-    def __init__(self, layer: Layer, factors: Factors) -> None:
+    def __init__(self, name: str, layer: Layer, factors: Factors) -> None:
+        self._name = name
         self.layer = layer
         self.factors = factors
         self._sums: tuple[Tensor, Tensor] | None = None
         self._backwards = 0
 
     @torch.no_grad()
-    def add(self, rows: Tensor, gradient: Tensor) -> None:
+    def add(self, inputs: Tensor, gradient: Tensor) -> None:
         """What one backward tells."""
-        own = moments(self.layer, rows, gradient, self.factors.inputs.dtype)
+        own = moments(self.layer, inputs, gradient, self.factors.inputs.dtype)
+        if own is None:
+            return
         self._sums = own if self._sums is None else (self._sums[0] + own[0], self._sums[1] + own[1])
         self._backwards += 1
 
     def tell(self) -> None:
-        """Their mean is the gradient of the factors; None where there was no backward."""
+        """Their mean is the gradient of the factors; None where there was no backward.
+
+        Raises:
+            TrainingError: where it is not finite.
+        """
+        if self._sums is not None and not all(bool(total.isfinite().all()) for total in self._sums):
+            raise TrainingError(not_finite(self._name))
         for i, factor in enumerate((self.factors.inputs, self.factors.outputs)):
             factor.grad = None if self._sums is None else self._sums[i] / self._backwards
         self._sums, self._backwards = None, 0

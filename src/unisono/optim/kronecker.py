@@ -6,7 +6,7 @@ Grosse and Martens, "A Kronecker-factored approximate Fisher matrix for convolut
 
 import math
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,7 +41,8 @@ def layers_of(model: nn.Module, trained: Collection[int]) -> dict[str, Layer]:
     """The layers of a model whose curvature can be learned, by name.
 
     Neither those whose weights are used elsewhere too, nor convolutions whose channels are divided into groups, or that
-    pad with other than zeros: their curvature is no Kronecker product of two such matrices.
+    pad with other than zeros: their curvature is no Kronecker product of two such matrices. Nor those that compute
+    anything else than torch's own layers do.
 
     Arguments:
         trained: the identities of parameters that are trained.
@@ -52,15 +53,24 @@ def layers_of(model: nn.Module, trained: Collection[int]) -> dict[str, Layer]:
         own = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
         if id(layer.weight) not in trained or not layer.weight.requires_grad or any(uses[id(p)] != 1 for p in own):
             return False
+        if "forward" in vars(layer) or type(layer).forward not in (nn.Linear.forward, nn.Conv2d.forward):
+            return False
         return not isinstance(layer, nn.Conv2d) or (layer.groups == 1 and layer.padding_mode == "zeros")
 
     modules = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d))
     return {name: module for name, module in modules if fits(module)}
 
 
+def input_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """What a layer was called with."""
+    given: Tensor = args[0] if args else kwargs["input"]
+    return given.detach()
+
+
 def input_rows(layer: Layer, inputs: Tensor) -> Tensor:
     """What a layer's outputs are linear in: a row for every place of every sample, a 1 at its end for the bias."""
     if isinstance(layer, nn.Conv2d):
+        inputs = inputs if inputs.dim() == 4 else inputs.unsqueeze(0)
         padding = _padding(layer)
         if isinstance(padding, list):
             inputs, padding = F.pad(inputs, padding), 0
@@ -71,16 +81,21 @@ def input_rows(layer: Layer, inputs: Tensor) -> Tensor:
     return torch.cat([rows, rows.new_ones(len(rows), 1)], 1) if layer.bias is not None else rows
 
 
-def moments(layer: Layer, rows: Tensor, gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """E[a a'] and E[g g'] of one backward of a mean over the rows of a layer's output.
+@torch.no_grad()
+def moments(layer: Layer, inputs: Tensor, gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    """E[a a'] and E[g g'] of one backward of a mean over the rows of a layer's output; None where it has no rows.
 
     Arguments:
-        rows: as of `input_rows`.
-        gradient: of the layer's output.
+        inputs: of the layer.
+        gradient: of its output.
         dtype: of the result.
     """
-    places = gradient[0, 0].numel() if isinstance(layer, nn.Conv2d) else 1
-    slopes = gradient.movedim(1, -1) if isinstance(layer, nn.Conv2d) else gradient
+    if not gradient.numel():
+        return None
+    places, slopes, rows = 1, gradient, input_rows(layer, inputs)
+    if isinstance(layer, nn.Conv2d):
+        slopes = slopes if slopes.dim() == 4 else slopes.unsqueeze(0)
+        places, slopes = slopes[0, 0].numel(), slopes.movedim(1, -1)
     slopes, rows = slopes.reshape(-1, slopes.shape[-1]).to(dtype), rows.to(dtype)
     samples = len(slopes) // places
     return rows.T @ rows / samples, slopes.T @ slopes * (samples / places)
@@ -105,6 +120,14 @@ def natural_gradient(
     change = float((direction * matrix).sum().abs())
     of_weight = direction[:, : weight[0].numel()].reshape(weight.shape).to(weight.dtype)
     return of_weight, None if bias is None else direction[:, -1].to(bias.dtype), change
+
+
+def not_finite(layer: str) -> str:
+    """What to say where a layer's curvature is not a number."""
+    return (
+        f"the curvature of {layer or 'the model'} is not finite, since gradients of its outputs are not; lower the "
+        "learning rate, or look at the model's numerics"
+    )
 
 
 def limited(change: float, limit: float | None) -> float:

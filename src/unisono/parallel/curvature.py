@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from unisono.optim.kronecker import Layer, input_rows, moments
+from unisono.optim.kronecker import Layer, input_of, moments
 from unisono.plan.blocks import CURVATURE
 from unisono.plan.wrapping import Forward, Wrapping
 
@@ -68,12 +68,14 @@ class Statistics:
             noted = self._noted
             if noted is None or not (torch.is_grad_enabled() and output.requires_grad):
                 return output
-            waiting = [input_rows(layer, (*args, *kwargs.values())[0].detach())]
+            waiting = [input_of(args, kwargs)]
 
             def add(gradient: Tensor) -> None:
-                if waiting:  # a backward in two parts comes by twice
-                    with torch.no_grad():
-                        noted.setdefault(number, []).append(moments(layer, waiting.pop(), gradient.detach(), dtype))
+                if not waiting:  # a backward in two parts comes by twice
+                    return
+                found = moments(layer, waiting.pop(), gradient, dtype)
+                if found is not None:
+                    noted.setdefault(number, []).append(found)
 
             output.register_hook(add)  # type: ignore[no-untyped-call]
             return output

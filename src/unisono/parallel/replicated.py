@@ -370,8 +370,9 @@ class Replica:
 
     def _close(self, forwarded: Forwarded, chain: Sequence[Partial]) -> None:
         """All gradients have come; the rest of the leaf follows."""
-        if self._statistics is not None and forwarded.noted and (weight := self._weight_of(forwarded)):
-            for use, statistic in self._statistics.told(forwarded.noted, weight):
+        if self._statistics is not None:
+            weight = self._weight_of(forwarded)
+            for use, statistic in self._statistics.told(forwarded.noted or {}, weight) if weight else ():
                 self._takes[use](statistic)
         for u in self._use_sets[forwarded.stage]:
             if not self._seen[u]:
@@ -433,8 +434,8 @@ class Replica:
 
     def _add(self, use: int, gradient: Tensor) -> None:
         """A gradient goes into the sums."""
-        if gradient.is_sparse and use in self._chain[0].rows:
-            self._chain[0].rows[use].append(gradient)
+        if use in self._chain[0].rows:  # dense where it is used in other ways too
+            self._chain[0].rows[use].append(gradient if gradient.is_sparse else gradient.to_sparse(1))
         elif len(self._chain) == 1 and not self._chain[0].counts[use] and not gradient.is_sparse:
             self._chain[0].entries[use].copy_(gradient)  # the usual case, without detours
             self._chain[0].counts[use] = 1

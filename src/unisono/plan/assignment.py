@@ -241,8 +241,11 @@ def _goes_on(layout: FlatLayout, block: Block) -> bool:
 
 def _shares(layout: FlatLayout, update: UpdateClass, blocks: Sequence[int], workers: int) -> list[tuple[int, ...]]:
     parts = units(layout, update, blocks)
-    factors = [unit for unit in parts if layout.parameters[layout.blocks[unit[0]].parameter].is_factor]
-    others = [unit for unit in parts if unit not in factors] if factors else parts
+    factors: list[list[int]] = []
+    others: list[list[int]] = []
+    for unit in parts:
+        is_factor = layout.parameters[layout.blocks[unit[0]].parameter].is_factor
+        (factors if is_factor else others).append(unit)
     costs = [sum(layout.blocks[i].stop - layout.blocks[i].start for i in unit) for unit in others]
     shares = [[i for unit in others[s.start : s.stop] for i in unit] for s in contiguous_shares(costs, workers)]
     cubes = [layout.parameters[layout.blocks[unit[0]].parameter].tensor.shape[0] ** 3 for unit in factors]

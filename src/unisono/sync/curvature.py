@@ -5,13 +5,16 @@ are at the step, the owner of a layer's weights turns their gradient by what the
 all together limit how far the model moves.
 """
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
 
+from unisono.errors import TrainingError
 from unisono.optim.kfac import KFAC
-from unisono.optim.kronecker import limited, natural_gradient
+from unisono.optim.kronecker import limited, natural_gradient, not_finite
 from unisono.plan.assignment import Run
+from unisono.plan.blocks import home_of
 from unisono.plan.curvature import CurvedLayer, curved_layers
 from unisono.state.training_state import TrainingState
 from unisono.sync.every_step import BlockNumbers, EveryStep, Versions
@@ -43,6 +46,11 @@ class CurvedSteps(EveryStep):
         self._factors = [
             i for i, block in enumerate(self._flat.blocks) if self._flat.parameters[block.parameter].is_factor
         ]
+        self._uses_of = {
+            parameter: use
+            for use, (_, parameter) in enumerate(self._flat.uses)
+            if self._flat.parameters[parameter].is_factor
+        }
         self._directions: dict[Run, list[Tensor]] = {}
         self._limit = 1.0
 
@@ -66,7 +74,13 @@ class CurvedSteps(EveryStep):
             self._turn(further, step)
             mine += further
         phases.enter("update")
-        self._limit = limited(sum(self._changes.all(step)), self._kfac.kl_clip)
+        change = sum(self._changes.all(step))
+        if not math.isfinite(change):
+            raise TrainingError(
+                f"the natural gradient is not finite at step {step} though the loss is; lower the learning rate, or "
+                "look at the model's numerics"
+            )
+        self._limit = limited(change, self._kfac.kl_clip)
         super()._bring([owned for owned in mine if not self._is_factor(owned)], step, phases)
         self._directions.clear()
 
@@ -124,9 +138,26 @@ class CurvedSteps(EveryStep):
         if not self._is_factor(owned):
             super()._clip(owned)
 
-    def _squares_of(self, owned: OwnedRun) -> list[float]:
+    def _squares_of(self, owned: OwnedRun, sums: StepSums) -> list[float]:
         """Nor does it count for the norm."""
-        return [0.0] * len(owned.gradients) if self._is_factor(owned) else super()._squares_of(owned)
+        return [0.0] * len(owned.gradients) if self._is_factor(owned) else super()._squares_of(owned, sums)
+
+    def _reduce(self, owned: OwnedRun, sums: StepSums) -> None:
+        """What is told of the curvature is the mean over the micro-batches that came by the layer.
+
+        Raises:
+            TrainingError: where it is not finite.
+        """
+        super()._reduce(owned, sums)
+        if not self._is_factor(owned):
+            return
+        use, parameter = self._uses_of[owned.units[0].parameter], self._flat.parameters[owned.units[0].parameter]
+        came, all_that_told = sums.count_of(use), max(map(sums.count_of, self._uses_of.values()))
+        for span in owned.spans:
+            if 0 < came < all_that_told:
+                span.scratch.mul_(all_that_told / came)
+            if not bool(span.scratch.isfinite().all()):
+                raise TrainingError(not_finite(home_of(parameter.tensor.name).rpartition(".")[0]))
 
     def _is_factor(self, owned: OwnedRun) -> bool:
         return self._flat.parameters[owned.units[0].parameter].is_factor

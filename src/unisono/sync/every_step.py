@@ -221,8 +221,9 @@ class EveryStep:
         assert self._under_way is not None
         self._updater.clip(owned, self._under_way.factors[owned.replica])
 
-    def _squares_of(self, owned: OwnedRun) -> list[float]:
+    def _squares_of(self, owned: OwnedRun, sums: StepSums) -> list[float]:
         """The squared norm of the gradient of each of the run's blocks."""
+        self._reduce(owned, sums)
         return squared_norms(owned.gradients)
 
     def _norms(self, step: int, sums: StepSums, phases: Phases) -> list[float]:
@@ -253,11 +254,9 @@ class EveryStep:
     def _leave_squares(self, step: int, sums: StepSums, runs: Sequence[OwnedRun]) -> None:
         for owned in runs:
             if not self._squares.has(step, owned.run):
-                if sums.weights[owned.replica]:
-                    self._reduce(owned, sums)
-                    self._squares.put(step, owned.run, self._squares_of(owned))
-                else:
-                    self._squares.put(step, owned.run, [0.0] * len(owned.gradients))
+                nothing = [0.0] * len(owned.gradients)
+                found = self._squares_of(owned, sums) if sums.weights[owned.replica] else nothing
+                self._squares.put(step, owned.run, found)
 
     def _commit_buffers(self, step: int) -> None:
         buffers, under_way = self._holdings.buffers, self._under_way

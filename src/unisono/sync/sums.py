@@ -81,6 +81,10 @@ class StepSums:
                     of_replica = has[there & (replica_of == replica)]
                     self.complete = self.complete and bool(of_replica.all() or (flat.replicas and not of_replica.any()))
 
+    def count_of(self, use: int) -> int:
+        """How many micro-batches had a gradient of a use."""
+        return sum(int(partial.counts[use]) for _, partial in self._covers[self._teams.uses[use]])
+
     def mean_span(self, span: Span, team: int) -> None:
         """The weighted mean of a span of one team, into its scratch memory; only where the step is `complete`."""
         out, use = span.scratch, self._use_of.get(span.segment)  # by which one sees whether a replica was computed

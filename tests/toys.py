@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from unisono.optim import KFAC, LAMB, LARS
+from unisono.optim import KFAC, LAMB, LARS, NewtonCG
 
 SAMPLES = 60
 
@@ -241,6 +241,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "scaled": Scaled,
     "wide": wide,
     "tied": Tied,
+    "smooth": lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 4)),
     "normed": lambda: nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.LayerNorm(4)),
     "embedded_and_tied": lambda: EmbeddedAndTied(),
     "untouched": Untouched,
@@ -362,6 +363,8 @@ OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]]
     "lars": lambda p: LARS(p, lr=0.5, weight_decay=1e-2, trust_coefficient=0.02, nesterov=True),
     "lamb": lambda p: LAMB(p, lr=1e-2, exclude_vectors=False),
     "kfac": lambda p: KFAC(p, lr=0.05, weight_decay=1e-2, damping=1e-2, factor_every=2, inverse_every=4),
+    "newton": lambda p: NewtonCG(p),
+    "gauss_newton": lambda p: NewtonCG(p, curvature="gauss_newton", damping=1.0),
     "coupled": lambda p: Coupled(p, lr=1e-2),
     "lbfgs": lambda p: torch.optim.LBFGS(p),
     "sparse_adam": lambda p: torch.optim.SparseAdam(list(p)),

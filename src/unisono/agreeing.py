@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unisono.asynchronous import AsynchronousEngine
 from unisono.comm.group import Group
@@ -24,7 +24,10 @@ from unisono.data.feed import TrainingFeed
 from unisono.in_flight import InFlight
 from unisono.optim.blockwise import BlockOptimizer
 from unisono.optim.kfac import KFAC
+from unisono.optim.newton import NewtonCG
+from unisono.optim.numbers import Numbers
 from unisono.optim.schedules import Schedule, scale
+from unisono.optim.state_spec import clone
 from unisono.parallel.replicated import Replica
 from unisono.parallel.stash import Stash
 from unisono.pipedream import PipeDreamEngine, StepWords
@@ -38,6 +41,7 @@ from unisono.preparation import Prepared, pool_layout
 from unisono.replaying import ReplayEngine, RoundsReplayEngine
 from unisono.rounds import RoundsEngine
 from unisono.run.clients import Federation
+from unisono.second_order import CommonValues, NewtonEngine
 from unisono.state.order import write_order, write_rounds
 from unisono.state.training_state import TrainingState
 from unisono.sync.curvature import CurvedSteps
@@ -243,6 +247,28 @@ def stashing_engine(
         passages,
         last=mine == stages - 1,
     )
+
+
+def newton_engine(parts: Parts, bound: Sequence[nn.Parameter], pulled: PulledValues) -> Executes:
+    """An engine of an optimizer that evaluates the loss several times in a step.
+
+    Arguments:
+        bound: this worker's own parameters.
+        pulled: their values.
+    """
+    prepared, state = parts.prepared, parts.state
+    flat, constructed, numbers = prepared.layout.flat, prepared.optimizer, state.python_state()
+    assert isinstance(constructed, NewtonCG) and numbers is not None
+    groups: list[list[nn.Parameter]] = [[] for _ in constructed.param_groups]
+    for parameter, (_, place) in zip(bound, flat.uses, strict=True):
+        group = flat.parameters[place].group
+        assert group is not None
+        groups[group].append(parameter)
+    optimizer = clone(constructed, groups)
+    assert isinstance(optimizer, NewtonCG)
+    values = CommonValues(pulled, Numbers(constructed, numbers), PulledValues.push_everything)
+    count = parts.config.micro_batches
+    return NewtonEngine(parts.local, optimizer, parts.replica, parts.feed, values, count, parts.phases, parts.keep)
 
 
 def pushing_engine(parts: Parts, locks: Locks, pulled: PulledValues | None) -> Executes:

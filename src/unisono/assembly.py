@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from unisono.agreeing import Parts, policy_of, pushing_engine, stashing_engine
+from unisono.agreeing import Parts, newton_engine, policy_of, pushing_engine, stashing_engine
 from unisono.comm.arena import DeviceMemory, Region, mapped
 from unisono.comm.copies import Copies
 from unisono.comm.group import Group
@@ -33,6 +33,7 @@ from unisono.footprint import chosen_recomputation, machine_bytes, refuse_what_c
 from unisono.launch.membership import join_hosts, place_of
 from unisono.launch.world import World
 from unisono.optim.kfac import KFAC
+from unisono.optim.newton import NewtonCG
 from unisono.optim.schedules import Schedule
 from unisono.parallel.bind import bind, unbind
 from unisono.parallel.buffers import Buffers
@@ -258,7 +259,8 @@ def _worker(
         step = fill(
             prepared, config, group, local, state, shared, memory, versions, restore, snapshots, world.rolled_back
         )
-    pulled = PulledValues(state) if config.sync.mode == "server" else None
+    newton = isinstance(prepared.optimizer, NewtonCG)
+    pulled = PulledValues(state) if newton or config.sync.mode == "server" else None
     bound = bound or bind(prepared.model, prepared.layout.flat, state.values if pulled is None else pulled.values)
     recompute = _chosen(prepared, objects, config, feed)
     sharded = _sharded(prepared, objects, config, group, local, state, feed)
@@ -281,7 +283,7 @@ def _worker(
     federation = federation_of(config, objects.data)
     sampler = Sampler(feed.size, *order) if federation is None else ClientSampler(feed.size, *order, federation)
     names = [name for name, _ in prepared.layout.flat.uses] + [spec.name for spec in prepared.layout.buffers]
-    exact = group is local and passages is None and tensor is None and stash is None
+    exact = group is local and passages is None and tensor is None and stash is None and not newton
     if exact and _copies_pay(config, host.slots):
         local.copies = Copies(local, host.entries, names)
     training = TrainingFeed(feed, sampler)
@@ -293,6 +295,8 @@ def _worker(
     parts = Parts(prepared, config, local, *own, schedule, replica, training, phases)
     if locks is not None:
         engine = pushing_engine(parts, locks, pulled)
+    elif newton and pulled is not None:
+        engine = newton_engine(parts, bound, pulled)
     elif stash is not None:
         engine = stashing_engine(parts, states, stash, buffers, passages)
     else:

@@ -24,7 +24,8 @@ from unisono.optim.classes import pin_variant, update_class
 from unisono.optim.eager import without_compiler
 from unisono.optim.kfac import KFAC
 from unisono.optim.kronecker import Factors
-from unisono.optim.state_spec import state_spec, with_further
+from unisono.optim.newton import NewtonCG
+from unisono.optim.state_spec import OptimizerSpec, state_spec, with_further
 from unisono.parallel.beside import own_model, with_curvature, with_replicas
 from unisono.parallel.bind import ModelTensors, model_tensors
 from unisono.parallel.initial import without_values
@@ -60,6 +61,7 @@ from unisono.plan.shards import StateShards, replica_shards, state_shards
 from unisono.plan.stash import Stashing, stage_delay, words_bytes
 from unisono.run.rng import Isolation, derive
 from unisono.run.summation import accumulation
+from unisono.second_order import refuse_what_newton_cannot_train
 from unisono.state.layout import StateLayout, state_layout
 from unisono.sync.local import kept_by_agreements
 from unisono.sync.ownership import undo_bytes
@@ -189,7 +191,10 @@ def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) 
         _refuse_curvature(config, several_hosts)
         model = with_curvature(model, _factors(optimizer, model))
         tensors = model_tensors(model)
-    update = update_class(optimizer)
+    update, newton = update_class(optimizer), isinstance(optimizer, NewtonCG)
+    if newton:
+        _refuse_newton(config, several_hosts)
+        refuse_what_newton_cannot_train(model, [uses for _, uses in tensors.parameters])
     if update is UpdateClass.ELEMENT and config.clip is not None and config.clip.agc is not None:
         update = UpdateClass.PARAMETER  # its units are not divided
     _refuse_coupled(optimizer, update, config.sync)
@@ -197,7 +202,9 @@ def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) 
     flat = flat_layout(joined(tensors.parameter_specs(optimizer)))
     by_name = {uses[0]: p for p, uses in tensors.parameters}
     originals = [by_name[spec.tensor.name] for spec in flat.parameters]
-    kept = with_further(state_spec(optimizer, update, flat, originals), flat, *kept_by_agreements(config.sync))
+    nothing = OptimizerSpec(update, tensors=((),) * len(flat.parameters))
+    spec = nothing if newton else state_spec(optimizer, update, flat, originals)
+    kept = with_further(spec, flat, *kept_by_agreements(config.sync))
     layout = state_layout(flat, kept, tensors.buffer_specs())
     partials = partial_layout(flat, tensors.buffer_specs())
     run_elements = RUN_ELEMENTS if feed.device.type == "cpu" else DEVICE_RUN_ELEMENTS
@@ -392,6 +399,29 @@ def _refuse_curvature(config: TrainingConfig, several_hosts: bool) -> None:
             raise ConfigurationError(
                 f"optimizer KFAC and {key} {value} do not go together: {reason}; leave {key} out, or use LAMB or AdamW"
             )
+
+
+def _refuse_newton(config: TrainingConfig, several_hosts: bool) -> None:
+    """What an optimizer that evaluates the loss several times in a step does not go with."""
+    layout = config.layout
+    wrong = {
+        f"sync.mode {config.sync.mode}": config.sync.relaxed,
+        f"layout.pipeline {layout.pipeline}": layout.stages > 1,
+        f"layout.tensor {layout.tensor}": layout.tensor > 1,
+        f"layout.zero {layout.zero}": layout.zero is not None,
+        f"layout.recompute {layout.recompute}": layout.recompute not in ("none", "auto"),
+        "layout.offload": layout.offload is not None,
+        "clip": config.clip is not None,
+        f"schedule {config.schedule.name}": config.schedule.name != "constant",
+        f"device {config.device}": config.device != "cpu",
+        "several hosts": several_hosts,
+        "init by_name": config.init == "by_name",
+    }
+    if found := next((what for what, is_so in wrong.items() if is_so), None):
+        raise ConfigurationError(
+            f"optimizer NewtonCG and {found} do not go together: it evaluates the whole loss several times in a step, "
+            "on the workers of one host; leave that out, or use another optimizer"
+        )
 
 
 def _refuse_coupled(optimizer: Optimizer, update: UpdateClass, sync: SyncConfig) -> None:

@@ -13,6 +13,7 @@ from unisono.config import TrainingConfig
 from unisono.events import readable
 from unisono.launch.possible import rolls_back, survives, survives_hosts
 from unisono.launch.world import World
+from unisono.optim.newton import NewtonCG
 from unisono.preparation import Prepared
 from unisono.state.portions import Portion, portions
 from unisono.state.snapshots import IMAGES, Images, Snapshots
@@ -47,6 +48,7 @@ def protected(prepared: Prepared, config: TrainingConfig, world: World, room_byt
         return Protection(goes_on=False, starts_again=False, rules=None)
     alone = len(prepared.place.hosts.sizes) == 1
     goes_on = survives_hosts(config) if world.spans else alone and survives(config, prepared.host.slots)
+    goes_on = goes_on and not isinstance(prepared.optimizer, NewtonCG)  # nobody has a part of its step alone
     one_result = config.wire.inexact is None or not world.spans  # else hosts' images of a step may differ
     again = not goes_on and trains and world.trainings == 1 and rolls_back(config) and one_result
     shards, state_bytes = prepared.shards, prepared.host.state_bytes

@@ -2,7 +2,7 @@
 
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -164,8 +164,8 @@ def together(
     over = [False]
 
     def run(number: int) -> None:
-        def total(tensor: Tensor) -> Tensor:
-            brought[number] = tensor
+        def total(parts: Sequence[Tensor]) -> Tensor:
+            (brought[number],) = parts
             meeting.wait()
             found = torch.stack(brought).sum(0)
             meeting.wait()
@@ -187,6 +187,19 @@ def together(
         thread.join()
     assert steps[0] < most
     return steps[0], optimizers[0].rounds
+
+
+def test_a_closure_may_return_several_parts() -> None:
+    """Their losses are summed, as are their gradients and products."""
+    problem = Problem("breast_cancer")
+    whole, parts = problem.start(), problem.start()
+    of_parts = [problem.closure(*parts, rows) for rows in (slice(None, 100), slice(100, 400), slice(400, None))]
+    one, several = NewtonCG(whole), NewtonCG(parts)
+    for _ in range(3):
+        one.step(problem.closure(*whole))
+        several.step(lambda: [part() for part in of_parts])
+    for a, b in zip(whole, parts, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
 
 
 def test_conjugate_gradients_stop_at_negative_curvature() -> None:

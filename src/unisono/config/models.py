@@ -240,7 +240,7 @@ class OptimizerConfig(Section):
         ...,
         description="A class in torch.optim or in unisono.optim; the section replaces the task's own optimizer.",
     )
-    lr: float = Field(1e-3, gt=0, description="Learning rate, before schedule and scaling.")
+    lr: float = Field(1e-3, gt=0, description="Learning rate, before schedule and scaling; of classes that have one.")
     options: dict[str, Any] = Field(default_factory=dict, description="Further arguments of the class.")
 
 

@@ -1,9 +1,7 @@
 """A user's optimizer, applied block by block, with its state in memory that outlives the worker."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +10,7 @@ from torch.optim import Optimizer
 from unisono.errors import TrainingError
 from unisono.optim.eager import stepper
 from unisono.optim.fused import kernel
+from unisono.optim.numbers import Numbers, numbers
 from unisono.optim.schedules import Schedule
 from unisono.optim.state_spec import clone, initial_state
 from unisono.plan.assignment import UpdateClass
@@ -77,7 +76,7 @@ class BlockOptimizer:
         self._constructed = optimizer
         self._coupled = update is UpdateClass.COUPLED
         self._update = update
-        self._python_state = python_state
+        self._python_state = None if python_state is None else Numbers(optimizer, python_state)
         self._rates = [float(group["lr"]) if "lr" in group else None for group in optimizer.param_groups]
         self._momenta = [float(group.get("momentum", 0.0)) for group in optimizer.param_groups]
         self._parameters: dict[int, nn.Parameter] = {}
@@ -153,13 +152,16 @@ class BlockOptimizer:
                 self._optimizer.state.pop(parameter, None)
             elif parameter not in self._optimizer.state:
                 self._optimizer.state[parameter] = dict(unit.state)
-        if self._coupled:
-            self._load_python_state(units)
+        if self._python_state is not None:
+            stored = self._python_state.load(self._optimizer)
+            for unit in units:
+                self._optimizer.state[self._parameters[id(unit)]].update(stored.get(unit.name, {}))
         self._step()
         for unit in units:
             self._adopt(unit, self._parameters[id(unit)])
-        if self._coupled:
-            self._store_python_state(units)
+        if self._python_state is not None:
+            of_units = {unit.name: numbers(self._optimizer.state[self._parameters[id(unit)]]) for unit in units}
+            self._python_state.keep(self._optimizer, of_units)
 
     def step_stretch(self, stretch: Stretch) -> None:
         """Update a uniform stretch as one tensor: the same bits, at a fraction of the calls."""
@@ -189,44 +191,6 @@ class BlockOptimizer:
                 "which there is no room; make all of it at the first step"
             )
         unit.present[0] = 1
-
-    def _stored_numbers(self) -> dict[str, Any]:
-        assert self._python_state is not None
-        size = int.from_bytes(self._python_state[:8], "little")
-        if not size:
-            return {"groups": [{}] * len(self._optimizer.param_groups), "state": {}}
-        stored: dict[str, Any] = json.loads(bytes(self._python_state[8 : 8 + size]))
-        return stored
-
-    def _load_python_state(self, units: Sequence[Unit]) -> None:
-        stored = self._stored_numbers()
-        for group, values in zip(self._optimizer.param_groups, stored["groups"], strict=True):
-            group.update(values)
-        for unit in units:
-            self._optimizer.state[self._parameters[id(unit)]].update(stored["state"].get(unit.name, {}))
-
-    def _store_python_state(self, units: Sequence[Unit]) -> None:
-        assert self._python_state is not None
-        updated = {unit.name: _numbers(self._optimizer.state[self._parameters[id(unit)]]) for unit in units}
-        stored = {
-            "groups": [
-                {key: value for key, value in _numbers(group).items() if key != "lr" and before.get(key) != value}
-                for group, before in zip(self._optimizer.param_groups, self._constructed.param_groups, strict=True)
-            ],
-            "state": {**self._stored_numbers()["state"], **updated},
-        }
-        data = json.dumps(stored, sort_keys=True).encode()
-        if len(data) + 8 > len(self._python_state):
-            raise TrainingError(
-                f"optimizer {type(self._optimizer).__name__} keeps {len(data)} bytes of numbers that are not tensors; "
-                f"at most {len(self._python_state) - 8} can be kept: make them tensors"
-            )
-        self._python_state[8 : 8 + len(data)] = data
-        self._python_state[:8] = len(data).to_bytes(8, "little")
-
-
-def _numbers(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if isinstance(value, int | float | bool) and key != "params"}
 
 
 def _part(key: str, value: object, unit: Unit) -> object:

@@ -6,7 +6,7 @@ import torch
 from torch.optim import Optimizer
 
 from unisono.errors import ConfigurationError
-from unisono.optim.newton import NewtonCG
+from unisono.optim.newton import GIANT
 from unisono.plan.assignment import UpdateClass
 
 _ELEMENT: tuple[type[Optimizer], ...] = (
@@ -18,7 +18,7 @@ _FUSED_ON_CPU: tuple[type[Optimizer], ...] = (torch.optim.SGD, torch.optim.Adam,
 _FUSED_ON_DEVICES: tuple[type[Optimizer], ...] = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 _REFUSED: dict[type[Optimizer], str] = {
     torch.optim.LBFGS: "it evaluates the loss several times in a step through a closure; use SGD or AdamW",
-    NewtonCG: "it evaluates the loss several times in a step through a closure; it is for a loop of your own so far",
+    GIANT: "its directions depend on how many processes have parts of the data; use NewtonCG, or a loop of your own",
     torch.optim.SparseAdam: "it needs sparse gradients, which are summed densely here; use AdamW",
 }
 

@@ -13,12 +13,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from unisono.optim.layerwise import refuse_unless
+from unisono.run.summation import fold
 
-Closure = Callable[[], Tensor | tuple[Tensor, Tensor]]
-"""The loss on this process's part of the data, with its graph and without a backward; for Gauss-Newton, the output that
-the loss was computed from, and the loss."""
-Total = Callable[[Tensor], Tensor]
-"""The sum of a tensor over all processes; the same on each."""
+Part = Tensor | tuple[Tensor, Tensor]
+"""The loss on a part of the data, with its graph and without a backward; for Gauss-Newton, the output that the loss was
+computed from, and the loss."""
+Closure = Callable[[], Part | list[Part]]
+"""This process's part of the data, or several of them."""
+Total = Callable[[Sequence[Tensor]], Tensor]
+"""The sum of tensors, one for each part of this process, over all processes; the same on each."""
+Product = Callable[[Tensor], list[Tensor]]
+"""Vector -> the product of each part's curvature with it."""
 
 SUFFICIENT, SHRINK, MOST_HALVINGS = 1e-4, 0.5, 40
 """Of Armijo's line search: the part of the expected decrease that is enough; how a step that is too long shrinks."""
@@ -41,7 +46,7 @@ class NewtonCG(Optimizer):
         curvature: "hessian", or "gauss_newton", which is never negative where the loss is convex in the output.
         damping: to begin with.
         most_products: with the curvature, in a step.
-        total: sums over processes.
+        total: sums over parts and processes; default: those of this process.
 
     Attributes:
         rounds: sums over processes so far, each of them a round of communication.
@@ -63,7 +68,7 @@ class NewtonCG(Optimizer):
         curvature: str = "hessian",
         damping: float = 0.0,
         most_products: int = 250,
-        total: Total = lambda tensor: tensor,
+        total: Total = lambda parts: fold(parts, torch.add),
     ) -> None:
         refuse_unless(curvature in ("hessian", "gauss_newton"), "curvature", curvature, "hessian or gauss_newton")
         refuse_unless(damping >= 0, "damping", damping, "at least 0")
@@ -76,17 +81,26 @@ class NewtonCG(Optimizer):
         self._total = total
         self.rounds = 0
 
-    def step(self, closure: Closure) -> Tensor:  # type: ignore[override]
-        """Take one step; the loss before it, over all processes."""
+    def step(self, closure: Closure, total: Total | None = None) -> Tensor:  # type: ignore[override]
+        """Take one step; the loss before it, over all processes.
+
+        Arguments:
+            total: in place of the one that the optimizer was made with.
+        """
+        self._total = total or self._total
         members: list[nn.Parameter] = self.param_groups[0]["params"]
-        output, loss = self._evaluate(closure)
-        slopes = torch.autograd.grad(loss, members, create_graph=not self._gauss_newton, retain_graph=True)
-        own = _flat(slopes)
-        found = self._sum(torch.cat([loss.detach().reshape(1).to(own.dtype), own.detach()]))
+        parts = self._evaluate(closure)
+        slopes = [self._slope(loss, members) for _, loss in parts]
+        found = self._sum(
+            [
+                torch.cat([loss.detach().reshape(1).to(own.dtype), own.detach()])
+                for (_, loss), own in zip(parts, slopes, strict=True)
+            ]
+        )
         before, gradient = found[0], found[1:]
         if not float(gradient.norm()):
             return before
-        product = self._product(output, loss, own, members)
+        product = self._products(parts, slopes, members)
         direction = self._direction(product, gradient)
         slope = torch.dot(gradient, direction)
         if slope >= 0:  # not a descent: steepest descent is
@@ -97,20 +111,39 @@ class NewtonCG(Optimizer):
             self._follow(after - float(before), float(slope + 0.5 * torch.dot(direction, curved)))
         return before
 
-    def _evaluate(self, closure: Closure) -> tuple[Tensor | None, Tensor]:
+    def _evaluate(self, closure: Closure) -> list[tuple[Tensor | None, Tensor]]:
         with torch.enable_grad():
             result = closure()
-        output, loss = result if isinstance(result, tuple) else (None, result)
-        if self._gauss_newton and output is None:
+        given = result if isinstance(result, list) else [result]
+        parts: list[tuple[Tensor | None, Tensor]] = [p if isinstance(p, tuple) else (None, p) for p in given]
+        if self._gauss_newton and any(output is None for output, _ in parts):
             raise ValueError("gauss_newton needs the output that the loss was computed from: return (output, loss)")
-        return output, loss
+        return parts
 
-    def _sum(self, tensor: Tensor) -> Tensor:
+    def _slope(self, loss: Tensor, members: Sequence[nn.Parameter]) -> Tensor:
+        """A part's gradient, with its graph where that is needed."""
+        further = not self._gauss_newton
+        return _flat(
+            torch.autograd.grad(loss, members, create_graph=further, retain_graph=True, materialize_grads=True)
+        )
+
+    def _sum(self, parts: Sequence[Tensor]) -> Tensor:
         self.rounds += 1
-        return self._total(tensor)
+        return self._total(parts)
 
-    def _sum_of(self, product: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def _sum_of(self, product: Product) -> Callable[[Tensor], Tensor]:
         return lambda vector: self._sum(product(vector))
+
+    def _products(
+        self,
+        parts: Sequence[tuple[Tensor | None, Tensor]],
+        slopes: Sequence[Tensor],
+        members: Sequence[nn.Parameter],
+    ) -> Product:
+        """All parts' products."""
+        pairs = zip(parts, slopes, strict=True)
+        each = [self._product(output, loss, own, members) for (output, loss), own in pairs]
+        return lambda vector: [product(vector) for product in each]
 
     def _damped(self, product: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         damping = self.param_groups[0]["damping"]
@@ -119,7 +152,7 @@ class NewtonCG(Optimizer):
     def _product(
         self, output: Tensor | None, loss: Tensor, gradient: Tensor, members: Sequence[nn.Parameter]
     ) -> Callable[[Tensor], Tensor]:
-        """Vector -> this process's part of the product of the curvature with it."""
+        """Vector -> a part's share of the product of the curvature with it."""
         if output is None or not self._gauss_newton:
             return lambda vector: _flat(
                 torch.autograd.grad(gradient, members, vector, retain_graph=True, materialize_grads=True)
@@ -136,7 +169,7 @@ class NewtonCG(Optimizer):
 
         return product
 
-    def _direction(self, product: Callable[[Tensor], Tensor], gradient: Tensor) -> Tensor:
+    def _direction(self, product: Product, gradient: Tensor) -> Tensor:
         """All processes solve the same system together."""
         return conjugate_gradients(self._damped(self._sum_of(product)), gradient, _tolerance(gradient), self._most)
 
@@ -148,7 +181,7 @@ class NewtonCG(Optimizer):
         start, length = [member.detach().clone() for member in members], 1.0
         for _ in range(MOST_HALVINGS):
             _move(members, start, direction, length)
-            after = float(self._sum(self._evaluate(closure)[1].detach().reshape(1)))
+            after = float(self._sum([loss.detach().reshape(1) for _, loss in self._evaluate(closure)]))
             if after <= before + SUFFICIENT * length * slope:
                 return after
             length *= SHRINK
@@ -185,10 +218,11 @@ class GIANT(NewtonCG):
         self._share = share
         self._processes = processes
 
-    def _direction(self, product: Callable[[Tensor], Tensor], gradient: Tensor) -> Tensor:
+    def _direction(self, product: Product, gradient: Tensor) -> Tensor:
         """Every process solves a system of its own."""
-        own = self._damped(lambda vector: product(vector) / self._share)
-        return self._sum(conjugate_gradients(own, gradient, _tolerance(gradient), self._most)) / self._processes
+        own = self._damped(lambda vector: fold(product(vector), torch.add) / self._share)
+        found = conjugate_gradients(own, gradient, _tolerance(gradient), self._most)
+        return self._sum([found]) / self._processes
 
 
 def _tolerance(gradient: Tensor) -> float:

@@ -275,6 +275,16 @@ class Replica:
         with self._precision():
             return call(self.model, split(batch)[0])
 
+    def objective(self, step: int, micro_batch: int, batch: object) -> tuple[object, Tensor, float]:
+        """Output, loss and weight of a micro-batch in step ``step`` (from 1), with their graph."""
+        self.buffers.reset()
+        self.random.enter(step - 1, micro_batch)
+        inputs, target = split(batch)
+        with self._precision():
+            output = call(self.model, inputs)
+            result = self._loss(output, target)
+        return (output, *loss_and_weight(result))
+
     def backward(
         self,
         forwarded: Forwarded,

@@ -57,10 +57,19 @@ class PulledValues:
         self._state = state
         elements = enumerate(state.layout.flat.segment_elements)
         self._segments = [own_state.span(segment, 0, number) for segment, number in elements]
+        self.pull_everything()
+
+    def pull_everything(self) -> None:
+        """Copy the whole state."""
         for segment, own in enumerate(self._segments):
-            own.copy_(state.span(segment, 0, own.numel()))
-        for buffer, common in zip(self.buffers, state.buffers, strict=True):
+            own.copy_(self._state.span(segment, 0, own.numel()))
+        for buffer, common in zip(self.buffers, self._state.buffers, strict=True):
             buffer.copy_(common)
+
+    def push_everything(self) -> None:
+        """Let the state's parameters be these."""
+        for segment, own in enumerate(self._segments):
+            self._state.span(segment, 0, own.numel()).copy_(own)
 
     def pull_rows(self, table: Table, rows: Tensor) -> None:
         """Copy some rows of a table from the state."""

@@ -1,6 +1,7 @@
 """What every worker of ``unisono train`` does: from a configuration to a trained task."""
 
 import difflib
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from types import ModuleType
@@ -54,10 +55,11 @@ def optimizer_factory(config: OptimizerConfig) -> Callable[[Iterable[nn.Paramete
             f"torch.optim has {', '.join(sorted(_optimizers(torch.optim)))}"
         )
     kind = kinds[config.name]
+    rate = {"lr": config.lr} if "lr" in inspect.signature(kind).parameters else {}
 
     def make(parameters: Iterable[nn.Parameter]) -> Optimizer:
         try:
-            return cast(Any, kind)(parameters, lr=config.lr, **config.options)  # type: ignore[no-any-return]
+            return cast(Any, kind)(parameters, **rate, **config.options)  # type: ignore[no-any-return]
         except (TypeError, ValueError) as error:
             raise ConfigurationError(f"optimizer.options do not fit {config.name}: {error}") from error
 

@@ -1,0 +1,166 @@
+"""One worker's step of Newton's method: the same direction on all workers, from sums over micro-batches.
+
+The optimizer evaluates the loss several times in a step, and asks for its gradient and for products with its curvature.
+Each is a sum over micro-batches in the canonical order, so that all workers, however many there are, take the same step
+bit for bit. For small models: every worker keeps the graphs of its micro-batches, and solves for the direction itself.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from unisono.comm.host import HostGroup
+from unisono.data.feed import TrainingFeed
+from unisono.errors import ConfigurationError, GroupError, TrainingError
+from unisono.meeting import Done, MeetingEngine
+from unisono.optim.newton import NewtonCG
+from unisono.optim.numbers import Numbers
+from unisono.parallel.replicated import Replica
+from unisono.plan.assignment import micro_batches
+from unisono.run.summation import Node, finish, subtrees
+from unisono.sync.phases import Phases
+from unisono.sync.server import PulledValues
+
+WORD = 8
+
+
+class CommonValues:
+    """The training state, of which every worker has a copy of its own.
+
+    Arguments:
+        values: this worker's copy.
+        numbers: what the optimizer keeps besides.
+        store: puts a copy into the state.
+    """
+
+    def __init__(self, values: PulledValues, numbers: Numbers, store: Callable[[PulledValues], None]) -> None:
+        self._values = values
+        self.numbers = numbers
+        self._store = store
+
+    def pull_all(self) -> None:
+        """Go on from the state."""
+        self._values.pull_everything()
+
+    def store(self) -> None:
+        """Let the state be this worker's copy."""
+        self._store(self._values)
+
+    def rate(self, step: int) -> float:
+        """There is none: a line search says how far to go."""
+        return 0.0
+
+
+class NewtonEngine(MeetingEngine):
+    """Executes the steps of one worker.
+
+    Arguments:
+        group: the workers.
+        optimizer: over this worker's own parameters.
+        replica: the model, over the same.
+        feed: loads micro-batches.
+        values: what all have in common.
+        count: micro-batches in a step.
+        snapshot: copies the state to where a checkpoint is written from.
+    """
+
+    def __init__(
+        self,
+        group: HostGroup,
+        optimizer: NewtonCG,
+        replica: Replica,
+        feed: TrainingFeed,
+        values: CommonValues,
+        count: int,
+        phases: Phases,
+        snapshot: Callable[[], object],
+    ) -> None:
+        super().__init__(group, values, phases, snapshot)
+        self._optimizer = optimizer
+        self._replica = replica
+        self._feed = feed
+        self._values = values
+        self._count = count
+        self._weight = 0.0
+
+    def _do(self, step: int) -> Done:
+        """One step of the optimizer.
+
+        Raises:
+            TrainingError: where the loss is not a finite number.
+        """
+        group, phases = self._group, self._phases
+        own = micro_batches(self._count, group.size)[group.rank]
+        phases.enter("data")
+        batches = [self._feed.load(step, m) for m in own]
+        self._values.numbers.load(self._optimizer)
+        weights: list[float] = []
+
+        def closure() -> list[Any]:
+            phases.enter("compute")
+            parts = [self._replica.objective(step, m, batch) for m, batch in zip(own, batches, strict=True)]
+            weights[:] = [weight for _, _, weight in parts]
+            return [(output, loss) for output, loss, _ in parts]
+
+        def total(parts: Sequence[Tensor]) -> Tensor:
+            if not self._weight:
+                self._weight = float(self._sum(step, own, [torch.tensor(w, dtype=torch.float64) for w in weights]))
+            return self._sum(step, own, parts) / self._weight
+
+        self._weight = 0.0
+        before = float(self._optimizer.step(closure, total))
+        if before != before or before in (float("inf"), float("-inf")):
+            raise TrainingError(
+                f"the loss is {before} at step {step}; begin with other values, or look at the data of that step"
+            )
+        phases.enter("update")
+        self._values.numbers.keep(self._optimizer)
+        group.barrier(f"all of step {step} has been computed")
+        if group.rank == 0:
+            self._values.store()
+        return Done(before * self._weight, self._weight, {})
+
+    def _sum(self, step: int, own: range, parts: Sequence[Tensor]) -> Tensor:
+        """Over all micro-batches, in the canonical order."""
+        self._phases.enter("wait")
+        leaves = {Node(0, m): part for m, part in zip(own, parts, strict=True)}
+        told = b"\1"
+        for node in subtrees(own.start, own.stop, self._count):
+            value = finish(leaves, self._count, torch.add, node)
+            told += node.code.to_bytes(WORD, "little") + value.contiguous().numpy().tobytes()
+        values: dict[Node, Tensor] = {}
+        size_bytes = parts[0].numel() * parts[0].element_size() if parts else 0
+        for payload in self._group.all_gather(told, f"sums of step {step}"):
+            if not payload:
+                raise GroupError(f"a worker was lost in step {step}")
+            at = 1
+            while at < len(payload):
+                node = Node.from_code(int.from_bytes(payload[at : at + WORD], "little"))
+                data = np.frombuffer(payload, np.uint8, size_bytes, at + WORD).copy()
+                values[node] = torch.from_numpy(data).view(parts[0].dtype).view(parts[0].shape)
+                at += WORD + size_bytes
+        self._phases.enter("compute")
+        return finish(values, self._count, torch.add)
+
+
+def refuse_what_newton_cannot_train(model: nn.Module, uses: Sequence[Sequence[str]]) -> None:
+    """Check a model.
+
+    Arguments:
+        uses: the names of each parameter.
+
+    Raises:
+        ConfigurationError: for tied weights, and for models that write to their buffers.
+    """
+    if tied := next((names for names in uses if len(names) > 1), None):
+        raise ConfigurationError(f"NewtonCG cannot train a weight under several names ({', '.join(tied)}) in a run")
+    writes = (nn.modules.batchnorm._BatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+    for name, module in model.named_modules():
+        if isinstance(module, writes) and module.track_running_stats:
+            raise ConfigurationError(
+                f"{name or 'the model'} keeps running statistics, and NewtonCG evaluates the loss several times in a "
+                "step; use LayerNorm or GroupNorm, or another optimizer"
+            )

@@ -52,7 +52,8 @@ from unisono.sync.local import LocalSteps, telling_of, terms_of, turns_of
 from unisono.sync.ownership import OwnedRun, Owner, RunMemory
 from unisono.sync.phases import Phases
 from unisono.sync.policy import Executes
-from unisono.sync.server import PulledValues, Servers, divided, servers_of
+from unisono.sync.pulled import PulledValues
+from unisono.sync.server import Servers, divided, servers_of
 from unisono.sync.stash import StashedValues, own_team
 from unisono.sync.tables import members
 from unisono.sync.updater import Updater

@@ -3,12 +3,12 @@
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from unisono.agreeing import Parts, newton_engine, policy_of, pushing_engine, stashing_engine
 from unisono.comm.arena import DeviceMemory, Region, mapped
@@ -19,9 +19,8 @@ from unisono.comm.host import HostGroup
 from unisono.comm.locks import Locks
 from unisono.comm.memos import Memos
 from unisono.comm.offload import Offload
-from unisono.comm.partial import Partial, item_size
 from unisono.comm.passage import Passages, clear_lane
-from unisono.comm.tensor_group import ArenaTensorGroup
+from unisono.computing import chosen_here, divided_partials, replica_over, sharded_values, tensor_parallel
 from unisono.config import TrainingConfig
 from unisono.data.feed import Feed, TrainingFeed
 from unisono.engine import Engine, WorkShare, lone_share, rounds_share, work_share
@@ -29,40 +28,31 @@ from unisono.errors import ConfigurationError, Regrouped
 from unisono.evaluation import Evaluator
 from unisono.events import Emitter
 from unisono.filling import Load, Restored, fill
-from unisono.footprint import chosen_recomputation, machine_bytes, refuse_what_cannot_fit
+from unisono.footprint import machine_bytes, refuse_what_cannot_fit
 from unisono.launch.membership import join_hosts, place_of
 from unisono.launch.world import World
-from unisono.optim.kfac import KFAC
 from unisono.optim.newton import NewtonCG
 from unisono.optim.schedules import Schedule
 from unisono.parallel.bind import bind, unbind
-from unisono.parallel.buffers import Buffers
-from unisono.parallel.curvature import Statistics
-from unisono.parallel.recompute import Recomputation, blocks, refuse_inside
 from unisono.parallel.replicated import Replica
-from unisono.parallel.sharded import ShardedValues
-from unisono.parallel.stages import Stages
 from unisono.parallel.stash import Stash
-from unisono.parallel.tensor import TensorParallel
 from unisono.plan.assignment import UpdateClass, micro_batches
-from unisono.plan.blocks import split_name
 from unisono.plan.hosts import Hosts
 from unisono.plan.roster import Lot
 from unisono.plan.schedule import WHOLE, timetable
 from unisono.plan.shards import apart_shares
-from unisono.preparation import Objects, Prepared, crews_of, prepare, rehearse, value_groups
+from unisono.preparation import Objects, Prepared, crews_of, prepare
 from unisono.protection import protected, snapshots_of
 from unisono.run.clients import ClientSampler
-from unisono.run.rng import ModuleRandom
 from unisono.run.sampling import Sampler
 from unisono.state.shared import SharedState
 from unisono.state.snapshots import Snapshots
 from unisono.state.training_state import TrainingState
-from unisono.sync.local import federation_of, replica_of
+from unisono.sync.local import federation_of
 from unisono.sync.ownership import RunMemory
 from unisono.sync.phases import Phases
 from unisono.sync.policy import Executes
-from unisono.sync.server import PulledValues
+from unisono.sync.pulled import PulledValues
 
 PATIENCE, PATIENCE_S = 3, 10.0
 """Times the deadline, and seconds besides, that a worker waits where the launcher sees to those who hang."""
@@ -262,9 +252,9 @@ def _worker(
     newton = isinstance(prepared.optimizer, NewtonCG)
     pulled = PulledValues(state) if newton or config.sync.mode == "server" else None
     bound = bound or bind(prepared.model, prepared.layout.flat, state.values if pulled is None else pulled.values)
-    recompute = _chosen(prepared, objects, config, feed)
-    sharded = _sharded(prepared, objects, config, group, local, state, feed)
-    tensor = _tensor(prepared, local, loss_parallel=config.layout.loss_parallel)
+    recompute = chosen_here(prepared, objects, config, feed)
+    sharded = sharded_values(prepared, objects, config, group, local, state, feed)
+    tensor = tensor_parallel(prepared, local, loss_parallel=config.layout.loss_parallel)
     buffers = state.buffers if pulled is None else pulled.buffers
     states, stash = [state], None
     if prepared.stashing is not None:
@@ -272,7 +262,7 @@ def _worker(
         places = [each.values for each in states]
         stash = Stash(prepared.model, prepared.layout.flat, prepared.stashing, bound, places)
         buffers = [buffer.clone() for buffer in state.buffers]
-    replica = _replica(prepared, objects, config, buffers, bound, feed, recompute, tensor, sharded, stash)
+    replica = replica_over(prepared, objects, config, buffers, bound, feed, recompute, tensor, sharded, stash)
 
     def run_memory(slot: int) -> RunMemory:
         return RunMemory(prepared.layout, state.memory, memory(host.undo(slot)), snapshot.memory)
@@ -309,7 +299,7 @@ def _worker(
             share,
             phases,
             names,
-            group.partial if tensor is None else _partials(prepared, local, tensor),
+            group.partial if tensor is None else divided_partials(prepared, local, tensor),
             passages,
             local.copies,
         )
@@ -422,113 +412,6 @@ def _take_state(prepared: Prepared, local: HostGroup, state: TrainingState, memo
     versions = (local.arena.words(prepared.host.versions(replica)) for replica in (mine, theirs))
     target, source = versions
     target[:] = source
-
-
-def _chosen(prepared: Prepared, objects: Objects, config: TrainingConfig, feed: Feed) -> str:
-    """What is computed again in the backward; the model is as its user made it."""
-    if config.layout.recompute != "auto":
-        return config.layout.recompute
-    found = prepared.division.outline if prepared.division else rehearse(prepared.model, objects.loss, config, feed)
-    return chosen_recomputation(prepared, found, config)
-
-
-def _sharded(
-    prepared: Prepared,
-    objects: Objects,
-    config: TrainingConfig,
-    group: HostGroup | HierarchicalGroup,
-    local: HostGroup,
-    state: TrainingState,
-    feed: Feed,
-) -> ShardedValues | None:
-    """What brings parameters here that other hosts keep."""
-    shards = prepared.shards
-    if config.layout.zero != 3 or shards is None or not isinstance(group, HierarchicalGroup):
-        return None
-    flat = prepared.layout.flat
-    layers, members = value_groups(prepared.model, flat, objects.loss, config, feed)
-    parameter_of = {use: p for p, spec in enumerate(flat.parameters) for use in spec.uses}
-    pieces = [shards.pieces(sorted({parameter_of[name] for name in names})) for names in members]
-    whole = prepared.host.state(0)
-
-    def release(segment: int, start: int, stop: int) -> None:
-        size, region = item_size(flat.segment_dtypes[segment]), prepared.layout.regions.named[f"values {segment}"]
-        local.arena.release(whole.part(region.offset + start * size, (stop - start) * size))
-
-    values = group.values(pieces, state.span, release)
-    parameters = dict(prepared.model.named_parameters(remove_duplicate=False))
-    return ShardedValues(prepared.model, layers, members, parameters, values)
-
-
-def _tensor(prepared: Prepared, local: HostGroup, *, loss_parallel: bool) -> TensorParallel | None:
-    """This worker's part of the layers that several divide."""
-    if prepared.tensor is None:
-        return None
-    crews = [crew for team in crews_of(prepared.mesh) for crew in team]
-    number = next(i for i, crew in enumerate(crews) if local.rank in crew)
-    group = ArenaTensorGroup(local, crews[number], prepared.host.meeting(number))
-    proven = prepared.tensor
-    return TensorParallel(prepared.model, proven.plan, proven.findings, group, loss_parallel=loss_parallel)
-
-
-def _partials(prepared: Prepared, local: HostGroup, tensor: TensorParallel) -> Callable[[int], Partial]:
-    """This worker's buffers for sums: its part of those that it divides lies in the crew's first worker's."""
-    first = local.slot - tensor.group.rank
-    names = [name for name, _ in prepared.layout.flat.uses]
-    cuts = {use: tensor.parts[name] for use, name in enumerate(names) if name in tensor.parts}
-    return functools.cache(lambda entry: local.partial(entry).part(local.view(first, entry), cuts))
-
-
-def _replica(
-    prepared: Prepared,
-    objects: Objects,
-    config: TrainingConfig,
-    values: Sequence[Tensor],
-    bound: Sequence[nn.Parameter],
-    feed: Feed,
-    recompute: str,
-    tensor: TensorParallel | None,
-    sharded: ShardedValues | None,
-    stash: Stash | None,
-) -> Replica:
-    """The model over its parameters.
-
-    Arguments:
-        values: of the buffers, which every micro-batch begins with.
-    """
-    flat, buffers = prepared.layout.flat, [spec.name for spec in prepared.layout.buffers]
-    statistics = _statistics(prepared)
-    recomputation = None
-    if recompute != "none":
-        again = blocks(prepared.model, prepared.division)
-        refuse_inside(again, [r.path for r in prepared.tensor.plan.regions] if prepared.tensor is not None else [])
-        recomputation = Recomputation(prepared.model, again, selective=recompute == "selective")
-    local = tensor.local if tensor is not None else {}
-    uses = [(name, local.get(name, parameter)) for (name, _), parameter in zip(flat.uses, bound, strict=True)]
-    return Replica(
-        prepared.model,
-        uses,
-        Buffers(prepared.model, buffers, values),
-        ModuleRandom(prepared.model, config.seed, feed.device, lambda name: split_name(name)[1]),
-        objects.loss,
-        config.precision,
-        feed.device,
-        Stages(prepared.model, prepared.division) if prepared.division is not None else None,
-        recomputation,
-        tensor,
-        sharded,
-        replica_of(config),
-        statistics,
-        stash,
-    )
-
-
-def _statistics(prepared: Prepared) -> Statistics | None:
-    """What an optimizer learns of the curvature."""
-    if not isinstance(prepared.optimizer, KFAC):
-        return None
-    names = [name for name, _ in prepared.layout.flat.uses]
-    return Statistics(prepared.model, names, prepared.optimizer.factor_every)
 
 
 def _fingerprint(prepared: Prepared, config: TrainingConfig, samples: int) -> int:

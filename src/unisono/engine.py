@@ -15,7 +15,8 @@ from unisono.comm.passage import Passages
 from unisono.data.feed import TrainingFeed
 from unisono.errors import ImpureRunError, Regrouped, ReplicaBroken
 from unisono.in_flight import Entered, InFlight, Sums
-from unisono.parallel.replicated import Forwarded, Replica
+from unisono.parallel.micro_batch import Forwarded
+from unisono.parallel.replicated import Replica
 from unisono.plan.roster import consecutive
 from unisono.plan.schedule import WHOLE, Action, Kind
 from unisono.run.summation import Leaf, Node, accumulation

@@ -10,7 +10,8 @@ from unisono.comm.partial import Partial
 from unisono.comm.passage import Arrived, Passages
 from unisono.comm.passage_layout import Way
 from unisono.data.feed import TrainingFeed
-from unisono.parallel.replicated import Forwarded, Replica
+from unisono.parallel.micro_batch import Forwarded
+from unisono.parallel.replicated import Replica
 from unisono.plan.schedule import Action, Kind
 from unisono.sync.phases import Phases
 

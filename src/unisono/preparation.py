@@ -9,13 +9,19 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from unisono.combinations import (
+    refuse_coupled,
+    refuse_what_newton_cannot_train,
+    refuse_with_curvature,
+    refuse_with_newton,
+)
 from unisono.comm.foretold import foretold_bytes
 from unisono.comm.forms import LINE_BYTES
 from unisono.comm.header import ENTRIES
 from unisono.comm.host_layout import HostLayout, host_layout
 from unisono.comm.partial import PartialLayout, item_size, partial_layout
 from unisono.comm.passage_layout import PassageLayout
-from unisono.config import SyncConfig, TrainingConfig
+from unisono.config import TrainingConfig
 from unisono.data.feed import Collate, Dataset, Feed
 from unisono.errors import ConfigurationError
 from unisono.evaluation import Metrics
@@ -29,9 +35,8 @@ from unisono.optim.state_spec import OptimizerSpec, state_spec, with_further
 from unisono.parallel.beside import own_model, with_curvature, with_replicas
 from unisono.parallel.bind import ModelTensors, model_tensors
 from unisono.parallel.initial import without_values
-from unisono.parallel.recompute import blocks
-from unisono.parallel.replicated import Loss, call, split
-from unisono.parallel.tensor_trial import ProvenPlan, proven_plan
+from unisono.parallel.micro_batch import Loss
+from unisono.parallel.tensor_trial import ProvenPlan
 from unisono.plan.assignment import (
     DEVICE_RUN_ELEMENTS,
     RUN_ELEMENTS,
@@ -46,22 +51,19 @@ from unisono.plan.assignment import (
 from unisono.plan.blocks import FlatLayout, aligned, flat_layout, split_name
 from unisono.plan.curvature import joined
 from unisono.plan.exchange import turns
-from unisono.plan.flow import flow
 from unisono.plan.hosts import Place
 from unisono.plan.lock_free import LockFreeLayout
 from unisono.plan.mesh import Mesh
-from unisono.plan.outline import Cut, Outline
+from unisono.plan.outline import Cut
 from unisono.plan.partition import Division, divide
 from unisono.plan.pool import PoolLayout
-from unisono.plan.rehearsal import outline
 from unisono.plan.rounds import RoundsLayout
 from unisono.plan.schedule import placement
-from unisono.plan.sharding import within
 from unisono.plan.shards import StateShards, replica_shards, state_shards
 from unisono.plan.stash import Stashing, stage_delay, words_bytes
+from unisono.rehearsing import rehearse, tensor_parallel_plan
 from unisono.run.rng import Isolation, derive
 from unisono.run.summation import accumulation
-from unisono.second_order import refuse_what_newton_cannot_train
 from unisono.state.layout import StateLayout, state_layout
 from unisono.sync.local import kept_by_agreements
 from unisono.sync.ownership import undo_bytes
@@ -188,16 +190,16 @@ def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) 
     tensors = model_tensors(model)
     optimizer = _optimizer(objects, config, tensors)
     if isinstance(optimizer, KFAC):
-        _refuse_curvature(config, several_hosts)
+        refuse_with_curvature(config, several_hosts)
         model = with_curvature(model, _factors(optimizer, model))
         tensors = model_tensors(model)
     update, newton = update_class(optimizer), isinstance(optimizer, NewtonCG)
     if newton:
-        _refuse_newton(config, several_hosts)
+        refuse_with_newton(config, several_hosts)
         refuse_what_newton_cannot_train(model, [uses for _, uses in tensors.parameters])
     if update is UpdateClass.ELEMENT and config.clip is not None and config.clip.agc is not None:
         update = UpdateClass.PARAMETER  # its units are not divided
-    _refuse_coupled(optimizer, update, config.sync)
+    refuse_coupled(optimizer, update, config.sync)
     pin_variant(optimizer, feed.device)
     flat = flat_layout(joined(tensors.parameter_specs(optimizer)))
     by_name = {uses[0]: p for p, uses in tensors.parameters}
@@ -381,106 +383,6 @@ def _factors(optimizer: KFAC, model: nn.Module) -> dict[str, Factors]:
             return optimizer.factors_of(model)
     except ValueError as error:
         raise ConfigurationError(f"optimizer KFAC cannot be used: {error}; use LAMB or AdamW") from error
-
-
-def _refuse_curvature(config: TrainingConfig, several_hosts: bool) -> None:
-    """What an optimizer that learns the curvature does not go with."""
-    layout, compressed = config.layout, config.wire.compression != "none"
-    reasons = {
-        "sync.mode": "it learns the curvature of one model, at every step" if config.sync.relaxed else "",
-        "layout.tensor": "it needs a layer's inputs and outputs whole" if layout.tensor > 1 else "",
-        "layout.zero": "hosts do not share what it learns" if layout.zero and several_hosts else "",
-        "wire.compression": "what it learns would be compressed with gradients" if compressed else "",
-    }
-    for key, reason in reasons.items():
-        if reason:
-            section, _, name = key.partition(".")
-            value = getattr(getattr(config, section), name)
-            raise ConfigurationError(
-                f"optimizer KFAC and {key} {value} do not go together: {reason}; leave {key} out, or use LAMB or AdamW"
-            )
-
-
-def _refuse_newton(config: TrainingConfig, several_hosts: bool) -> None:
-    """What an optimizer that evaluates the loss several times in a step does not go with."""
-    layout = config.layout
-    wrong = {
-        f"sync.mode {config.sync.mode}": config.sync.relaxed,
-        f"layout.pipeline {layout.pipeline}": layout.stages > 1,
-        f"layout.tensor {layout.tensor}": layout.tensor > 1,
-        f"layout.zero {layout.zero}": layout.zero is not None,
-        f"layout.recompute {layout.recompute}": layout.recompute not in ("none", "auto"),
-        "layout.offload": layout.offload is not None,
-        "clip": config.clip is not None,
-        f"schedule {config.schedule.name}": config.schedule.name != "constant",
-        f"device {config.device}": config.device != "cpu",
-        "several hosts": several_hosts,
-        "init by_name": config.init == "by_name",
-    }
-    if found := next((what for what, is_so in wrong.items() if is_so), None):
-        raise ConfigurationError(
-            f"optimizer NewtonCG and {found} do not go together: it evaluates the whole loss several times in a step, "
-            "on the workers of one host; leave that out, or use another optimizer"
-        )
-
-
-def _refuse_coupled(optimizer: Optimizer, update: UpdateClass, sync: SyncConfig) -> None:
-    if sync.relaxed and update is UpdateClass.COUPLED:
-        raise ConfigurationError(
-            f"optimizer {type(optimizer).__name__} is of no known class, so it would couple what is apart "
-            f"(sync.mode {sync.mode}); give it an attribute update_class, or use another"
-        )
-
-
-def rehearse(model: nn.Module, loss: Loss, config: TrainingConfig, feed: Feed) -> Outline:
-    """What a rehearsal on the first micro-batch finds of a model."""
-    return outline(model, _forward(model, loss, config, feed))
-
-
-def tensor_parallel_plan(model: nn.Module, loss: Loss, config: TrainingConfig, feed: Feed) -> ProvenPlan:
-    """What tensor-parallel workers divide of a model."""
-    found = flow(model, _forward(model, loss, config, feed))
-    layout = config.layout
-    return proven_plan(
-        model,
-        found,
-        layout.tensor_plan,
-        layout.tensor,
-        sequence=layout.sequence_parallel,
-        head=layout.loss_parallel,
-    )
-
-
-def _forward(model: nn.Module, loss: Loss, config: TrainingConfig, feed: Feed) -> Callable[[], object]:
-    """The model's loss on the first micro-batch."""
-    inputs, target = split(feed.load(list(range(min(config.micro_batch_size, feed.size))), 0, "rehearsal"))
-
-    def forward() -> object:
-        with torch.autocast(feed.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
-            return loss(call(model, inputs), target)
-
-    return forward
-
-
-def value_groups(
-    model: nn.Module, flat: FlatLayout, loss: Loss, config: TrainingConfig, feed: Feed
-) -> tuple[list[str], list[list[str]]]:
-    """The layers whose parameters are brought together, the whole model first; the trained parameters of each.
-
-    What is used elsewhere too, or under several names, belongs to the whole model.
-    """
-    users = flow(model, _forward(model, loss, config, feed), "layout.zero=2", strict=True).parameter_users
-    layers = blocks(model)
-    members: dict[str, list[str]] = {path: [] for path in ("", *layers)}
-    for spec in flat.parameters:
-        if spec.group is None:
-            continue
-        name = spec.tensor.name
-        found = [path for path in layers if all(within(user, path) for user in (name, *users.get(name, ())))]
-        own = max(found, key=len) if found and len(spec.uses) == 1 else ""
-        members[own] += spec.uses
-    layers = ["", *(path for path in layers if members[path])]
-    return layers, [members[path] for path in layers]
 
 
 def crews_of(mesh: Mesh) -> list[list[tuple[int, ...]]]:

@@ -14,7 +14,8 @@ from unisono.plan.pool import staleness
 from unisono.plan.replay import Attempt, Read, replayed
 from unisono.state.order import read_order, read_rounds
 from unisono.sync.phases import Phases
-from unisono.sync.server import PulledValues, Servers
+from unisono.sync.pulled import PulledValues
+from unisono.sync.server import Servers
 from unisono.sync.sums import StepSums
 from unisono.units import Pace, UnitGradients, clipped_by
 

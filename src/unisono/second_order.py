@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from unisono.comm.host import HostGroup
 from unisono.data.feed import TrainingFeed
-from unisono.errors import ConfigurationError, GroupError, TrainingError
+from unisono.errors import GroupError, TrainingError
 from unisono.meeting import Done, MeetingEngine
 from unisono.optim.newton import NewtonCG
 from unisono.optim.numbers import Numbers
@@ -22,7 +22,7 @@ from unisono.parallel.replicated import Replica
 from unisono.plan.assignment import micro_batches
 from unisono.run.summation import Node, finish, subtrees
 from unisono.sync.phases import Phases
-from unisono.sync.server import PulledValues
+from unisono.sync.pulled import PulledValues
 
 WORD = 8
 
@@ -144,23 +144,3 @@ class NewtonEngine(MeetingEngine):
                 at += WORD + size_bytes
         self._phases.enter("compute")
         return finish(values, self._count, torch.add)
-
-
-def refuse_what_newton_cannot_train(model: nn.Module, uses: Sequence[Sequence[str]]) -> None:
-    """Check a model.
-
-    Arguments:
-        uses: the names of each parameter.
-
-    Raises:
-        ConfigurationError: for tied weights, and for models that write to their buffers.
-    """
-    if tied := next((names for names in uses if len(names) > 1), None):
-        raise ConfigurationError(f"NewtonCG cannot train a weight under several names ({', '.join(tied)}) in a run")
-    writes = (nn.modules.batchnorm._BatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-    for name, module in model.named_modules():
-        if isinstance(module, writes) and module.track_running_stats:
-            raise ConfigurationError(
-                f"{name or 'the model'} keeps running statistics, and NewtonCG evaluates the loss several times in a "
-                "step; use LayerNorm or GroupNorm, or another optimizer"
-            )

@@ -24,7 +24,7 @@ from unisono.launch.process import keep_freed_memory
 from unisono.launch.scope import deterministic, interrupts, threads
 from unisono.launch.world import World, this_process
 from unisono.optim.schedules import Schedule
-from unisono.parallel.replicated import Loss
+from unisono.parallel.micro_batch import Loss
 from unisono.predictions import Post
 from unisono.preparation import Objects, OptimizerFactory
 from unisono.state.checkpoint import DIRECTORY, newest_intact

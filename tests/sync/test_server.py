@@ -32,7 +32,8 @@ from unisono.run.sampling import Sampler
 from unisono.state.checkpoint import newest_intact
 from unisono.state.export import state_dict
 from unisono.state.order import path_of, read_order, read_rounds, write_order
-from unisono.sync.server import PulledValues, Servers
+from unisono.sync.pulled import PulledValues
+from unisono.sync.server import Servers
 from unisono.sync.tables import Table, keep_rows, put_back_rows, rows_bytes
 from unisono.trainer import Trainer
 

@@ -9,11 +9,11 @@ from unisono.config import Config, Layout
 from unisono.data.feed import Feed
 from unisono.errors import ConfigurationError
 from unisono.parallel.initial import without_values
-from unisono.parallel.replicated import Loss
+from unisono.parallel.micro_batch import Loss
 from unisono.parallel.tensor_trial import ProvenPlan
 from unisono.plan.outline import Outline
 from unisono.plan.partition import divide
-from unisono.preparation import rehearse, tensor_parallel_plan
+from unisono.rehearsing import rehearse, tensor_parallel_plan
 from unisono.tasks.job import objects_of
 from unisono.tasks.task import make_task
 

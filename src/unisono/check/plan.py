@@ -17,7 +17,8 @@ from unisono.plan.outline import Outline
 from unisono.plan.schedule import timetable
 from unisono.plan.sharding import TensorPlan, as_text
 from unisono.plan.timing import timing
-from unisono.preparation import Prepared, prepare, rehearse
+from unisono.preparation import Prepared, prepare
+from unisono.rehearsing import rehearse
 from unisono.tasks.job import objects_of
 from unisono.tasks.task import make_task
 

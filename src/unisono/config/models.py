@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from unisono.config.fitting import refuse_relaxed
 from unisono.config.section import Section
 from unisono.config.sync import SyncConfig
 from unisono.errors import ConfigurationError
@@ -390,66 +391,10 @@ class TrainingConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _replicas_fit(self) -> Self:
-        if not self.sync.relaxed:
-            return self
-        layout, mode = self.layout, self.sync.mode
-        if self.sync.stashes:
-            self._pipeline_fits()
-        elif layout.model_workers > 1:
-            raise ValueError(f"sync.mode {mode} has whole models: set layout.pipeline and layout.tensor to 1")
-        if layout.zero is not None:
-            raise ValueError(f"sync.mode {mode} keeps all that it trains in one state; leave layout.zero out")
-        if layout.offload is not None:
-            raise ValueError(f"sync.mode {mode} keeps its state in memory; leave layout.offload out")
-        if self.init == "by_name":
-            raise ValueError(f"sync.mode {mode} copies the model's values to all replicas; use init: stream")
-        if self.wire.compression != "none":
-            raise ValueError(f"wire.compression is for gradients; with sync.mode {mode} use sync.compression")
-        if (self.sync.pushes or self.sync.stashes) and self.micro_batches % self.sync.push:
-            raise ValueError(
-                f"{self.micro_batches} micro-batches cannot be pushed {self.sync.push} at a time; use a number that "
-                "divides them"
-            )
-        units = self.micro_batches // self.sync.push
-        if self.sync.accepted is not None and self.sync.accepted > units:
-            raise ValueError(
-                f"sync.accepted is {self.sync.accepted}, and a step has {units} pushes; no more can count in a round"
-            )
-        if self.device != "cpu":
-            raise ValueError(f"sync.mode {mode} works in the CPU's memory so far; leave out device {self.device}")
-        if self.sync.replicas is not None and self.micro_batches % self.sync.replicas:
-            raise ValueError(
-                f"{self.micro_batches} micro-batches cannot be shared evenly by sync.replicas {self.sync.replicas}; "
-                "use a number that divides them"
-            )
+    def _sync_fits(self) -> Self:
+        if self.sync.relaxed:
+            refuse_relaxed(self)
         return self
-
-    def _pipeline_fits(self) -> None:
-        """Whether a pipeline need not drain."""
-        layout, sync = self.layout, self.sync
-        if layout.tensor > 1 or layout.data not in (None, 1):
-            raise ValueError(
-                f"sync.mode {sync.mode} trains one pipeline of whole layers: leave out layout.data, tensor"
-            )
-        if layout.stages != layout.pipeline or layout.schedule not in ("1f1b", "gpipe"):
-            raise ValueError(f"sync.mode {sync.mode} has a schedule of its own: leave layout.schedule out")
-        if sync.mode == "pipedream" and layout.cuts:
-            raise ValueError("with sync.mode pipedream the result depends on where stages begin: leave layout.cuts out")
-        if sync.mode == "pipedream" and sync.stages is None and layout.pipeline == 1:
-            raise ValueError("mode is pipedream and its stages are missing: set layout.pipeline, or sync.stages")
-        if sync.stages is not None and layout.pipeline not in (1, sync.stages):
-            raise ValueError(f"sync.stages is {sync.stages} and layout.pipeline is {layout.pipeline}; leave one out")
-        if sync.mode == "pipedream_2bw" and sync.push < layout.pipeline - 1:
-            raise ValueError(
-                f"sync.push is {sync.push}, and with two versions a pipeline of {layout.pipeline} workers would drain; "
-                f"use {layout.pipeline - 1} or more"
-            )
-        if self.clip is not None and self.clip.norm is not None:
-            raise ValueError(
-                f"clip.norm needs the gradients of all stages at once, and with sync.mode {sync.mode} each is updated "
-                "by itself; use clip.value or clip.agc"
-            )
 
     @model_validator(mode="after")
     def _interval_fits(self) -> Self:

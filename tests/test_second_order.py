@@ -15,6 +15,8 @@ from tests.optim.test_newton import BREAST_CANCER
 from tests.test_parity import train
 from unisono.errors import UnisonoError
 from unisono.launch.local import LocalLauncher
+from unisono.launch.task import Elastic
+from unisono.launch.worker_set import WorkerSet
 from unisono.optim import GIANT, NewtonCG
 from unisono.run.rng import Isolation, derive
 from unisono.run.sampling import Sampler
@@ -66,6 +68,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "hessian": {"model": "plain", "optimizer": "newton"},
     "gauss-newton, damped, dropout": {"model": "smooth", "optimizer": "gauss_newton"},
     "weighted": {"model": "plain", "optimizer": "newton", "loss": "weighted"},
+    "checkpointed, dropout": {"model": "checkpointed", "optimizer": "newton"},
+    "gauss-newton, checkpointed": {"model": "checkpointed", "optimizer": "gauss_newton"},
 }
 
 
@@ -136,15 +140,50 @@ def test_a_worker_is_killed(pool: LocalLauncher, rank: int, moment: str, tmp_pat
     [
         ({"clip": 1.0}, "NewtonCG and clip do not go together: it evaluates the whole loss several times"),
         ({"layout": {"pipeline": 2}}, "NewtonCG and layout.pipeline 2 do not go together"),
-        ({"model": "norm"}, "1 keeps running statistics, and NewtonCG evaluates the loss several times"),
+        (
+            {"model": "norm"},
+            r"the model writes to 1\.running_mean in its forward, and the optimizer",
+        ),
+        ({"schedule": {"warmup_steps": 2}}, r"NewtonCG and schedule\.warmup_steps do not go together"),
+        ({"loss": "nan"}, "the loss is nan at step 1; begin with other values"),
         ({"model": "tied"}, "NewtonCG cannot train a weight under several names"),
     ],
-    ids=["clip", "pipeline", "norm", "tied"],
+    ids=["clip", "pipeline", "norm", "warm-up", "nan", "tied"],
 )
 def test_what_it_does_not_go_with_is_refused(pool: LocalLauncher, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UnisonoError, match=message) as raised:
         train(pool, 2, **{"model": "plain", "optimizer": "newton", **options})
     assert raised.value.exit_code == 2
+
+
+def test_no_weight_skips_the_step(pool: LocalLauncher) -> None:
+    """A step in which no micro-batch counts changes nothing; one that depends on nothing counts as such."""
+    digests = [train(pool, n, model="plain", optimizer="newton", loss="no_weight", steps=2)["digest"] for n in (1, 2)]
+    assert digests[0] == digests[1]
+    found = [train(pool, n, model="plain", optimizer="newton", loss="sometimes", steps=2) for n in (1, 3)]
+    assert found[0]["digest"] == found[1]["digest"] != digests[0]
+
+
+def test_a_worker_that_joins_goes_on_from_the_state(pool: LocalLauncher) -> None:
+    """Another comes after some steps: the bits of one."""
+    options: dict[str, Any] = {"model": "plain", "optimizer": "newton", "steps": 60, "deadline_s": 20.0}
+    expected = train(pool, 1, **options)["digest"]
+    asked: list[int] = []
+
+    def look(workers: WorkerSet) -> None:
+        header = workers.survival.header
+        if header is not None and header.committed >= 3 and not asked:
+            asked.append(header.committed)
+            workers.scale(2)
+
+    before = pool.turn_s
+    pool.each_turn, pool.turn_s = look, 0.002
+    try:
+        target = {"call": "tests.jobs:train", "arguments": options}
+        ending = pool.run(target, 1, elastic=Elastic(1, 2))
+    finally:
+        pool.each_turn, pool.turn_s = None, before
+    assert next(result for result in ending.results if result)["digest"] == expected
 
 
 def test_giant_is_refused_with_the_reason() -> None:

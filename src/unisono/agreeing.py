@@ -267,7 +267,7 @@ def newton_engine(parts: Parts, bound: Sequence[nn.Parameter], pulled: PulledVal
         groups[group].append(parameter)
     optimizer = clone(constructed, groups)
     assert isinstance(optimizer, NewtonCG)
-    values = CommonValues(pulled, Numbers(constructed, numbers), PulledValues.push_everything)
+    values = CommonValues(pulled, Numbers(constructed, numbers), parts.versions)
     count = parts.config.micro_batches
     return NewtonEngine(parts.local, optimizer, parts.replica, parts.feed, values, count, parts.phases, parts.keep)
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from torch import nn
 from torch.optim import Optimizer
 
 from unisono.config import SyncConfig, TrainingConfig
@@ -36,10 +35,12 @@ def refuse_with_newton(config: TrainingConfig, several_hosts: bool) -> None:
         f"layout.pipeline {layout.pipeline}": layout.stages > 1,
         f"layout.tensor {layout.tensor}": layout.tensor > 1,
         f"layout.zero {layout.zero}": layout.zero is not None,
-        f"layout.recompute {layout.recompute}": layout.recompute not in ("none", "auto"),
+        f"layout.recompute {layout.recompute}": layout.recompute != "none",
         "layout.offload": layout.offload is not None,
         "clip": config.clip is not None,
         f"schedule {config.schedule.name}": config.schedule.name != "constant",
+        "schedule.warmup_steps": config.schedule.warmup_steps > 0,
+        f"scaling.rule {config.scaling.rule}": config.scaling.rule != "none",
         f"device {config.device}": config.device != "cpu",
         "several hosts": several_hosts,
         "init by_name": config.init == "by_name",
@@ -51,24 +52,17 @@ def refuse_with_newton(config: TrainingConfig, several_hosts: bool) -> None:
         )
 
 
-def refuse_what_newton_cannot_train(model: nn.Module, uses: Sequence[Sequence[str]]) -> None:
+def refuse_tied_with_newton(uses: Sequence[Sequence[str]]) -> None:
     """Check a model.
 
     Arguments:
         uses: the names of each parameter.
 
     Raises:
-        ConfigurationError: for tied weights, and for models that write to their buffers.
+        ConfigurationError: for tied weights.
     """
     if tied := next((names for names in uses if len(names) > 1), None):
         raise ConfigurationError(f"NewtonCG cannot train a weight under several names ({', '.join(tied)}) in a run")
-    writes = (nn.modules.batchnorm._BatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-    for name, module in model.named_modules():
-        if isinstance(module, writes) and module.track_running_stats:
-            raise ConfigurationError(
-                f"{name or 'the model'} keeps running statistics, and NewtonCG evaluates the loss several times in a "
-                "step; use LayerNorm or GroupNorm, or another optimizer"
-            )
 
 
 def refuse_coupled(optimizer: Optimizer, update: UpdateClass, sync: SyncConfig) -> None:

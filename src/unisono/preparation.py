@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from unisono.combinations import (
     refuse_coupled,
-    refuse_what_newton_cannot_train,
+    refuse_tied_with_newton,
     refuse_with_curvature,
     refuse_with_newton,
 )
@@ -196,7 +196,7 @@ def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) 
     update, newton = update_class(optimizer), isinstance(optimizer, NewtonCG)
     if newton:
         refuse_with_newton(config, several_hosts)
-        refuse_what_newton_cannot_train(model, [uses for _, uses in tensors.parameters])
+        refuse_tied_with_newton([uses for _, uses in tensors.parameters])
     if update is UpdateClass.ELEMENT and config.clip is not None and config.clip.agc is not None:
         update = UpdateClass.PARAMETER  # its units are not divided
     refuse_coupled(optimizer, update, config.sync)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from unisono.comm.host import HostGroup
@@ -18,6 +19,7 @@ from unisono.errors import GroupError, TrainingError
 from unisono.meeting import Done, MeetingEngine
 from unisono.optim.newton import NewtonCG
 from unisono.optim.numbers import Numbers
+from unisono.parallel.micro_batch import Objective
 from unisono.parallel.replicated import Replica
 from unisono.plan.assignment import micro_batches
 from unisono.run.summation import Node, finish, subtrees
@@ -33,21 +35,28 @@ class CommonValues:
     Arguments:
         values: this worker's copy.
         numbers: what the optimizer keeps besides.
-        store: puts a copy into the state.
+        versions: one word a block.
     """
 
-    def __init__(self, values: PulledValues, numbers: Numbers, store: Callable[[PulledValues], None]) -> None:
+    def __init__(self, values: PulledValues, numbers: Numbers, versions: memoryview) -> None:
         self._values = values
-        self.numbers = numbers
-        self._store = store
+        self._numbers = numbers
+        self._versions: NDArray[np.uint64] = np.frombuffer(versions, dtype=np.uint64)
 
     def pull_all(self) -> None:
         """Go on from the state."""
         self._values.pull_everything()
 
-    def store(self) -> None:
-        """Let the state be this worker's copy."""
-        self._store(self._values)
+    def pull(self, optimizer: NewtonCG) -> None:
+        """As `pull_all`, with the optimizer's numbers."""
+        self.pull_all()
+        self._numbers.load(optimizer)
+
+    def store(self, optimizer: NewtonCG, step: int) -> None:
+        """Let the state after a step be this worker's copy."""
+        self._values.push_everything()
+        self._numbers.keep(optimizer)
+        self._versions[:] = step
 
     def rate(self, step: int) -> float:
         """There is none: a line search says how far to go."""
@@ -84,7 +93,6 @@ class NewtonEngine(MeetingEngine):
         self._feed = feed
         self._values = values
         self._count = count
-        self._weight = 0.0
 
     def _do(self, step: int) -> Done:
         """One step of the optimizer.
@@ -96,32 +104,38 @@ class NewtonEngine(MeetingEngine):
         own = micro_batches(self._count, group.size)[group.rank]
         phases.enter("data")
         batches = [self._feed.load(step, m) for m in own]
-        self._values.numbers.load(self._optimizer)
-        weights: list[float] = []
+        self._replica.buffers.invalidate()
+        self._values.pull(self._optimizer)
+        parts: list[Objective] = []
 
         def closure() -> list[Any]:
             phases.enter("compute")
-            parts = [self._replica.objective(step, m, batch) for m, batch in zip(own, batches, strict=True)]
-            weights[:] = [weight for _, _, weight in parts]
-            return [(output, loss) for output, loss, _ in parts]
+            parts[:] = [self._replica.objective(step, m, batch) for m, batch in zip(own, batches, strict=True)]
+            return [(part.output, part.loss) for part in parts]
 
-        def total(parts: Sequence[Tensor]) -> Tensor:
-            if not self._weight:
-                self._weight = float(self._sum(step, own, [torch.tensor(w, dtype=torch.float64) for w in weights]))
-            return self._sum(step, own, parts) / self._weight
-
-        self._weight = 0.0
-        before = float(self._optimizer.step(closure, total))
+        closure()
+        weights = [torch.tensor(part.weight, dtype=torch.float64) for part in parts]
+        weight = float(self._sum(step, own, weights))
+        if weight == 0:
+            group.barrier(f"weights of step {step}")
+            return Done(0.0, 0.0, {})
+        before = float(
+            self._optimizer.step(
+                closure,
+                lambda told: self._sum(step, own, told) / weight,
+                lambda number: self._replica.resume(parts[number]),
+            )
+        )
+        parts.clear()
         if before != before or before in (float("inf"), float("-inf")):
             raise TrainingError(
                 f"the loss is {before} at step {step}; begin with other values, or look at the data of that step"
             )
         phases.enter("update")
-        self._values.numbers.keep(self._optimizer)
         group.barrier(f"all of step {step} has been computed")
         if group.rank == 0:
-            self._values.store()
-        return Done(before * self._weight, self._weight, {})
+            self._values.store(self._optimizer, step)
+        return Done(before * weight, weight, {})
 
     def _sum(self, step: int, own: range, parts: Sequence[Tensor]) -> Tensor:
         """Over all micro-batches, in the canonical order."""

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import Subset, TensorDataset
 
-from unisono.data.feed import Feed
+from unisono.data.clients import Clients
+from unisono.data.feed import Feed, draws
+from unisono.errors import DataError
 from unisono.run.rng import Isolation, derive
 
 SIZE = 12
@@ -66,7 +69,7 @@ def seeded(samples: Samples, epoch: int) -> list[Any]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_sample_is_the_same_with_and_without_seeds_that_nobody_needs(kind: str) -> None:
+def test_each_sample_has_random_state_of_its_own(kind: str) -> None:
     samples = Samples(KINDS[kind])
     feed = Feed(samples, 3, "training", None, torch.device("cpu"))
     before = random.getstate(), torch.get_rng_state()
@@ -77,9 +80,25 @@ def test_a_sample_is_the_same_with_and_without_seeds_that_nobody_needs(kind: str
     assert random.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[1])
 
 
-@pytest.mark.parametrize(("kind", "expected"), [("nothing", 2 * 4 + 1), ("torch", 2 * 5 * 3)])
-def test_seeds_are_given_where_they_are_used(kind: str, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To a plain dataset's first batch, and then once a batch."""
+@pytest.mark.parametrize(
+    ("dataset", "expected"),
+    [
+        (TensorDataset(torch.arange(12.0)), False),
+        (Subset(TensorDataset(torch.arange(12.0)), range(3)), False),
+        ([1, 2], False),
+        (Samples(), True),
+        (Subset(Samples(), range(3)), True),  # type: ignore[arg-type]
+        (Clients([[1, 2], [3]]), False),
+        (Clients([[1, 2], Samples()]), True),
+    ],
+)
+def test_what_is_made_of_tensors_draws_nothing(dataset: Any, expected: bool) -> None:
+    assert draws(dataset) == expected
+
+
+@pytest.mark.parametrize("collate", [None, lambda rows: torch.tensor(rows)])
+def test_seeds_are_given_where_they_may_be_used(collate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To a dataset that draws nothing once a batch, unless its batches are made by a function that may."""
     given = 0
     seed = Isolation.seed
 
@@ -89,10 +108,18 @@ def test_seeds_are_given_where_they_are_used(kind: str, expected: int, monkeypat
         seed(isolation, number)
 
     monkeypatch.setattr(Isolation, "seed", note)
-    feed = Feed(Samples(KINDS[kind]), 3, "training", None, torch.device("cpu"))
+    feed = Feed(list(range(SIZE)), 3, "training", collate, torch.device("cpu"))
     loaded(feed, 0)
-    loaded(feed, 1)
-    assert expected <= given <= expected + 4
+    assert given == (3 + 1 if collate is None else 3 * 5)
+
+
+@pytest.mark.parametrize("kind", ["python", "numpy", "torch", "seeds of its own", "torch, late"])
+def test_a_dataset_that_draws_though_it_says_otherwise_is_refused(kind: str) -> None:
+    samples = Samples(KINDS[kind])
+    samples.draws = False  # type: ignore[attr-defined]
+    feed = Feed(samples, 3, "validation", None, torch.device("cpu"))
+    with pytest.raises(DataError, match=r"the validation dataset says that its samples draw no random numbers"):
+        loaded(feed, 0)
 
 
 def test_a_collate_function_may_draw() -> None:

@@ -71,6 +71,8 @@ class SparseSamples:
     Features are as frequent as words are: the n-th by 1 / n.
     """
 
+    draws = False
+
     def __init__(self, first: int, count: int) -> None:
         generator = torch.Generator().manual_seed(0)
         weights = torch.randn(FEATURES, generator=generator)
@@ -159,6 +161,8 @@ def problem(task: str) -> Problem:
 
 class Some:
     """Samples of a dataset, evenly among all."""
+
+    draws = False
 
     def __init__(self, data: Dataset, count: int) -> None:
         self._data, self._count = data, count

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from unisono.data.feed import Dataset, size_of
+from unisono.data.feed import Dataset, draws, size_of
 from unisono.errors import ConfigurationError, DataError
 from unisono.run.sampling import Indices
 
@@ -20,6 +20,7 @@ class Clients:
 
     Attributes:
         clients: the sample indices of each.
+        draws: whether reading a sample may draw random numbers.
 
     >>> both = Clients([[1, 2, 3], [40]])
     >>> len(both), both[3], both.clients
@@ -29,6 +30,7 @@ class Clients:
     def __init__(self, datasets: Sequence[Dataset]) -> None:
         self._datasets = datasets
         sizes = [size_of(dataset, f"client {number}'s") for number, dataset in enumerate(datasets)]
+        self.draws = any(map(draws, datasets))
         self._stops = list(accumulate(sizes))
         self.clients = [range(stop - size, stop) for stop, size in zip(self._stops, sizes, strict=True)]
 

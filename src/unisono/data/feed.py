@@ -8,9 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.data import default_collate
+from torch.utils.data import Subset, TensorDataset, default_collate
 
-from unisono.comm.partial import same_bits
 from unisono.errors import DataError
 from unisono.run.rng import Isolation, derive
 from unisono.run.sampling import Sampler
@@ -19,6 +18,7 @@ from unisono.run.sampling import Sampler
 class Dataset(Protocol):
     """A map-style dataset: ``dataset[i]`` is a sample, usually a pair (input, target).
 
+    One whose samples draw no random numbers may say so, ``draws = False``, and is read faster.
     One whose samples differ in what they take may have ``cost(i)`` too: workers' shares follow it. One that several
     clients have may say which samples are whose: ``clients``, a sequence of sequences of indices.
     """
@@ -52,8 +52,7 @@ def size_of(dataset: object, role: str) -> int:
 class Feed:
     """Loads batches of samples, each sample under random state of its own, so that augmentation is exact.
 
-    To seed it takes longer than many a sample. Where the first batch is the same without, it is left out, for as long
-    as nobody draws: then the batch is loaded again, and all that follow as the first.
+    To seed it takes longer than to read many a sample; it is left out where samples draw nothing.
 
     Arguments:
         dataset: the samples.
@@ -71,7 +70,7 @@ class Feed:
         self._collate = collate or default_collate
         self.device = device
         self._isolation = Isolation()
-        self._draws: bool | None = None  # None until the first batch
+        self._draws = collate is not None or draws(dataset)
 
     @property
     def cost(self) -> Callable[[int], float] | None:
@@ -99,24 +98,22 @@ class Feed:
         return pytree.tree_map_only(Tensor, lambda t: t.to(self.device), batch)
 
     def _loaded(self, random: Isolation, indices: Sequence[int], epoch_key: int, where: str) -> object:
-        if self._draws is False:
+        if not self._draws:
             random.mark()
             batch = self._batch(indices, where)
-            if random.is_untouched():
-                return batch
-            self._draws = True
+            if not random.is_untouched():
+                raise DataError(
+                    f"the {self._role} dataset says that its samples draw no random numbers (draws = False), and those "
+                    f"of {list(indices)[:5]} did ({where}); leave that out"
+                )
+            return batch
 
         def seed(*names: int | str) -> None:
             random.seed(derive(self._seed, self._role, *names))
 
-        batch = self._batch(
+        return self._batch(
             indices, where, lambda index: seed(epoch_key, index), lambda: seed("batch", epoch_key, *indices)
         )
-        if self._draws is None:
-            random.mark()
-            without = self._batch(indices, where)
-            self._draws = not (random.is_untouched() and _alike(batch, without))
-        return batch
 
     def _batch(
         self,
@@ -149,16 +146,14 @@ class Feed:
             raise
 
 
-def _alike(a: object, b: object) -> bool:
-    """Whether two batches are the same, bit for bit; not where that cannot be said."""
-    (leaves, form), (others, other_form) = pytree.tree_flatten(a), pytree.tree_flatten(b)
-    return form == other_form and all(map(_same, leaves, others))
-
-
-def _same(a: object, b: object) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and a.dtype == b.dtype and not a.is_sparse and same_bits(a, b)
-    return isinstance(a, int | float | str | bytes | None) and type(a) is type(b) and a == b
+def draws(dataset: object) -> bool:
+    """Whether reading a sample may draw random numbers: not where the dataset says so, or is one of tensors."""
+    said = getattr(dataset, "draws", None)
+    if said is not None:
+        return bool(said)
+    if type(dataset) is Subset:
+        return draws(dataset.dataset)
+    return type(dataset) not in (TensorDataset, list, tuple)
 
 
 ORDER_SAMPLES = 1024

@@ -161,6 +161,8 @@ class Windows:
         DataError: where the files are shorter than one window.
     """
 
+    draws = False
+
     def __init__(self, files: Sequence[TextFile], context: int, split: str) -> None:
         self.bytes = Bytes(files)
         self._context = context

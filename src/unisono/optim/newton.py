@@ -62,6 +62,9 @@ class NewtonCG(Optimizer):
     [1.0, 2.0]
     """
 
+    recorded = ("curvature", "most_products")
+    """Settings besides those of groups, to record with a run."""
+
     def __init__(
         self,
         params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
@@ -77,20 +80,31 @@ class NewtonCG(Optimizer):
         if len(self.param_groups) != 1:
             raise ValueError(f"{type(self).__name__} has one direction for all parameters; give them in one group")
         self._gauss_newton = curvature == "gauss_newton"
-        self._most = most_products
+        self.curvature, self.most_products = curvature, most_products
         self._total = total
+        self._entering: Callable[[int], None] = lambda part: None
         self.rounds = 0
 
-    def step(self, closure: Closure, total: Total | None = None) -> Tensor:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, closure: Closure, total: Total | None = None, entering: Callable[[int], None] = lambda part: None
+    ) -> Tensor:
         """Take one step; the loss before it, over all processes.
 
         Arguments:
             total: in place of the one that the optimizer was made with.
+            entering: called with the number of a part before anything is computed of it that its backward would.
         """
-        self._total = total or self._total
+        before = self._total, self._entering
+        self._total, self._entering = total or self._total, entering
+        try:
+            return self._step(closure)
+        finally:
+            self._total, self._entering = before
+
+    def _step(self, closure: Closure) -> Tensor:
         members: list[nn.Parameter] = self.param_groups[0]["params"]
         parts = self._evaluate(closure)
-        slopes = [self._slope(loss, members) for _, loss in parts]
+        slopes = [self._slope(number, loss, members) for number, (_, loss) in enumerate(parts)]
         found = self._sum(
             [
                 torch.cat([loss.detach().reshape(1).to(own.dtype), own.detach()])
@@ -98,7 +112,8 @@ class NewtonCG(Optimizer):
             ]
         )
         before, gradient = found[0], found[1:]
-        if not float(gradient.norm()):
+        size = float(gradient.norm())
+        if not size or not math.isfinite(size) or not math.isfinite(float(before)):
             return before
         product = self._products(parts, slopes, members)
         direction = self._direction(product, gradient)
@@ -106,13 +121,14 @@ class NewtonCG(Optimizer):
         if slope >= 0:  # not a descent: steepest descent is
             direction, slope = -gradient, -torch.dot(gradient, gradient)
         curved = self._damped(self._sum_of(product))(direction) if self.param_groups[0]["damping"] else None
+        del parts, slopes, product, found  # and their graphs
         after = self._search(closure, members, direction, float(before), float(slope))
         if curved is not None:
             self._follow(after - float(before), float(slope + 0.5 * torch.dot(direction, curved)))
         return before
 
-    def _evaluate(self, closure: Closure) -> list[tuple[Tensor | None, Tensor]]:
-        with torch.enable_grad():
+    def _evaluate(self, closure: Closure, *, graph: bool = True) -> list[tuple[Tensor | None, Tensor]]:
+        with torch.set_grad_enabled(graph):
             result = closure()
         given = result if isinstance(result, list) else [result]
         parts: list[tuple[Tensor | None, Tensor]] = [p if isinstance(p, tuple) else (None, p) for p in given]
@@ -120,8 +136,11 @@ class NewtonCG(Optimizer):
             raise ValueError("gauss_newton needs the output that the loss was computed from: return (output, loss)")
         return parts
 
-    def _slope(self, loss: Tensor, members: Sequence[nn.Parameter]) -> Tensor:
-        """A part's gradient, with its graph where that is needed."""
+    def _slope(self, number: int, loss: Tensor, members: Sequence[nn.Parameter]) -> Tensor:
+        """A part's gradient, with its graph where that is needed; 0 where it depends on nothing."""
+        if not loss.requires_grad:
+            return torch.zeros_like(_flat(members))
+        self._entering(number)
         further = not self._gauss_newton
         return _flat(
             torch.autograd.grad(loss, members, create_graph=further, retain_graph=True, materialize_grads=True)
@@ -141,9 +160,19 @@ class NewtonCG(Optimizer):
         members: Sequence[nn.Parameter],
     ) -> Product:
         """All parts' products."""
-        pairs = zip(parts, slopes, strict=True)
-        each = [self._product(output, loss, own, members) for (output, loss), own in pairs]
-        return lambda vector: [product(vector) for product in each]
+        each = []
+        for number, ((output, loss), own) in enumerate(zip(parts, slopes, strict=True)):
+            self._entering(number)
+            each.append(self._product(output, loss, own, members))
+
+        def products(vector: Tensor) -> list[Tensor]:
+            found = []
+            for number, product in enumerate(each):
+                self._entering(number)
+                found.append(product(vector))
+            return found
+
+        return products
 
     def _damped(self, product: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         damping = self.param_groups[0]["damping"]
@@ -153,6 +182,8 @@ class NewtonCG(Optimizer):
         self, output: Tensor | None, loss: Tensor, gradient: Tensor, members: Sequence[nn.Parameter]
     ) -> Callable[[Tensor], Tensor]:
         """Vector -> a part's share of the product of the curvature with it."""
+        if not (loss if self._gauss_newton else gradient).requires_grad:
+            return torch.zeros_like
         if output is None or not self._gauss_newton:
             return lambda vector: _flat(
                 torch.autograd.grad(gradient, members, vector, retain_graph=True, materialize_grads=True)
@@ -171,7 +202,9 @@ class NewtonCG(Optimizer):
 
     def _direction(self, product: Product, gradient: Tensor) -> Tensor:
         """All processes solve the same system together."""
-        return conjugate_gradients(self._damped(self._sum_of(product)), gradient, _tolerance(gradient), self._most)
+        return conjugate_gradients(
+            self._damped(self._sum_of(product)), gradient, _tolerance(gradient), self.most_products
+        )
 
     @torch.no_grad()
     def _search(
@@ -181,7 +214,8 @@ class NewtonCG(Optimizer):
         start, length = [member.detach().clone() for member in members], 1.0
         for _ in range(MOST_HALVINGS):
             _move(members, start, direction, length)
-            after = float(self._sum([loss.detach().reshape(1) for _, loss in self._evaluate(closure)]))
+            losses = [loss.detach().reshape(1).to(members[0].dtype) for _, loss in self._evaluate(closure, graph=False)]
+            after = float(self._sum(losses))
             if after <= before + SUFFICIENT * length * slope:
                 return after
             length *= SHRINK
@@ -221,7 +255,7 @@ class GIANT(NewtonCG):
     def _direction(self, product: Product, gradient: Tensor) -> Tensor:
         """Every process solves a system of its own."""
         own = self._damped(lambda vector: fold(product(vector), torch.add) / self._share)
-        found = conjugate_gradients(own, gradient, _tolerance(gradient), self._most)
+        found = conjugate_gradients(own, gradient, _tolerance(gradient), self.most_products)
         return self._sum([found]) / self._processes
 
 

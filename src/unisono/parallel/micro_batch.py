@@ -50,6 +50,20 @@ class Forwarded:
         return [own.get(i, 0.0) for i in range(count)]
 
 
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """A micro-batch's loss as it is evaluated once, with its graph.
+
+    Attributes:
+        draws: what its modules draw from.
+    """
+
+    output: object
+    loss: Tensor
+    weight: float
+    draws: Draws
+
+
 def split(batch: object) -> tuple[object, object]:
     """Input and target of a batch: the two parts of a pair, or the batch itself as both."""
     if isinstance(batch, tuple | list) and len(batch) == 2:

@@ -13,7 +13,7 @@ from unisono.parallel.beside import member
 from unisono.parallel.buffers import Buffers
 from unisono.parallel.curvature import Statistics
 from unisono.parallel.entrance import Entrance
-from unisono.parallel.micro_batch import Forwarded, Loss, call, loss_and_weight, rows, split
+from unisono.parallel.micro_batch import Forwarded, Loss, Objective, call, loss_and_weight, rows, split
 from unisono.parallel.recompute import Recomputation
 from unisono.parallel.sharded import ShardedValues
 from unisono.parallel.split import first_part, second_part
@@ -200,15 +200,32 @@ class Replica:
         with self._precision():
             return call(self.model, split(batch)[0])
 
-    def objective(self, step: int, micro_batch: int, batch: object) -> tuple[object, Tensor, float]:
-        """Output, loss and weight of a micro-batch in step ``step`` (from 1), with their graph."""
+    def objective(self, step: int, micro_batch: int, batch: object) -> Objective:
+        """A micro-batch's loss in step ``step`` (from 1), which is evaluated several times in it.
+
+        Raises:
+            ConfigurationError: where the model writes to its parameters or buffers.
+        """
         self.buffers.reset()
-        self.random.enter(step - 1, micro_batch)
+        draws, versions = self.random.enter(step - 1, micro_batch), [p._version for _, p in self._leaves]
         inputs, target = split(batch)
         with self._precision():
             output = call(self.model, inputs)
-            result = self._loss(output, target)
-        return (output, *loss_and_weight(result))
+            loss, weight = loss_and_weight(self._loss(output, target))
+        changed = zip(self.buffers.names, self.buffers.gather(), strict=True)
+        written = [name for name, value in changed if value is not None]
+        written += [self._uses[u][0] for (u, p), v in zip(self._leaves, versions, strict=True) if p._version != v]
+        if written:
+            raise ConfigurationError(
+                f"the model writes to {written[0]} in its forward, and the optimizer evaluates the loss several times "
+                "in a step; use LayerNorm or GroupNorm for normalisation, or another optimizer"
+            )
+        return Objective(output, loss, weight, draws)
+
+    def resume(self, objective: Objective) -> None:
+        """What is computed again from here on belongs to this micro-batch."""
+        self.buffers.reset()
+        self.random.resume(objective.draws)
 
     def backward(
         self,

@@ -1,5 +1,5 @@
-"""How the workers of a run agree, put together from what was prepared: a policy of the exact engine, or an engine of
-workers that push what they have computed."""
+"""How the workers of a run agree, put together from what was prepared: a policy of the exact engine, or an engine whose
+workers meet between steps of their own."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -30,12 +30,13 @@ from unisono.optim.schedules import Schedule, scale
 from unisono.optim.state_spec import clone
 from unisono.parallel.replicated import Replica
 from unisono.parallel.stash import Stash
-from unisono.pipedream import PipeDreamEngine, StepWords
+from unisono.pipedream import PipeDreamEngine
 from unisono.plan.assignment import apart_teams, runs
 from unisono.plan.lock_free import LockFreePool
 from unisono.plan.pool import Pool, PoolLayout
 from unisono.plan.rounds import RoundsLayout, RoundsPool
 from unisono.plan.schedule import timetable
+from unisono.plan.stash import StepWords
 from unisono.plan.unit_pool import Words
 from unisono.preparation import Prepared, pool_layout
 from unisono.replaying import ReplayEngine, RoundsReplayEngine
@@ -127,7 +128,7 @@ def policy_of(
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What an engine is made of whose workers wait for nobody.
+    """What an engine is made of whose workers meet between steps.
 
     Attributes:
         snapshot: where a checkpoint is written from.

@@ -7,9 +7,6 @@ evaluated. On one worker the same versions are used one after another, so the re
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
 from unisono.comm.host import HostGroup
 from unisono.comm.partial import Partial
 from unisono.comm.passage import Passages
@@ -19,32 +16,10 @@ from unisono.meeting import Done, MeetingEngine
 from unisono.parallel.replicated import Replica
 from unisono.parallel.stash import Stash
 from unisono.plan.schedule import Action, Kind
-from unisono.plan.stash import Stashing
+from unisono.plan.stash import Stashing, StepWords
 from unisono.run.summation import accumulation
 from unisono.sync.phases import Phases
 from unisono.sync.stash import StashedValues
-
-
-class StepWords:
-    """What workers tell each other in a step, as words of shared memory.
-
-    Attributes:
-        sums: loss and weight of each unit, (units, 2); the last stage knows them first.
-    """
-
-    def __init__(self, memory: memoryview, units: int) -> None:
-        words: NDArray[np.int64] = np.frombuffer(memory, dtype=np.int64)
-        self._head = words[:1]
-        self.sums: NDArray[np.float64] = words[1 : 1 + 2 * units].view(np.float64).reshape(units, 2)
-
-    @property
-    def snapshot(self) -> int:
-        """The step before which the state was last copied."""
-        return int(self._head[0])
-
-    @snapshot.setter
-    def snapshot(self, step: int) -> None:
-        self._head[0] = step
 
 
 class PipeDreamEngine(MeetingEngine):

@@ -60,7 +60,7 @@ from unisono.plan.pool import PoolLayout
 from unisono.plan.rounds import RoundsLayout
 from unisono.plan.schedule import placement
 from unisono.plan.shards import StateShards, replica_shards, state_shards
-from unisono.plan.stash import Stashing, stage_delay, words_bytes
+from unisono.plan.stash import Stashing, StepWords, stage_delay
 from unisono.rehearsing import rehearse, tensor_parallel_plan
 from unisono.run.rng import Isolation, derive
 from unisono.run.summation import accumulation
@@ -241,7 +241,7 @@ def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) 
         crew=mesh.tensor,
         pool_bytes=pool_layout(layout, update, config, workers, run_elements, tables).size_bytes
         if stashing is None
-        else words_bytes(stashing.units),
+        else StepWords.size_bytes(stashing.units),
         foretold_bytes=foretold_bytes(config.micro_batches, partials.scalars) if config.sync.apart else 0,
     )
     return Prepared(

@@ -56,6 +56,10 @@ class CommonValues:
         """Let the state after a step be this worker's copy."""
         self._values.push_everything()
         self._numbers.keep(optimizer)
+        self.pass_over(step)
+
+    def pass_over(self, step: int) -> None:
+        """The state after a step is what it is: whoever joins may know."""
         self._versions[:] = step
 
     def rate(self, step: int) -> float:
@@ -107,17 +111,25 @@ class NewtonEngine(MeetingEngine):
         self._replica.buffers.invalidate()
         self._values.pull(self._optimizer)
         parts: list[Objective] = []
+        evaluated = False
 
-        def closure() -> list[Any]:
+        def evaluate() -> None:
             phases.enter("compute")
             parts[:] = [self._replica.objective(step, m, batch) for m, batch in zip(own, batches, strict=True)]
+
+        def closure() -> list[Any]:
+            nonlocal evaluated
+            if not evaluated:
+                evaluate()
+            evaluated = False
             return [(part.output, part.loss) for part in parts]
 
-        closure()
+        evaluate()
+        evaluated = True  # for the optimizer's first question
         weights = [torch.tensor(part.weight, dtype=torch.float64) for part in parts]
         weight = float(self._sum(step, own, weights))
         if weight == 0:
-            group.barrier(f"weights of step {step}")
+            self._values.pass_over(step)
             return Done(0.0, 0.0, {})
         before = float(
             self._optimizer.step(

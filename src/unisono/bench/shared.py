@@ -27,6 +27,10 @@ def measure(task: str, workers: int, seed: int) -> dict[str, Any]:
         process.start()
     try:
         seconds = max(ends.get(timeout=WAIT_S) for _ in processes)
+    except BaseException:
+        for process in processes:
+            process.terminate()  # the others wait for one that has ended
+        raise
     finally:
         for process in processes:
             process.join(WAIT_S)

@@ -10,6 +10,9 @@ p - 1 - s. Narayanan et al., "Memory-efficient pipeline-parallel DNN training" (
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 def place(version: int, delay: int) -> int:
     """Where a version lies, from 0: where the one lay that nothing uses any more.
@@ -77,7 +80,31 @@ class Stashing:
         return dict(sorted(found.items()))
 
 
-def words_bytes(units: int) -> int:
-    """Bytes of what workers tell each other in a step: the step before which the state was copied; loss and weight of
-    each unit."""
-    return 8 * (1 + 2 * units)
+class StepWords:
+    """What workers tell each other in a step, as words of shared memory.
+
+    Arguments:
+        memory: `size_bytes` of them.
+
+    Attributes:
+        sums: loss and weight of each unit, (units, 2); the last stage knows them first.
+    """
+
+    def __init__(self, memory: memoryview, units: int) -> None:
+        words: NDArray[np.int64] = np.frombuffer(memory, dtype=np.int64)
+        self._head = words[:1]
+        self.sums: NDArray[np.float64] = words[1 : 1 + 2 * units].view(np.float64).reshape(units, 2)
+
+    @staticmethod
+    def size_bytes(units: int) -> int:
+        """Of the words of a step with so many units."""
+        return 8 * (1 + 2 * units)
+
+    @property
+    def snapshot(self) -> int:
+        """The step before which the state was last copied."""
+        return int(self._head[0])
+
+    @snapshot.setter
+    def snapshot(self, step: int) -> None:
+        self._head[0] = step

@@ -62,17 +62,19 @@ class CurvedSteps(EveryStep):
             super()._bring(runs, step, phases)
             return
         mine = list(runs)
-        self._learn(mine, step, phases)
-        phases.enter("wait")
-        while lost := self._all_versions.await_all(step, self._factors):
-            mine += self._take_over(self._holdings.inherit(lost), step, phases)
+
+        def learn(further: Sequence[OwnedRun]) -> None:
+            self._learn(further, step, phases)
+
+        def learn_and_turn(further: Sequence[OwnedRun]) -> None:
+            learn(further)
+            self._turn(further, step)
+
+        learn(mine)
+        mine += self._await(lambda: self._all_versions.await_all(step, self._factors), phases, "update", learn)
         phases.enter("update")
         self._turn(mine, step)
-        phases.enter("wait")
-        while lost := self._changes.await_all(step):
-            further = self._take_over(self._holdings.inherit(lost), step, phases)
-            self._turn(further, step)
-            mine += further
+        mine += self._await(lambda: self._changes.await_all(step), phases, "update", learn_and_turn)
         phases.enter("update")
         change = sum(self._changes.all(step))
         if not math.isfinite(change):
@@ -86,13 +88,6 @@ class CurvedSteps(EveryStep):
 
     def _learn(self, runs: Sequence[OwnedRun], step: int, phases: Phases) -> None:
         super()._bring([owned for owned in runs if self._is_factor(owned)], step, phases)
-
-    def _take_over(self, runs: Sequence[OwnedRun], step: int, phases: Phases) -> Sequence[OwnedRun]:
-        """Learn what a lost worker would have."""
-        phases.enter("update")
-        self._learn(runs, step, phases)
-        phases.enter("wait")
-        return runs
 
     def _turn(self, runs: Sequence[OwnedRun], step: int) -> None:
         """Find the directions of layers, and leave how far they would move the model."""

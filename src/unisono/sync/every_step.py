@@ -232,11 +232,12 @@ class EveryStep:
         Gradients are summed for it, and again for their update: to keep them would take 4 bytes a parameter.
         """
         self._leave_squares(step, sums, self._holdings.runs)
-        phases.enter("wait")
-        while lost := self._squares.await_all(step):
-            phases.enter("reduce")
-            self._leave_squares(step, sums, self._holdings.inherit(lost))
-            phases.enter("wait")
+        self._await(
+            lambda: self._squares.await_all(step),
+            phases,
+            "reduce",
+            lambda runs: self._leave_squares(step, sums, runs),
+        )
         squares, models = self._squares.all(step), 1 + self._flat.replicas
         each = len(squares) // models
         norms = [global_norm(squares[i * each : (i + 1) * each]) for i in range(models)]
@@ -246,6 +247,31 @@ class EveryStep:
                 "lower the learning rate, or look at the model's numerics"
             )
         return norms
+
+    def _await(
+        self,
+        wait: Callable[[], Sequence[Loss]],
+        phases: Phases,
+        phase: str,
+        do: Callable[[Sequence[OwnedRun]], None],
+    ) -> list[OwnedRun]:
+        """Wait for the others, and do this worker's part of what those who are lost meanwhile would have.
+
+        Arguments:
+            wait: returns workers that were lost; none once all are there.
+            phase: of what is done.
+
+        Returns the runs that are new to it.
+        """
+        further: list[OwnedRun] = []
+        phases.enter("wait")
+        while lost := wait():
+            phases.enter(phase)
+            runs = self._holdings.inherit(lost)
+            do(runs)
+            further += runs
+            phases.enter("wait")
+        return further
 
     def _told_norm(self, step: int, norms: Sequence[float]) -> float | None:
         """The one that is shown of those of the model and of replicas."""

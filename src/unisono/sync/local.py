@@ -102,21 +102,23 @@ class LocalSteps(EveryStep):
             super()._bring(runs, step, phases)
             return
         mine = list(runs)
-        super()._bring([owned for owned in mine if owned.replica], step, phases)
+        self._bring_replicas(mine, step, phases)
         if when.due(step):
-            phases.enter("wait")
-            while lost := self._all_versions.await_all(step, self._of_replicas):
-                phases.enter("update")
-                further = self._holdings.inherit(lost)
-                super()._bring([owned for owned in further if owned.replica], step, phases)
-                mine += further
-                phases.enter("wait")
+            mine += self._await(
+                lambda: self._all_versions.await_all(step, self._of_replicas),
+                phases,
+                "update",
+                lambda further: self._bring_replicas(further, step, phases),
+            )
             self._hear([owned for owned in mine if not owned.replica], step)
             phases.enter("update")
         for owned in mine:
             if not owned.replica and not self._holdings.is_done(owned.run, step):
                 self._agree(owned, step)
         self._telling.over()
+
+    def _bring_replicas(self, runs: Sequence[OwnedRun], step: int, phases: Phases) -> None:
+        super()._bring([owned for owned in runs if owned.replica], step, phases)
 
     def _hear(self, runs: Sequence[OwnedRun], step: int) -> None:
         """Replicas tell what they have to after a step; what counts from now on has come."""

@@ -92,8 +92,7 @@ class StashedValues:
         Arguments:
             step: which is under way (from 1).
         """
-        schedule, scale = self._rate
-        self._optimizer.set_rate(schedule, scale, step - 1)
+        self.rate(step)
         sums = StepSums([[(root(self._stashing.unit), partial)], []], self._stashing.unit, self._flat, self._teams)
         for kind in self._kinds:
             old, new = place(unit, kind.delay), place(unit + 1, kind.delay)
@@ -131,7 +130,7 @@ class StashedValues:
             own.copy_(common)
 
     def rate(self, step: int) -> float:
-        """The learning rate in a step."""
+        """Set the learning rate of a step, and say it."""
         schedule, scale = self._rate
         self._optimizer.set_rate(schedule, scale, step - 1)
         return self._optimizer.learning_rate

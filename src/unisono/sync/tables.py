@@ -23,7 +23,7 @@ class Table:
         parameter: its place in the flat order.
         uses: of the parameter.
         group: of the optimizer.
-        blocks: its first and last block, and one past it.
+        first, stop: its blocks.
     """
 
     parameter: int

@@ -18,6 +18,8 @@ from unisono.launch.local import LocalLauncher
 from unisono.launch.task import Elastic
 from unisono.launch.worker_set import WorkerSet
 from unisono.optim import GIANT, NewtonCG
+from unisono.parallel.micro_batch import Objective
+from unisono.parallel.replicated import Replica
 from unisono.run.rng import Isolation, derive
 from unisono.run.sampling import Sampler
 from unisono.trainer import Trainer
@@ -133,6 +135,38 @@ def test_a_worker_is_killed(pool: LocalLauncher, rank: int, moment: str, tmp_pat
     assert pool.run(target, 3).result["digest"] == expected
     records = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert [r["event"] for r in records].count("RolledBack") == 1
+
+
+def test_a_worker_that_hangs_is_ended(pool: LocalLauncher, capfd: pytest.CaptureFixture[str]) -> None:
+    """(rank 1 of 3, step 4, as it computes): SIGSTOP; all start again, with the same bits."""
+    options: dict[str, Any] = {"model": "plain", "optimizer": "newton", "steps": 6}
+    expected = train(pool, 1, **options)["digest"]
+    strikes = [{"rank": 1, "step": 4, "moment": "compute", "how": "stop"}]
+    target = {"call": "tests.jobs:struck", "arguments": {"strikes": strikes, "deadline_s": 1.0, **options}}
+    assert pool.run(target, 3).result["digest"] == expected
+    assert "worker 1" in (said := capfd.readouterr().err) and "has made no progress" in said
+
+
+def test_the_loss_is_evaluated_once_for_each_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that goes the whole way: at its beginning, and where it arrives."""
+    seen: list[bool] = []
+    objective = Replica.objective
+
+    def noted(replica: Replica, step: int, micro_batch: int, batch: object) -> Objective:
+        seen.append(torch.is_grad_enabled())
+        return objective(replica, step, micro_batch, batch)
+
+    monkeypatch.setattr(Replica, "objective", noted)
+    Trainer(
+        model=lambda: nn.Linear(6, 4, dtype=torch.float64),
+        loss=F.mse_loss,
+        data=[(x.double(), y.double()) for x, y in (toys.Samples()[i] for i in range(toys.SAMPLES))],
+        optimizer=lambda parameters: NewtonCG(parameters),
+        global_batch_size=8,
+        micro_batch_size=4,
+        observe={"progress": False},
+    ).fit(1)
+    assert seen == [True, True, False, False]
 
 
 @pytest.mark.parametrize(

@@ -172,6 +172,12 @@ def test_a_worker_is_killed(pool: LocalLauncher, rank: int, layout: dict[str, An
     struck(pool, workers, (rank, 5, moment), layout=layout, model="mlp", optimizer="kfac", clip=0.5)
 
 
+def test_a_worker_that_hangs_is_ended(pool: LocalLauncher, capfd: pytest.CaptureFixture[str]) -> None:
+    """(rank 1 of 3, step 5, between its directions): SIGSTOP; the others go on, with the same bits."""
+    struck(pool, 3, (1, 5, "mid-numbers"), model="mlp", optimizer="kfac", how="stop", deadline_s=1.0)
+    assert "worker 1" in (said := capfd.readouterr().err) and "has made no progress" in said
+
+
 def test_two_are_killed_at_once(pool: LocalLauncher) -> None:
     """(ranks 0 and 2 of 4, step 5): between what they learn and what they turn, and in the middle of a commit."""
     for moments in (("mid-numbers", "mid-numbers"), ("mid-update", "mid-numbers"), ("mid-commit", "mid-reduce")):

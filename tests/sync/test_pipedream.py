@@ -149,6 +149,18 @@ def test_a_stage_is_killed(pool: LocalLauncher, rank: int, moment: str, tmp_path
     assert [r["event"] for r in records].count("RolledBack") == 1
 
 
+def test_a_stage_that_hangs_is_ended(pool: LocalLauncher, capfd: pytest.CaptureFixture[str]) -> None:
+    """(stage 1 of 3, step 5, backward): SIGSTOP; all start again, with the same bits."""
+    options: dict[str, Any] = {"model": "norm", "sync": {"mode": "pipedream", "stages": 3}, "global_batch_size": 48}
+    options |= {"steps": 8}
+    expected = train(pool, 1, **options)["digest"]
+    strikes = [{"rank": 1, "step": 5, "moment": "backward", "how": "stop"}]
+    target = {"call": "tests.jobs:struck", "arguments": {"strikes": strikes, "layout": {"pipeline": 3}, **options}}
+    target["arguments"] |= {"deadline_s": 1.0}  # type: ignore[operator]
+    assert pool.run(target, 3).result["digest"] == expected
+    assert "worker 1" in (said := capfd.readouterr().err) and "has made no progress" in said
+
+
 def test_checkpoints_in_between_are_of_the_state_at_a_meeting(pool: LocalLauncher, tmp_path: Path) -> None:
     """A run goes on from one as if it had not been stopped."""
     given: dict[str, Any] = {"model": "norm", "sync": {"mode": "pipedream_2bw", "push": 4}, "global_batch_size": 48}

@@ -96,6 +96,13 @@ def test_what_is_made_of_tensors_draws_nothing(dataset: Any, expected: bool) -> 
     assert draws(dataset) == expected
 
 
+def test_a_dataset_may_have_something_else_of_that_name() -> None:
+    samples = Samples(KINDS["torch"])
+    samples.draws = 0  # type: ignore[attr-defined]
+    assert draws(samples)
+    loaded(Feed(samples, 3, "training", None, torch.device("cpu")), 0)
+
+
 @pytest.mark.parametrize("collate", [None, lambda rows: torch.tensor(rows)])
 def test_seeds_are_given_where_they_may_be_used(collate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """To a dataset that draws nothing once a batch, unless its batches are made by a function that may."""

@@ -149,8 +149,8 @@ class Feed:
 def draws(dataset: object) -> bool:
     """Whether reading a sample may draw random numbers: not where the dataset says so, or is one of tensors."""
     said = getattr(dataset, "draws", None)
-    if said is not None:
-        return bool(said)
+    if isinstance(said, bool):  # and not something else of that name
+        return said
     if type(dataset) is Subset:
         return draws(dataset.dataset)
     return type(dataset) not in (TensorDataset, list, tuple)

@@ -1,20 +1,16 @@
 """How the workers of a run agree, put together from what was prepared: a policy of the exact engine, or an engine whose
 workers meet between steps of their own."""
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from unisono.asynchronous import AsynchronousEngine
 from unisono.comm.group import Group
 from unisono.comm.hierarchical import HierarchicalGroup
 from unisono.comm.host import HostGroup
-from unisono.comm.locks import Locks
 from unisono.comm.numbers import ArenaNumbers
 from unisono.comm.partial import Partial
 from unisono.comm.passage import Passages
@@ -39,24 +35,19 @@ from unisono.plan.schedule import timetable
 from unisono.plan.stash import StepWords
 from unisono.plan.unit_pool import Words
 from unisono.preparation import Prepared, pool_layout
-from unisono.replaying import ReplayEngine, RoundsReplayEngine
-from unisono.rounds import RoundsEngine
 from unisono.run.clients import Federation
 from unisono.second_order import CommonValues, NewtonEngine
-from unisono.state.order import write_order, write_rounds
 from unisono.state.training_state import TrainingState
+from unisono.sync.commits import Commits
 from unisono.sync.curvature import CurvedSteps
 from unisono.sync.every_step import EveryStep, GatheredSquares, Rates
-from unisono.sync.hogwild import LockFreeValues
 from unisono.sync.holdings import Holdings
 from unisono.sync.local import LocalSteps, telling_of, terms_of, turns_of
 from unisono.sync.ownership import OwnedRun, Owner, RunMemory
 from unisono.sync.phases import Phases
 from unisono.sync.policy import Executes
 from unisono.sync.pulled import PulledValues
-from unisono.sync.server import Servers, divided, servers_of
 from unisono.sync.stash import StashedValues, own_team
-from unisono.sync.tables import members
 from unisono.sync.updater import Updater
 from unisono.units import Pace, UnitGradients
 
@@ -87,8 +78,8 @@ def policy_of(
     optimizer = BlockOptimizer(prepared.optimizer, prepared.update, state.python_state())
     joinable = state.memory.device.type != "cpu" or config.threads == 1
     owner = Owner(state, run_memory(local.slot), prepared.originals, prepared.teams, joinable)
-    row, protects = local.header.slot, local.survives
-    holdings = Holdings(local.slot, prepared.owned, owner, optimizer, versions, row, run_memory, protects=protects)
+    commits = Commits(local.slot, versions, local.header.slot, run_memory, protects=local.survives)
+    holdings = Holdings(prepared.owned, owner, optimizer, commits)
     holdings.adopt(local.members)
     shards, hosts = prepared.shards, len(prepared.place.hosts.sizes)
     kept = None if shards is None else shards.blocks(prepared.place.host)
@@ -185,10 +176,9 @@ class Parts:
 
     def pool(self) -> LockFreePool | Pool | RoundsPool:
         """The step's units."""
-        prepared, host = self.prepared, self.prepared.host
-        laid_out = prepared.layout, prepared.update, self.config, host.slots, prepared.run_elements
-        divides = pool_layout(*laid_out, prepared.tables)
-        words = self.local.arena.bytes(host.regions.named["pool"])
+        prepared = self.prepared
+        divides = pool_layout(prepared.layout.flat, self.config, prepared.place, prepared.servers, prepared.tables)
+        words = self.local.arena.bytes(prepared.host.regions.named["pool"])
         if isinstance(divides, RoundsLayout):
             return RoundsPool(divides, words)
         return Pool(divides, words) if isinstance(divides, PoolLayout) else LockFreePool(divides, words)
@@ -271,81 +261,3 @@ def newton_engine(parts: Parts, bound: Sequence[nn.Parameter], pulled: PulledVal
     values = CommonValues(pulled, Numbers(constructed, numbers), parts.versions)
     count = parts.config.micro_batches
     return NewtonEngine(parts.local, optimizer, parts.replica, parts.feed, values, count, parts.phases, parts.keep)
-
-
-def pushing_engine(parts: Parts, locks: Locks, pulled: PulledValues | None) -> Executes:
-    """An engine of workers that wait for nobody.
-
-    Arguments:
-        locks: of the pool, and of servers.
-        pulled: what this worker computes with, where that is not the state itself.
-    """
-    pool = parts.pool()
-    if isinstance(pool, LockFreePool):
-        return _lock_free_engine(parts, locks, pool)
-    assert pulled is not None
-    return _server_engine(parts, locks, pool, pulled)
-
-
-def _lock_free_engine(parts: Parts, locks: Locks, pool: LockFreePool) -> Executes:
-    prepared, config = parts.prepared, parts.config
-    layout, optimizer, owner = prepared.layout, parts.optimizer(), parts.owner()
-    apart = members(prepared.tables)
-    dense = [block for block in range(len(layout.flat.blocks)) if block not in apart]
-    values = LockFreeValues(
-        parts.local.slot,
-        owner.prepare(runs(layout.flat, prepared.update, dense, prepared.run_elements), optimizer),
-        [(table, parts.state.values[table.parameter]) for table in prepared.tables],
-        owner.prepare_buffers(),
-        pool,
-        locks,
-        Updater(layout.flat, optimizer, config.clip),
-        optimizer,
-        parts.rate,
-        parts.versions,
-    )
-    units = parts.units()
-    return AsynchronousEngine(
-        parts.local, units, values, pool, locks, parts.pace, parts.phases, parts.keep, lambda step: None
-    )
-
-
-def _server_engine(parts: Parts, locks: Locks, pool: Pool | RoundsPool, pulled: PulledValues) -> Executes:
-    prepared, config, local, phases = parts.prepared, parts.config, parts.local, parts.phases
-    sync, optimizer, pace, units = config.sync, parts.optimizer(), parts.pace, parts.units()
-    tables = prepared.tables
-    divides = divided(prepared.layout, prepared.update, sync.servers, prepared.run_elements, tables)
-    servers = Servers(
-        local.slot,
-        servers_of(divides, parts.owner(), optimizer, tables, pool.changed if isinstance(pool, Pool) else _NONE),
-        pool,
-        locks,
-        pulled,
-        Updater(prepared.layout.flat, optimizer, config.clip),
-        optimizer,
-        parts.rate,
-        sync.damping,
-        parts.versions,
-        local.header.slot,
-        parts.run_memory,
-        protects=local.survives,
-    )
-    if sync.replay is not None and isinstance(pool, RoundsPool):
-        return RoundsReplayEngine(local, units, servers, pace, Path(sync.replay), phases, parts.keep)
-    if sync.replay is not None:
-        further = functools.partial(PulledValues, parts.state)
-        return ReplayEngine(local, units, pulled, further, servers, pace, Path(sync.replay), phases, parts.keep)
-    run_dir = Path(config.run_dir) if sync.record and config.run_dir is not None else None
-    if isinstance(pool, RoundsPool):
-
-        def record_rounds(step: int, rounds: Sequence[Sequence[int]], sums: Sequence[tuple[float, float]]) -> None:
-            if run_dir is not None:
-                write_rounds(run_dir, step, rounds, sums)
-
-        return RoundsEngine(local, units, servers, pool, locks, pace, phases, parts.keep, record_rounds)
-
-    def record(step: int) -> None:
-        if run_dir is not None:
-            write_order(run_dir, step, pool.order(), pool.base, pool.sums)
-
-    return AsynchronousEngine(local, units, servers, pool, locks, pace, phases, parts.keep, record)

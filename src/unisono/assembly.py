@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from unisono.agreeing import Parts, newton_engine, policy_of, pushing_engine, stashing_engine
+from unisono.agreeing import Parts, newton_engine, policy_of, stashing_engine
 from unisono.comm.arena import DeviceMemory, Region, mapped
 from unisono.comm.copies import Copies
 from unisono.comm.group import Group
@@ -43,6 +43,7 @@ from unisono.plan.schedule import WHOLE, timetable
 from unisono.plan.shards import apart_shares
 from unisono.preparation import Objects, Prepared, crews_of, prepare
 from unisono.protection import protected, snapshots_of
+from unisono.pushing import Connections, pushing_engine
 from unisono.run.clients import ClientSampler
 from unisono.run.sampling import Sampler
 from unisono.state.shared import SharedState
@@ -70,6 +71,7 @@ class Worker:
         entered: what the others have said as this worker joined them, over several hosts.
         memos: where it leaves what others may have to tell for it; None where none would be left.
         locks: of a parameter server; None where there is none.
+        connections: to other workers' parts of one.
     """
 
     prepared: Prepared
@@ -84,6 +86,7 @@ class Worker:
     offload: Offload | None = None
     memos: Memos | None = None
     locks: Locks | None = None
+    connections: Connections | None = None
     unprotected: str = ""
     entered: Regrouped | None = None
     released: bool = False
@@ -102,6 +105,8 @@ class Worker:
                 self.group.close(cause)
                 if self.snapshots is not None:
                     self.snapshots.close()
+                if self.connections is not None:
+                    self.connections.close()
                 if self.locks is not None:
                     self.locks.close()
                 self.replica.buffers.invalidate()
@@ -280,11 +285,12 @@ def _worker(
     if group is local:
         local.roll.costs = training.costs
     engine: Executes
+    connections = None
     phases = Phases(group, listeners)
     own = state, snapshot, run_memory, versions
     parts = Parts(prepared, config, local, *own, schedule, replica, training, phases)
     if locks is not None:
-        engine = pushing_engine(parts, locks, pulled)
+        engine, connections = pushing_engine(parts, group, world.address, locks, pulled)
     elif newton and pulled is not None:
         engine = newton_engine(parts, bound, pulled)
     elif stash is not None:
@@ -313,7 +319,7 @@ def _worker(
         )
     memos = Memos(local.arena.bytes(host.memos()), local.slot) if local.survives else None
     members = (prepared, group, state, snapshot, replica, engine, evaluator, snapshots, shared, offload, memos)
-    return Worker(*members, locks=locks), step
+    return Worker(*members, locks=locks, connections=connections), step
 
 
 def _copies_pay(config: TrainingConfig, workers: int) -> bool:

@@ -10,14 +10,13 @@ import torch
 
 from unisono.comm.host import HostGroup
 from unisono.comm.locks import Locks
-from unisono.errors import TrainingError
-from unisono.meeting import Common, Done, MeetingEngine
+from unisono.meeting import Across, Common, Done, MeetingEngine
 from unisono.plan.lock_free import LockFreePool
-from unisono.plan.pool import Pool, may_begin
+from unisono.plan.pool import Pool
 from unisono.plan.roster import Loss
 from unisono.sync.phases import Phases
-from unisono.sync.server import POOL
 from unisono.sync.sums import StepSums
+from unisono.sync.turns import POOL, GivesUnits
 from unisono.units import Pace, UnitGradients, clipped_by
 
 
@@ -46,30 +45,38 @@ class AsynchronousEngine(MeetingEngine):
     Arguments:
         group: the workers of this host.
         units: computes gradients with this worker's own values.
+        worker: its number in the pool.
         values: where they come from, and what is updated.
-        pool: the step's units.
+        pool: the step's units, as far as this host has to do with them.
+        turns: hands them out.
         locks: of the pool.
         pace: how workers proceed.
         snapshot: copies the state to where a checkpoint is written from.
-        record: keeps the order of a step's pushes.
+        record: keeps the order of a step's pushes; None where it is not wanted.
+        across: the workers of other hosts; None where there are none.
     """
 
     def __init__(
         self,
         group: HostGroup,
         units: UnitGradients,
+        worker: int,
         values: Pushed,
         pool: Pool | LockFreePool,
+        turns: GivesUnits,
         locks: Locks,
         pace: Pace,
         phases: Phases,
         snapshot: Callable[[], object],
-        record: Callable[[int], None],
+        record: Callable[[int, Done], None] | None = None,
+        across: Across | None = None,
     ) -> None:
-        super().__init__(group, values, phases, snapshot)
+        super().__init__(group, values, phases, snapshot, across)
         self._values = values
         self._units = units
+        self._worker = worker
         self._pool = pool
+        self._turns = turns
         self._locks = locks
         self._pace = pace
         self._write = record
@@ -85,33 +92,21 @@ class AsynchronousEngine(MeetingEngine):
             self._take_over(step, lost)
         self._values.end(step)
         loss, weight = (float(value) for value in pool.sums.sum(axis=0))
-        return Done(loss, weight, pool.staleness())
+        taken = pool.taken() if self._write is not None and isinstance(pool, Pool) else None
+        return Done(loss, weight, pool.staleness(), taken)
 
-    def _record(self, step: int) -> None:
-        self._write(step)
+    def _record(self, step: int, done: Done) -> None:
+        if self._write is not None:
+            self._write(step, done)
 
     def _keep(self, step: int) -> None:
         self._keep_together(self._pool, step)
 
     def _next(self, step: int) -> int | None:
         """The next unit, once this worker may begin one."""
-        pool, slot = self._pool, self._group.slot
-
-        def ready() -> bool | None:
-            return True if pool.exhausted or self._may_begin() else None
-
         if self._pace.bound is not None:
             self._phases.enter("wait")
-            self._group.waiter(ready, f"slower workers in step {step}", self._group.doing)
-        self._locks.hold(POOL, f"the pool of step {step}")
-        unit = pool.take(slot)
-        self._locks.let_go(POOL)
-        return unit
-
-    def _may_begin(self) -> bool:
-        group, clock = self._group, self._pool.clock
-        clocks = [int(clock[slot]) for slot in group.members if not group.roll.is_lost(slot)]
-        return may_begin(clocks, int(clock[group.slot]), self._pace.bound)
+        return self._turns.take(step, self._worker)
 
     def _work(self, step: int, unit: int, *, own: bool = True) -> None:
         """Pull, compute a unit's gradient, and push it.
@@ -119,21 +114,17 @@ class AsynchronousEngine(MeetingEngine):
         Arguments:
             own: it is this worker's own, and not one that a lost worker has left, for which nobody waits.
         """
-        phases, pool = self._phases, self._pool
+        phases, units = self._phases, self._units
         phases.enter("update")
         self._values.pull()
-        sums = self._units.compute(step, unit, phases)
-        pool.sums[unit] = sums.loss, sums.weight
+        sums = units.compute(step, unit, phases)
+        self._pool.sums[unit] = sums.loss, sums.weight
         phases.enter("update")
         with torch.no_grad():
             self._values.push(unit, sums, clipped_by(self._pace.clip, sums, self._values, step), step)
-        self._units.release(sums)
-        if own and not self._may_begin():  # others have only done more since
-            raise TrainingError(
-                f"rank {self._group.rank} is further ahead in step {step} than sync.staleness allows; this is a defect "
-                "of Unisono"
-            )
-        pool.clock[self._group.slot] += own
+        units.release(sums)
+        if own:
+            self._turns.over(step, self._worker)
 
     def _await_units(self, step: int) -> Sequence[Loss]:
         """Wait for what others have taken; those who were lost meanwhile."""

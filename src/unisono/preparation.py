@@ -51,6 +51,7 @@ from unisono.plan.assignment import (
 from unisono.plan.blocks import FlatLayout, aligned, flat_layout, split_name
 from unisono.plan.curvature import joined
 from unisono.plan.exchange import turns
+from unisono.plan.homes import Homes
 from unisono.plan.hosts import Place
 from unisono.plan.lock_free import LockFreeLayout
 from unisono.plan.mesh import Mesh
@@ -59,15 +60,15 @@ from unisono.plan.partition import Division, divide
 from unisono.plan.pool import PoolLayout
 from unisono.plan.rounds import RoundsLayout
 from unisono.plan.schedule import placement
-from unisono.plan.shards import StateShards, replica_shards, state_shards
+from unisono.plan.shards import StateShards, replica_shards, server_shards, state_shards
 from unisono.plan.stash import Stashing, StepWords, stage_delay
 from unisono.rehearsing import rehearse, tensor_parallel_plan
 from unisono.run.rng import Isolation, derive
 from unisono.run.summation import accumulation
 from unisono.state.layout import StateLayout, state_layout
+from unisono.sync.divided import divided
 from unisono.sync.local import kept_by_agreements
 from unisono.sync.ownership import undo_bytes
-from unisono.sync.server import divided
 from unisono.sync.tables import Table, rows_bytes, tables_of
 
 SHARES_AT_ONCE = 4
@@ -111,6 +112,7 @@ class Prepared:
         tensor: what the tensor-parallel workers divide; None where there is one.
         stashing: the versions of parameters; None where there is one.
         tables: parameters of which workers that push change some rows.
+        servers: the runs of each part of a parameter server; none where there is none.
         run_elements: at the most that an owner updates at once.
         copies: every worker's model has memory of its own when training is over; else it stays in what is shared.
     """
@@ -132,6 +134,7 @@ class Prepared:
     tensor: ProvenPlan | None
     stashing: Stashing | None
     tables: Sequence[Table]
+    servers: Sequence[Sequence[Run]]
     run_elements: int
     copies: bool
 
@@ -156,7 +159,11 @@ class Prepared:
 
     def shards_of(self, hosts: int, config: TrainingConfig) -> StateShards | None:
         """Who would keep what if so many hosts shared the state; None for one."""
-        return None if hosts == 1 else _shards(self.layout.flat, self.update, self.teams, config, hosts)
+        return None if hosts == 1 else _shards(self.layout.flat, self.update, self.teams, config, hosts, self.servers)
+
+    def homes(self, config: TrainingConfig) -> Homes:
+        """Where the parts of a parameter server are."""
+        return Homes(self.place.hosts, len(self.servers), config.sync.serving)
 
     @property
     def trained(self) -> nn.Module:
@@ -218,10 +225,14 @@ def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) 
         found = rehearse(model, objects.loss, config, feed)
         division = divide(found, config.layout.stages, config.layout.cuts)
     tables = tables_of(model, flat, optimizer, config.clip) if config.sync.pushes and not config.sync.in_rounds else []
+    servers: list[Sequence[Run]] = []
+    if config.sync.mode == "server":
+        servers = divided(layout, update, config.sync.servers, run_elements, tables)
+        _refuse_idle_hosts(len(servers), len(place.hosts.sizes))
     teams = _teams(layout, config, division)
     stashing = _stashing(model, objects.loss, config, feed, flat, division)
     replicas = mesh.data if config.layout.zero == 0 else 1
-    shards = _shards(flat, update, teams, config, len(place.hosts.sizes)) if several_hosts else None
+    shards = _shards(flat, update, teams, config, len(place.hosts.sizes), servers) if several_hosts else None
     passages = _passages(config, place, mesh, division) if division is not None else None
     host = host_layout(
         slots=workers,
@@ -239,7 +250,7 @@ def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) 
         passages=passages,
         crews=mesh.data * mesh.pipeline if mesh.tensor > 1 else 0,
         crew=mesh.tensor,
-        pool_bytes=pool_layout(layout, update, config, workers, run_elements, tables).size_bytes
+        pool_bytes=pool_layout(flat, config, place, servers, tables).size_bytes
         if stashing is None
         else StepWords.size_bytes(stashing.units),
         foretold_bytes=foretold_bytes(config.micro_batches, partials.scalars) if config.sync.apart else 0,
@@ -262,36 +273,45 @@ def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) 
         tensor=tensor_parallel_plan(model, objects.loss, config, feed) if mesh.tensor > 1 else None,
         stashing=stashing,
         tables=tables,
+        servers=servers,
         run_elements=run_elements,
         copies=config.init != "by_name",
     )
 
 
 def pool_layout(
-    layout: StateLayout,
-    update: UpdateClass,
+    flat: FlatLayout,
     config: TrainingConfig,
-    workers: int,
-    most: int,
+    place: Place,
+    servers: Sequence[Sequence[Run]],
     tables: Sequence[Table],
 ) -> LockFreeLayout | PoolLayout | RoundsLayout:
     """The pool of a step, where workers take units from one; an empty one where they do not.
 
     Arguments:
-        most: elements of a run.
+        servers: the runs of each.
         tables: which are runs of their own.
     """
     if not config.sync.pushes:
         return LockFreeLayout(0, 0)
-    units = config.micro_batches // config.sync.push
+    units, workers = config.micro_batches // config.sync.push, place.hosts.size
     if config.sync.mode == "hogwild":
         return LockFreeLayout(workers, units)
-    servers = [len(part) for part in divided(layout, update, config.sync.servers, most, tables)]
     if config.sync.in_rounds:
         assert config.sync.accepted is not None
         return RoundsLayout(workers, units, len(servers), config.sync.accepted, config.sync.backup)
-    rows = sum(layout.flat.parameters[table.parameter].tensor.shape[0] for table in tables)
-    return PoolLayout(workers, units, (servers[0] + 1, *servers[1:]), rows)  # the first has the buffers as well
+    rows = sum(flat.parameters[table.parameter].tensor.shape[0] for table in tables)
+    counts = [len(servers[0]) + 1, *map(len, servers[1:])]  # the first has the buffers as well
+    here = Homes(place.hosts, len(servers)).on(place.host)
+    return PoolLayout(workers, units, tuple(n if number in here else 0 for number, n in enumerate(counts)), rows)
+
+
+def _refuse_idle_hosts(servers: int, hosts: int) -> None:
+    if servers < hosts:
+        raise ConfigurationError(
+            f"the model makes {servers} servers, and there are {hosts} hosts, each of which keeps one at least; use "
+            "fewer hosts, or a larger sync.servers"
+        )
 
 
 def _undo_bytes(flat: FlatLayout, table: Table) -> int:
@@ -301,11 +321,18 @@ def _undo_bytes(flat: FlatLayout, table: Table) -> int:
 
 
 def _shards(
-    flat: FlatLayout, update: UpdateClass, teams: Teams, config: TrainingConfig, hosts: int
+    flat: FlatLayout,
+    update: UpdateClass,
+    teams: Teams,
+    config: TrainingConfig,
+    hosts: int,
+    servers: Sequence[Sequence[Run]],
 ) -> StateShards | None:
     """Which host keeps what; None where each has all of it."""
     if config.sync.apart:
         return replica_shards(flat, hosts)
+    if servers:
+        return server_shards(flat, servers, hosts)
     if not config.layout.zero:
         return None
     rounds = turns(config.micro_batches, hosts) if config.layout.zero in (2, 3) else 0

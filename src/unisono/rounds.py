@@ -18,7 +18,8 @@ from unisono.errors import TrainingError
 from unisono.meeting import Done, MeetingEngine
 from unisono.plan.rounds import Arrival, RoundsPool
 from unisono.sync.phases import Phases
-from unisono.sync.server import POOL, Servers
+from unisono.sync.server import Servers
+from unisono.sync.turns import POOL
 from unisono.units import Pace, UnitGradients, clipped_by
 
 
@@ -72,7 +73,7 @@ class RoundsEngine(MeetingEngine):
     def _sums(self) -> list[tuple[float, float]]:
         return [(float(loss), float(weight)) for loss, weight in self._pool.sums]
 
-    def _record(self, step: int) -> None:
+    def _record(self, step: int, done: Done) -> None:
         numbers = range(self._pool.layout.rounds)
         rounds = [[arrival.unit for arrival in self._pool.arrivals(number)] for number in numbers]
         self._write(step, rounds, self._sums)

@@ -32,8 +32,8 @@ from unisono.run.sampling import Sampler
 from unisono.state.checkpoint import newest_intact
 from unisono.state.export import state_dict
 from unisono.state.order import path_of, read_order, read_rounds, write_order
+from unisono.sync.damping import DampedRates
 from unisono.sync.pulled import PulledValues
-from unisono.sync.server import Servers
 from unisono.sync.tables import Table, keep_rows, put_back_rows, rows_bytes
 from unisono.trainer import Trainer
 
@@ -633,11 +633,9 @@ def test_stale_pushes_count_less(damping: str) -> None:
         0, "w", 0, ours, slice(0, 64), ours.data, {"momentum_buffer": buffer}, memoryview(bytearray(8)).cast("Q")
     )
     optimizer.attach(unit, gradient)
-    servers = Servers.__new__(Servers)
-    servers._optimizer, servers._rate = optimizer, (lambda step: 1.0, 1.0)
-    servers._damps = [name for name in ("rate", "momentum") if damping in (name, "both")]
+    rates = DampedRates(optimizer, lambda step: 1.0, 1.0, damping)
     for late, rate, momentum in ((0, 0.1, 0.6), (1, 0.05, 0.1), (3, 0.025, 0.0), (0, 0.1, 0.6)):
-        servers._set_rate(1, late)
+        rates.set(1, late)
         gradient.copy_(torch.sin(ours.data))
         optimizer.step([unit])
         moving = (momentum if damping in ("momentum", "both") else 0.6) * moving + torch.sin(theirs)

@@ -497,6 +497,15 @@ class HierarchicalGroup:
         """This worker is done with the step."""
         self.local.finish(step)
 
+    def note_step(self, flags: int, seconds: Mapping[int, Sequence[float]], use: WireUse) -> None:
+        """Where hosts sum no gradients, what workers have told each other at the end of a step.
+
+        Arguments:
+            seconds: in each phase, by rank.
+        """
+        self._flags, self._use = flags, use
+        self.crossing.remote.update({rank: list(lap) for rank, lap in seconds.items()})
+
     def settle(self, step: int) -> Sequence[Loss]:
         """Wait for the workers of this host: its state is whole; where hosts share it, a mate may wait for one."""
         if self._terms.survives:

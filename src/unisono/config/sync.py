@@ -61,6 +61,13 @@ class SyncConfig(Section):
         "in rounds, with the same values, and servers are updated once a round.",
     )
     servers: int = Field(4, ge=1, le=64, description="server: parts of the model, read and updated one by one.")
+    serving: int = Field(
+        0,
+        ge=0,
+        description="server: workers of each host that compute nothing and update the servers of their host for all "
+        "others: processes of their own. 0: the workers of a host update its servers in the memory that they share, "
+        "and answer those of other hosts on threads.",
+    )
     backup: int = Field(
         0,
         ge=0,
@@ -90,7 +97,7 @@ class SyncConfig(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        of_server = {"staleness", "servers", "backup", "accepted", "push", "damping", "record", "replay"}
+        of_server = {"staleness", "servers", "serving", "backup", "accepted", "push", "damping", "record", "replay"}
         further = set(type(self).model_fields) - of_server - {"stages"}
         known = {
             "every_step": set(),

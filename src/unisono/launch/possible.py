@@ -4,6 +4,7 @@ from unisono.config import TrainingConfig, more_replicas_than_micro_batches
 from unisono.errors import ConfigurationError
 from unisono.launch.task import Elastic
 from unisono.plan.exchange import turns
+from unisono.plan.homes import Homes
 from unisono.plan.hosts import Hosts
 from unisono.plan.shards import apart_shares
 
@@ -22,11 +23,8 @@ def refuse_impossible(config: TrainingConfig, hosts: Hosts) -> None:
     if replicas > config.micro_batches:
         each = layout.model_workers
         raise ConfigurationError(more_replicas_than_micro_batches(replicas, config.micro_batches, each))
-    if config.sync.pushes and hosts.size > (units := config.micro_batches // config.sync.push):
-        raise ConfigurationError(
-            f"{hosts.size} workers, and a step has {units} pushes of {config.sync.push} micro-batches; use at most "
-            f"{units} workers, a smaller sync.push, or a larger global_batch_size"
-        )
+    if config.sync.pushes:
+        _refuse_to_push(config, hosts)
     if config.sync.stashes and hosts.sizes != (layout.pipeline,):
         raise ConfigurationError(
             f"sync.mode {config.sync.mode} trains one pipeline on one host so far, and there are {hosts.size} workers "
@@ -38,18 +36,14 @@ def refuse_impossible(config: TrainingConfig, hosts: Hosts) -> None:
         layout.refuse_broken_replicas(workers, f"host {host}")
     if config.sync.replay is not None and hosts.size > 1:
         raise ConfigurationError(f"sync.replay is done by one worker, and there are {hosts.size}; start one (-n 1)")
-    if config.sync.pushes and len(hosts.sizes) > 1:
-        raise ConfigurationError(
-            f"sync.mode {config.sync.mode} trains on one host so far, and there are {len(hosts.sizes)}; start one, or "
-            "use sync.mode=every_step, local or diloco"
-        )
     if config.sync.apart and len(hosts.sizes) > 1:
         _refuse_idle_workers(config, hosts)
-        if config.checkpoint.every == "auto":
-            raise ConfigurationError(
-                f"checkpoint.every is auto, which the chief decides alone, and with sync.mode {config.sync.mode} all "
-                "hosts take part in a checkpoint; give a number of steps"
-            )
+    divided = (config.sync.apart or config.sync.pushes) and len(hosts.sizes) > 1
+    if divided and config.checkpoint.every == "auto":
+        raise ConfigurationError(
+            f"checkpoint.every is auto, which the chief decides alone, and with sync.mode {config.sync.mode} all "
+            "hosts take part in a checkpoint; give a number of steps"
+        )
     if layout.zero and len(hosts.sizes) > 1:
         _refuse_shared_state(config, layout.zero, hosts.sizes)
 
@@ -160,13 +154,14 @@ def survives(config: TrainingConfig, workers: int) -> bool:
     """Whether the workers of a host can go on without one of them, in the same processes, so far.
 
     Those who divide a layer compute nothing alone, nor do stages that are updated apart; a device's state dies with
-    its worker; that on a disk is made by all at their start; and where every replica has a state of its own, the rest
-    of one shares nothing with others that could take over.
+    its worker; that on a disk is made by all at their start; where every replica has a state of its own, the rest of
+    one shares nothing with others that could take over; and nobody answers in the place of a lost server process.
     """
     layout = config.layout
     own_states = layout.zero == 0 and layout.model_workers > 1
     in_memory = config.device == "cpu" and layout.offload is None
-    return in_memory and layout.tensor == 1 and not own_states and not config.sync.stashes and workers > 1
+    apart = config.sync.stashes or config.sync.serving > 0
+    return in_memory and layout.tensor == 1 and not own_states and not apart and workers > 1
 
 
 def rolls_back(config: TrainingConfig) -> bool:
@@ -186,9 +181,40 @@ def survives_hosts(config: TrainingConfig) -> bool:
     has not sent yet would be lost with a host.
     """
     layout = config.layout
-    whole = layout.zero is None and layout.model_workers == 1 and not config.sync.apart
+    whole = layout.zero is None and layout.model_workers == 1 and not config.sync.apart and not config.sync.pushes
     in_memory = config.device == "cpu" and layout.offload is None
     return whole and in_memory and config.wire.compression == "none" and config.fault.on_loss != "stop"
+
+
+def _refuse_to_push(config: TrainingConfig, hosts: Hosts) -> None:
+    """Whether workers can wait for nobody."""
+    sync, several = config.sync, len(hosts.sizes) > 1
+    if (alone := next((host for host, workers in enumerate(hosts.sizes) if workers <= sync.serving), None)) is not None:
+        raise ConfigurationError(
+            f"sync.serving is {sync.serving}, and host {alone} has {hosts.sizes[alone]} workers, of which none would "
+            "compute; start more, or leave sync.serving out"
+        )
+    computing = Homes(hosts, sync.servers, sync.serving).computing
+    if len(computing) > (units := config.micro_batches // sync.push):
+        raise ConfigurationError(
+            f"{len(computing)} workers, and a step has {units} pushes of {sync.push} micro-batches; use at most "
+            f"{units} workers, a smaller sync.push, or a larger global_batch_size"
+        )
+    if several and sync.mode == "hogwild":
+        raise ConfigurationError(
+            f"sync.mode hogwild is for workers that share memory, and there are {len(hosts.sizes)} hosts; start one, "
+            "or use sync.mode=server"
+        )
+    if several and sync.in_rounds:
+        raise ConfigurationError(
+            f"sync.mode server works in rounds on one host so far, and there are {len(hosts.sizes)}; start one, give a "
+            "sync.staleness above 0, or use sync.mode=every_step"
+        )
+    if sync.servers < len(hosts.sizes):
+        raise ConfigurationError(
+            f"sync.servers is {sync.servers}, and there are {len(hosts.sizes)} hosts, each of which keeps one at "
+            "least; use more"
+        )
 
 
 def _refuse_on_devices(config: TrainingConfig) -> None:

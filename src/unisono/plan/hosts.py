@@ -72,6 +72,15 @@ class Hosts:
         return f"rank {rank} (host {self.numbers[self.place(rank)[0]]})" if several else f"rank {rank}"
 
 
+def host_of(number: int, count: int, hosts: int) -> int:
+    """The host of one of ``count`` things, from 0: each has about as many, whatever workers it has.
+
+    >>> [host_of(number, 5, 2) for number in range(5)]
+    [0, 0, 0, 1, 1]
+    """
+    return number * hosts // count
+
+
 def evenly(workers: int, hosts: int, together: int = 1) -> tuple[int, ...]:
     """``workers`` over ``hosts``, the first ones with more where it does not divide.
 

@@ -7,8 +7,10 @@ took one after another, and which versions of all servers their values were made
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from unisono.plan.unit_pool import HEAD, PoolWords, UnitPool, words_by_name
 
@@ -35,13 +37,47 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
+class Taken:
+    """What the servers of one host, or of all, have taken in a step.
+
+    Attributes:
+        order: of each server, its entries; none of one that is elsewhere.
+        base: the version of each as the step began.
+        sums: loss and weight of each unit, (units, 2); 0 of one that was computed elsewhere.
+    """
+
+    order: Sequence[Sequence[Entry]]
+    base: Sequence[int]
+    sums: NDArray[np.float64]
+
+    def as_lists(self) -> list[list[Any]]:
+        """For a message."""
+        order = [[[e.unit, e.slot, e.first, e.stop, *e.read] for e in entries] for entries in self.order]
+        return [order, list(self.base), self.sums.tolist()]
+
+    @classmethod
+    def of_lists(cls, lists: Sequence[Sequence[Any]]) -> "Taken":
+        """From a message."""
+        order, base, sums = lists
+        entries = [[Entry(unit, slot, first, stop, tuple(r)) for unit, slot, first, stop, *r in own] for own in order]
+        return cls(entries, base, np.array(sums, dtype=np.float64))
+
+    def together(self, other: "Taken") -> "Taken":
+        """This, and what the servers of other hosts have taken."""
+        here = [bool(entries) for entries in self.order]
+        order = [a if has else b for has, a, b in zip(here, self.order, other.order, strict=True)]
+        base = [a if has else b for has, a, b in zip(here, self.base, other.base, strict=True)]
+        return Taken(order, base, self.sums + other.sums)
+
+
+@dataclass(frozen=True, slots=True)
 class PoolLayout(PoolWords):
     """How a pool's words are divided.
 
     Attributes:
         slots: workers at the most.
         units: of a step.
-        runs: of each server.
+        runs: of each server; 0 of one that is on another host.
         rows: of all tables together.
     """
 
@@ -160,6 +196,10 @@ class Pool(UnitPool):
         """The entries of every server in the step so far."""
         counts = self.version - self._base
         return [[self._entry(server, i) for i in range(int(counts[server]))] for server in range(self.layout.servers)]
+
+    def taken(self) -> Taken:
+        """What the servers here have taken in the step so far."""
+        return Taken(self.order(), self.base, self.sums.copy())
 
     def _entry(self, server: int, number: int) -> Entry:
         unit, slot, first, stop, *read = map(int, self._order[server, number])

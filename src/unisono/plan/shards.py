@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from unisono.plan.assignment import UpdateClass, contiguous_shares, micro_batches, units
+from unisono.plan.assignment import Run, UpdateClass, contiguous_shares, micro_batches, units
 from unisono.plan.blocks import FlatLayout, aligned
 from unisono.plan.exchange import Bucket
+from unisono.plan.hosts import host_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,15 +124,6 @@ def state_shards(
     return StateShards(flat, hosts, tuple(of_block), rounds, values)
 
 
-def replica_host(replica: int, replicas: int, hosts: int) -> int:
-    """The host of a replica (from 0) that trains apart: each has about as many, whatever workers it has.
-
-    >>> [replica_host(r, 5, 2) for r in range(5)]
-    [0, 0, 0, 1, 1]
-    """
-    return replica * hosts // replicas
-
-
 def apart_shares(count: int, replicas: int, workers: Sequence[int]) -> tuple[range, ...]:
     """The micro-batches of each worker: its host's replicas', evenly.
 
@@ -143,7 +135,7 @@ def apart_shares(count: int, replicas: int, workers: Sequence[int]) -> tuple[ran
     ((range(0, 2), range(2, 4), range(4, 6)), (range(0, 4), range(4, 6)))
     """
     each, shares = count // replicas, list[range]()
-    of = [replica_host(r, replicas, len(workers)) for r in range(replicas)]
+    of = [host_of(r, replicas, len(workers)) for r in range(replicas)]
     for host, size in enumerate(workers):
         first = each * of.index(host)
         own = micro_batches(each * of.count(host), size)
@@ -154,5 +146,19 @@ def apart_shares(count: int, replicas: int, workers: Sequence[int]) -> tuple[ran
 def replica_shards(flat: FlatLayout, hosts: int) -> StateShards:
     """Divide a state of replicas that train apart: each host keeps its own, and all keep what they agree on."""
     replicas = (flat.parameters[block.parameter].replica for block in flat.blocks)
-    of_block = (replica_host(r - 1, flat.replicas, hosts) if r else EVERYWHERE for r in replicas)
+    of_block = (host_of(r - 1, flat.replicas, hosts) if r else EVERYWHERE for r in replicas)
+    return StateShards(flat, hosts, tuple(of_block), values=True)
+
+
+def server_shards(flat: FlatLayout, parts: Sequence[Sequence[Run]], hosts: int) -> StateShards:
+    """Divide a state as a parameter server does: each host keeps what its servers are made of.
+
+    Arguments:
+        parts: the runs of each server.
+    """
+    of_block = [EVERYWHERE] * len(flat.blocks)
+    for server, runs in enumerate(parts):
+        for run in runs:
+            for block in range(run.first, run.stop):
+                of_block[block] = host_of(server, len(parts), hosts)
     return StateShards(flat, hosts, tuple(of_block), values=True)

@@ -18,9 +18,9 @@ from unisono.optim.clipping import global_norm, squared_norms
 from unisono.optim.schedules import Schedule
 from unisono.plan.lock_free import LockFreePool
 from unisono.sync.ownership import OwnedBuffers, OwnedRun
-from unisono.sync.server import POOL
 from unisono.sync.sums import StepSums
 from unisono.sync.tables import Table
+from unisono.sync.turns import POOL
 from unisono.sync.updater import Updater
 
 

@@ -1,13 +1,12 @@
 """The runs that one worker updates: its own, and its part of those of workers that were lost in the step."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
-from unisono.comm.journal import Image, Journal
 from unisono.optim.blockwise import BlockOptimizer
 from unisono.plan.assignment import Run
 from unisono.plan.roster import Loss, divided
-from unisono.sync.ownership import OwnedBuffers, OwnedRun, Owner, RunMemory
+from unisono.sync.commits import Commits
+from unisono.sync.ownership import OwnedBuffers, OwnedRun, Owner
 
 Shares = Callable[[Sequence[int]], Mapping[int, Sequence[Run]]]
 """Slots of those who train -> the runs that each updates; the buffers are a run too."""
@@ -17,13 +16,10 @@ class Holdings:
     """One worker's.
 
     Arguments:
-        slot: its place.
         shares: who updates what.
         owner: prepares runs.
         optimizer: updates them.
-        versions: one word a block.
-        row, memory: of a slot: its words, and where runs lie with its undo area.
-        protects: others go on where this worker is killed in an update.
+        commits: how they are committed.
 
     Attributes:
         runs: this worker's.
@@ -33,29 +29,21 @@ class Holdings:
 
     def __init__(
         self,
-        slot: int,
         shares: Shares,
         owner: Owner,
         optimizer: BlockOptimizer,
-        versions: memoryview,
-        row: Callable[[int], memoryview],
-        memory: Callable[[int], RunMemory],
-        *,
-        protects: bool,
+        commits: Commits,
     ) -> None:
-        self._slot = slot
         self._shares = shares
         self._owner = owner
         self._optimizer = optimizer
-        self._versions = versions
-        self._row = row
-        self._memory = memory
+        self._commits = commits
         self._members: tuple[int, ...] = ()
         self._of: dict[int, list[Run]] = {}
         self._lost: list[int] = []
         self.runs: list[OwnedRun] = []
         self.buffers: OwnedBuffers | None = None
-        self.journal = Journal(row(slot), versions, protects=protects)
+        self.journal = commits.journal
 
     def adopt(self, members: Sequence[int]) -> None:
         """These train now: what each of them updates follows."""
@@ -65,7 +53,7 @@ class Holdings:
         self._lost = []
         self._of = {slot: list(runs) for slot, runs in self._shares(members).items()}
         self._optimizer.detach_all()
-        self.runs, self.buffers = self._prepared(self._of.get(self._slot, []))
+        self.runs, self.buffers = self._prepared(self._of.get(self._commits.slot, []))
 
     def inherit(self, lost: Sequence[Loss]) -> list[OwnedRun]:
         """This worker takes its part of what lost workers would have updated; the runs that are new to it."""
@@ -74,7 +62,7 @@ class Holdings:
             self._lost.append(loss.slot)
             for heir, runs in divided(self._of.pop(loss.slot, []), loss.heirs).items():
                 self._of.setdefault(heir, []).extend(runs)
-                if heir == self._slot:
+                if heir == self._commits.slot:
                     mine += runs
         prepared, buffers = self._prepared(mine)
         self.runs += prepared
@@ -84,15 +72,10 @@ class Holdings:
     def is_done(self, run: Run, step: int) -> bool:
         """Whether a run is at ``step``; what a lost worker was doing with it when it ended is put back, or finished."""
         for slot in self._lost:
-            image_of = partial(_image, self._memory(slot))
-            Journal(self._row(slot), self._versions).recover(image_of, only=(run.first, run.stop))
-        return bool(self._versions[run.stop - 1] >= step)
+            self._commits.recover(slot, run)
+        return self._commits.at(run.stop - 1) >= step
 
     def _prepared(self, runs: Sequence[Run]) -> tuple[list[OwnedRun], OwnedBuffers | None]:
         trained = [run for run in runs if run != self._owner.buffer_run]
         buffers = self._owner.prepare_buffers() if len(trained) < len(runs) else None
         return self._owner.prepare(trained, self._optimizer), buffers
-
-
-def _image(memory: RunMemory, first: int, count: int, column: bool) -> Image:
-    return memory.image(Run(first, first + count), column=column)

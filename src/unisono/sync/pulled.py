@@ -1,6 +1,6 @@
 """Parameters and buffers that a worker computes with, copied from what all workers have in common."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -45,16 +45,33 @@ class PulledValues:
 
     def pull(self, runs: Sequence[Run]) -> None:
         """Copy some runs from the state."""
-        state = self._state
-        for run in runs:
-            if run == state.layout.buffer_run:
-                for own, common in zip(self.buffers, state.buffers, strict=True):
-                    own.copy_(common)
-                continue
-            for segment, start, stop in state.layout.spans(run):
-                self._segments[segment][start:stop].copy_(state.span(segment, start, stop))
+        for own, common in self._parts(runs):
+            own.copy_(common)
+
+    def common(self, runs: Sequence[Run]) -> list[Tensor]:
+        """What the state has of some runs, for a message."""
+        return [common.clone() for _, common in self._parts(runs)]
+
+    def put(self, runs: Sequence[Run], data: Tensor) -> int:
+        """Take some runs from a message that begins with them (see `common`); how many bytes they are."""
+        at = 0
+        for own, _ in self._parts(runs):
+            stop = at + own.nbytes
+            own.view(-1).view(torch.uint8).copy_(data[at:stop])
+            at = stop
+        return at
 
     def take(self, other: "PulledValues") -> None:
         """Have the values of others."""
         for own, theirs in zip([*self._segments, *self.buffers], [*other._segments, *other.buffers], strict=True):
             own.copy_(theirs)
+
+    def _parts(self, runs: Sequence[Run]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of some runs, each part here, and where it is in the state."""
+        state = self._state
+        for run in runs:
+            if run == state.layout.buffer_run:
+                yield from zip(self.buffers, state.buffers, strict=True)
+                continue
+            for segment, start, stop in state.layout.spans(run):
+                yield self._segments[segment][start:stop], state.span(segment, start, stop)

@@ -1,8 +1,9 @@
 """The sums of one step: what published partials add up to, in the canonical order."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,6 +24,53 @@ class Span:
     start: int
     stop: int
     scratch: Tensor
+
+
+BlockOfUses = tuple[Block, Sequence[int], Tensor]
+"""A block, the uses of its parameter in order, and the memory of its gradient."""
+
+
+class Gradient(Protocol):
+    """A mean gradient, of which parts are asked for one after another.
+
+    Attributes:
+        weight: what it is the mean over; 0 where it is none.
+        touched: whether there is one for each entry (uses, then buffers).
+        complete: there is one for every use.
+        rows: sparse gradients, by use, each one micro-batch's.
+        totals: what they come to, by parameter, where that has been asked for.
+    """
+
+    @property
+    def weight(self) -> float:
+        """See above."""
+
+    @property
+    def touched(self) -> NDArray[np.bool_]:
+        """See above."""
+
+    @property
+    def complete(self) -> bool:
+        """See above."""
+
+    @property
+    def rows(self) -> Mapping[int, Sequence[Tensor]]:
+        """See above."""
+
+    @property
+    def totals(self) -> MutableMapping[int, Tensor | None]:
+        """See above."""
+
+    def mean(self, spans: Sequence[Span], team: int | None, blocks: Sequence[BlockOfUses]) -> None:
+        """That of a run, into the memory of its spans.
+
+        Arguments:
+            team: who has computed the whole of it; None where several have.
+            blocks: of the run, in the same memory.
+        """
+
+    def mean_buffer(self, entry: int, out: Tensor) -> None:
+        """The value of a buffer that was written."""
 
 
 def add_trees(
@@ -81,11 +129,22 @@ class StepSums:
                     of_replica = has[there & (replica_of == replica)]
                     self.complete = self.complete and bool(of_replica.all() or (flat.replicas and not of_replica.any()))
 
+    def mean(self, spans: Sequence[Span], team: int | None, blocks: Sequence[BlockOfUses]) -> None:
+        """The canonical mean of a run's gradient (see `Gradient`)."""
+        if self.complete and team is not None:
+            for span in spans:
+                self._mean_span(span, team)
+            return
+        for span in spans:
+            span.scratch.zero_()
+        for block, uses, gradient in blocks:
+            self._mean_block(block, uses, gradient)
+
     def count_of(self, use: int) -> int:
         """How many micro-batches had a gradient of a use."""
         return sum(int(partial.counts[use]) for _, partial in self._covers[self._teams.uses[use]])
 
-    def mean_span(self, span: Span, team: int) -> None:
+    def _mean_span(self, span: Span, team: int) -> None:
         """The weighted mean of a span of one team, into its scratch memory; only where the step is `complete`."""
         out, use = span.scratch, self._use_of.get(span.segment)  # by which one sees whether a replica was computed
         weight = self.weights[self._flat.segment_replicas[span.segment]]
@@ -102,7 +161,7 @@ class StepSums:
         else:
             torch.div(total, weight, out=out)
 
-    def mean_block(self, block: Block, uses: Sequence[int], out: Tensor) -> None:
+    def _mean_block(self, block: Block, uses: Sequence[int], out: Tensor) -> None:
         """The weighted mean of a block, over micro-batches, then over its uses in the given order."""
         total: Tensor | None = None
         for use in uses:

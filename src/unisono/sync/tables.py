@@ -10,7 +10,7 @@ from torch.optim import SGD, Optimizer
 
 from unisono.config import ClipConfig
 from unisono.plan.blocks import FlatLayout, aligned
-from unisono.sync.sums import StepSums
+from unisono.sync.sums import Gradient
 
 WORD = 8
 
@@ -32,11 +32,11 @@ class Table:
     first: int
     stop: int
 
-    def gradients(self, sums: StepSums) -> list[Tensor]:
+    def gradients(self, sums: Gradient) -> list[Tensor]:
         """The sparse gradients of a unit's micro-batches."""
         return [gradient for use in self.uses for gradient in sums.rows[use]]
 
-    def total(self, sums: StepSums) -> Tensor | None:
+    def total(self, sums: Gradient) -> Tensor | None:
         """Their sum, every row once; None where there is none. Made once."""
         if self.parameter not in sums.totals:
             found = self.gradients(sums)

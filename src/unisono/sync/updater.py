@@ -8,7 +8,7 @@ from unisono.optim.blockwise import BlockOptimizer
 from unisono.optim.clipping import clip_units
 from unisono.plan.blocks import FlatLayout, split_name
 from unisono.sync.ownership import OwnedBuffers, OwnedRun
-from unisono.sync.sums import StepSums
+from unisono.sync.sums import Gradient
 
 
 class Updater:
@@ -26,16 +26,16 @@ class Updater:
         self._limits = limits
         self._uses_of = [flat.uses_of(p) for p in range(len(flat.parameters))]
 
-    def reduce(self, owned: OwnedRun, sums: StepSums) -> None:
-        """The canonical mean of the run's gradient, into its scratch memory."""
-        if sums.complete and owned.team is not None:
-            for span in owned.spans:
-                sums.mean_span(span, owned.team)
-            return
-        for span in owned.spans:
-            span.scratch.zero_()
-        for block, gradient in zip(self._flat.blocks[owned.run.first : owned.run.stop], owned.gradients, strict=True):
-            sums.mean_block(block, self._uses_of[block.parameter], gradient)
+    def reduce(self, owned: OwnedRun, sums: Gradient) -> None:
+        """The mean of the run's gradient, into its scratch memory."""
+        blocks = self._flat.blocks[owned.run.first : owned.run.stop]
+        parts = zip(blocks, owned.gradients, strict=True)
+        sums.mean(owned.spans, owned.team, [(block, self._uses_of[block.parameter], part) for block, part in parts])
+
+    def is_touched(self, owned: OwnedRun, sums: Gradient) -> bool:
+        """Whether any of a run has a gradient."""
+        parameters = {block.parameter for block in self._flat.blocks[owned.run.first : owned.run.stop]}
+        return any(sums.touched[self._uses_of[parameter]].any() for parameter in parameters)
 
     def clip(self, owned: OwnedRun, factor: float) -> None:
         """Make a run's gradients smaller: all by one factor, each value, or each unit by its own."""
@@ -51,7 +51,7 @@ class Updater:
                 if not any(fnmatchcase(split_name(unit.name)[1], pattern) for pattern in limits.agc_exclude):
                     clip_units(unit.values, self._optimizer.gradient(unit), limits.agc, limits.agc_eps)
 
-    def update(self, owned: OwnedRun, sums: StepSums) -> Callable[[], None]:
+    def update(self, owned: OwnedRun, sums: Gradient) -> Callable[[], None]:
         """What changes the run, by the gradient in its scratch memory."""
         units, stretch = owned.units, owned.stretch
         if not sums.complete:  # like grad=None: what no micro-batch touched is skipped
@@ -65,7 +65,7 @@ class Updater:
 
         return change
 
-    def update_buffers(self, buffers: OwnedBuffers, sums: StepSums) -> None:
+    def update_buffers(self, buffers: OwnedBuffers, sums: Gradient) -> None:
         """The mean of those that micro-batches wrote."""
         uses = len(self._flat.uses)
         for b, values in enumerate(buffers.values):

@@ -1,0 +1,96 @@
+"""Which worker computes which unit of a step, and when it may begin one: asked of the pool that hands them out."""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from unisono.comm.locks import Locks
+from unisono.comm.waiting import Waiter
+from unisono.errors import TrainingError
+from unisono.plan.lock_free import LockFreePool
+from unisono.plan.pool import Pool, may_begin
+
+POOL = 0
+"""The number of the pool's lock; those of servers follow."""
+
+
+class GivesUnits(Protocol):
+    """What hands out a step's units."""
+
+    def take(self, step: int, worker: int) -> int | None:
+        """The next unit, once the worker may begin one; None where there is no more."""
+
+    def over(self, step: int, worker: int) -> None:
+        """A worker's own unit is done, and not one that a lost worker has left, for which nobody waits.
+
+        Raises:
+            TrainingError: where the worker was further ahead than is allowed.
+        """
+
+
+class NoTurns:
+    """Of a worker that computes nothing."""
+
+    def take(self, step: int, worker: int) -> int | None:
+        """None."""
+
+    def over(self, step: int, worker: int) -> None:
+        """It has none."""
+
+
+class Turns:
+    """Those of a host's pool.
+
+    Arguments:
+        pool: the step's units.
+        locks: of the pool.
+        waiter: how one waits for slower workers.
+        bound: how many units a worker may be ahead of the slowest; None for any number.
+        counted: the numbers of the workers that units are for, and who are not lost.
+        doing: what others do, for errors.
+        name: a worker's for a reader.
+    """
+
+    def __init__(
+        self,
+        pool: Pool | LockFreePool,
+        locks: Locks,
+        waiter: Waiter,
+        bound: int | None,
+        counted: Callable[[], Sequence[int]],
+        doing: Callable[[], str],
+        name: Callable[[int], str],
+    ) -> None:
+        self._pool = pool
+        self._locks = locks
+        self._waiter = waiter
+        self._bound = bound
+        self._counted = counted
+        self._doing = doing
+        self._name = name
+
+    def take(self, step: int, worker: int) -> int | None:
+        """See `GivesUnits`."""
+        pool = self._pool
+
+        def ready() -> bool | None:
+            return True if pool.exhausted or self._may_begin(worker) else None
+
+        if self._bound is not None:
+            self._waiter(ready, f"slower workers in step {step}", self._doing)
+        self._locks.hold(POOL, f"the pool of step {step}")
+        unit = pool.take(worker)
+        self._locks.let_go(POOL)
+        return unit
+
+    def over(self, step: int, worker: int) -> None:
+        """See `GivesUnits`."""
+        if not self._may_begin(worker):  # others have only done more since
+            raise TrainingError(
+                f"{self._name(worker)} is further ahead in step {step} than sync.staleness allows; this is a defect of "
+                "Unisono"
+            )
+        self._pool.clock[worker] += 1
+
+    def _may_begin(self, worker: int) -> bool:
+        clock = self._pool.clock
+        return may_begin([int(clock[other]) for other in self._counted()], int(clock[worker]), self._bound)

@@ -66,7 +66,7 @@ from unisono.rehearsing import rehearse, tensor_parallel_plan
 from unisono.run.rng import Isolation, derive
 from unisono.run.summation import accumulation
 from unisono.state.layout import StateLayout, state_layout
-from unisono.sync.divided import divided
+from unisono.sync.divided import dense_elements, divided
 from unisono.sync.local import kept_by_agreements
 from unisono.sync.ownership import undo_bytes
 from unisono.sync.tables import Table, rows_bytes, tables_of
@@ -217,14 +217,14 @@ def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) 
     layout = state_layout(flat, kept, tensors.buffer_specs())
     partials = partial_layout(flat, tensors.buffer_specs())
     run_elements = RUN_ELEMENTS if feed.device.type == "cpu" else DEVICE_RUN_ELEMENTS
+    tables = tables_of(model, flat, optimizer, config.clip) if config.sync.pushes and not config.sync.in_rounds else []
     if config.sync.mode == "server":  # none without runs
-        run_elements = min(run_elements, 1 + sum(flat.segment_elements) // config.sync.servers)
+        run_elements = min(run_elements, max(1, dense_elements(flat, tables) // config.sync.servers))
     mesh = Mesh(workers // config.layout.model_workers, config.layout.pipeline, config.layout.tensor)
     division = None
     if config.layout.stages > 1:
         found = rehearse(model, objects.loss, config, feed)
         division = divide(found, config.layout.stages, config.layout.cuts)
-    tables = tables_of(model, flat, optimizer, config.clip) if config.sync.pushes and not config.sync.in_rounds else []
     servers: list[Sequence[Run]] = []
     if config.sync.mode == "server":
         servers = divided(layout, update, config.sync.servers, run_elements, tables)

@@ -25,6 +25,8 @@ from unisono.launch.possible import refuse_to_compare
 from unisono.optim.blockwise import BlockOptimizer, Unit
 from unisono.optim.classes import pin_variant
 from unisono.plan.assignment import UpdateClass
+from unisono.plan.homes import Homes
+from unisono.plan.hosts import Hosts, evenly
 from unisono.plan.pool import Entry, Pool, PoolLayout, may_begin, staleness
 from unisono.plan.replay import Apply, Read, replayed
 from unisono.plan.rounds import Arrival, RoundsLayout, RoundsPool
@@ -38,9 +40,11 @@ from unisono.sync.tables import Table, keep_rows, put_back_rows, rows_bytes
 from unisono.trainer import Trainer
 
 
-def run(pool: LocalLauncher, workers: int, strikes: list[dict[str, Any]] | None = None, **options: Any) -> Any:
+def run(
+    pool: LocalLauncher, workers: int, strikes: list[dict[str, Any]] | None = None, hosts: int = 1, **options: Any
+) -> Any:
     arguments = {"strikes": strikes or [], "deadline_s": 20.0, "global_batch_size": 160, "steps": 6, **options}
-    return pool.run({"call": "tests.jobs:struck", "arguments": arguments}, workers)
+    return pool.run({"call": "tests.jobs:struck", "arguments": arguments}, workers, hosts=hosts)
 
 
 def digest_of(ending: Any) -> str:
@@ -112,6 +116,28 @@ def test_a_recorded_run_is_replayed_bit_for_bit(pool: LocalLauncher, name: str, 
     live = run(pool, workers, run_dir=str(tmp_path), sync={"mode": "server", "record": True, **sync}, **options)
     assert live.result["digest"].startswith("not exact (workers push in whatever order they come)")
     assert replayed_digest(pool, tmp_path, sync, **options) == digest_of(live)
+
+
+@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize(("workers", "hosts", "serving"), [(2, 2, 0), (5, 3, 0), (3, 1, 1), (6, 2, 1)])
+def test_a_recorded_run_of_several_hosts_is_replayed(
+    pool: LocalLauncher, name: str, workers: int, hosts: int, serving: int, tmp_path: Path
+) -> None:
+    """Or with processes that only serve: bit for bit by one worker that has all servers in its memory."""
+    way = WAYS[name]
+    options = {key: value for key, value in way.items() if key != "sync"}
+    sync = {**way["sync"], "servers": max(hosts, way["sync"].get("servers", 4))}
+    spread = {"mode": "server", "record": True, "serving": serving, **sync}
+    live = run(pool, workers, hosts=hosts, run_dir=str(tmp_path), sync=spread, **options)
+    assert len({result["loss"] for result in live.results}) == 1
+    assert replayed_digest(pool, tmp_path, sync, **options) == digest_of(live)
+    units = 160 // 4 // sync.get("push", 1)
+    for step in range(1, 7):
+        order, _ = read_order(tmp_path, step)
+        assert hosts <= len(order) <= sync["servers"]
+        assert all(sorted(entry.unit for entry in entries) == list(range(units)) for entries in order)
+        computing = Homes(Hosts(evenly(workers, hosts)), hosts, serving).computing
+        assert {entry.slot for entries in order for entry in entries} <= set(computing)
 
 
 MOMENTS = [("compute", 3), ("update", 3), ("mid-reduce", 3), ("mid-update", 60), ("mid-commit", 60), ("wait", 3)]
@@ -308,8 +334,8 @@ def test_staleness_is_on_record(tmp_path: Path) -> None:
         observe={"progress": False},
     ).fit(2)
     records = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
-    assert [r["staleness"] for r in records if r["event"] == "StepFinished"] == [{"0": 3}] * 2
-    assert "6 pushes; on average 0.00 others came between, 0 at the most" in ((tmp_path / "report.html").read_text())
+    assert [r["staleness"] for r in records if r["event"] == "StepFinished"] == [{"0": 6}] * 2  # 3 pushes to 2 servers
+    assert "12 pushes; on average 0.00 others came between, 0 at the most" in ((tmp_path / "report.html").read_text())
 
 
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 12), st.randoms(use_true_random=False))

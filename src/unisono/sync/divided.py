@@ -11,6 +11,7 @@ from torch import Tensor
 from unisono.comm.journal import Image
 from unisono.optim.blockwise import BlockOptimizer
 from unisono.plan.assignment import Run, UpdateClass, contiguous_shares, runs
+from unisono.plan.blocks import FlatLayout
 from unisono.plan.unit_pool import Words
 from unisono.state.layout import StateLayout
 from unisono.sync.ownership import OwnedBuffers, OwnedRun, Owner
@@ -98,8 +99,19 @@ def divided(
     dense = runs(layout.flat, update, [block for block in range(len(blocks)) if block not in apart], most)
     everything = sorted([*dense, *(Run(table.first, table.stop) for table in tables)], key=lambda run: run.first)
     costs = [sum(b.stop - b.start for b in blocks[run.first : run.stop]) for run in everything]
-    shares = contiguous_shares(costs, min(count, len(everything)))
-    return [everything[share.start : share.stop] for share in shares if share]
+    wanted = min(count, len(everything))
+    shares = [share for share in contiguous_shares(costs, wanted) if share]
+    while len(shares) < wanted:  # one run may cost as much as all others
+        longest = max(range(len(shares)), key=lambda number: len(shares[number]))
+        share = shares[longest]
+        shares[longest : longest + 1] = [share[: len(share) // 2], share[len(share) // 2 :]]
+    return [everything[share.start : share.stop] for share in shares]
+
+
+def dense_elements(flat: FlatLayout, tables: Sequence[Table]) -> int:
+    """Elements of parameters that are no tables."""
+    apart = members(tables)
+    return sum(block.stop - block.start for number, block in enumerate(flat.blocks) if number not in apart)
 
 
 def servers_of(

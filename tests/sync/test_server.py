@@ -162,6 +162,54 @@ def test_a_worker_is_killed_at_any_moment(pool: LocalLauncher, moment: str, at: 
     assert replayed_digest(pool, tmp_path, sync, model="mlp") == digest_of(live)
 
 
+SPREAD = [(3, 2, 0), (3, 1, 1), (4, 2, 1)]
+"""Workers, hosts, and workers of each that only serve: the last ones."""
+
+
+@pytest.mark.parametrize(("moment", "step"), [("compute", 4), ("update", 5), ("mid-reduce", 5), ("wait", 3)])
+@pytest.mark.parametrize(("workers", "hosts", "serving"), SPREAD)
+@pytest.mark.parametrize("rank", [0, -1])
+def test_where_servers_are_spread_all_start_again(
+    pool: LocalLauncher, moment: str, step: int, workers: int, hosts: int, serving: int, rank: int, tmp_path: Path
+) -> None:
+    """(the first or the last rank, step): from what each host and its neighbour have kept; no unit counts twice."""
+    if serving and rank == -1 and moment in ("compute", "update"):
+        pytest.skip("it computes nothing")
+    sync = {"servers": 3}
+    live = run(
+        pool,
+        workers,
+        [{"rank": rank % workers, "step": step, "moment": moment, "how": "kill"}],
+        hosts=hosts,
+        model="norm",
+        run_dir=str(tmp_path),
+        fault={"snapshot_every": 2},
+        sync={"mode": "server", "record": True, "serving": serving, **sync},
+    )
+    assert {result["reason"] for result in live.results} == {"finished"}
+    records = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [r["event"] for r in records].count("RolledBack") == 1
+    for number in range(1, 7):
+        order = read_order(tmp_path, number)[0]
+        assert all(sorted(entry.unit for entry in entries) == list(range(40)) for entries in order)
+    assert replayed_digest(pool, tmp_path, sync, model="norm") == digest_of(live)
+
+
+def test_where_servers_are_spread_it_is_resumed_anywhere(pool: LocalLauncher, tmp_path: Path) -> None:
+    """On two hosts, then on three, on one, and on one with a process that serves; evaluated alike; replayed whole."""
+    sync = {"mode": "server", "record": True, "servers": 3}
+    arguments: dict[str, Any] = {"model": "norm", "clip": 0.1, "global_batch_size": 160, "deadline_s": 20.0}
+    arguments |= {"run_dir": str(tmp_path), "validated": True, "validate": {"every": 2}}
+    for number, (workers, hosts, serving) in enumerate(((3, 2, 0), (3, 3, 0), (2, 1, 0), (3, 1, 1), (4, 2, 1)), 1):
+        given = {**arguments, "steps": 2 * number, "resume": number > 1, "sync": {**sync, "serving": serving}}
+        live = pool.run({"call": "tests.jobs:train", "arguments": given}, workers, hosts=hosts)
+        assert len({json.dumps(result["validations"]) for result in live.results if result["validations"]}) == 1
+    replay = {"mode": "server", "servers": 3, "replay": str(tmp_path)}
+    kept = {key: value for key, value in arguments.items() if key not in ("run_dir", "validated", "validate")}
+    again = pool.run({"call": "tests.jobs:train", "arguments": {**kept, "steps": 10, "sync": replay}}, 1)
+    assert digest_of(again) == digest_of(live)
+
+
 @pytest.mark.parametrize("moment", ["mid-update", "mid-commit"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_worker_is_killed_as_it_changes_rows(pool: LocalLauncher, moment: str, rank: int, tmp_path: Path) -> None:

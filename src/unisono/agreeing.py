@@ -28,7 +28,7 @@ from unisono.parallel.replicated import Replica
 from unisono.parallel.stash import Stash
 from unisono.pipedream import PipeDreamEngine
 from unisono.plan.assignment import apart_teams, runs
-from unisono.plan.lock_free import LockFreePool
+from unisono.plan.lock_free import LockFreeLayout, LockFreePool
 from unisono.plan.pool import Pool, PoolLayout
 from unisono.plan.rounds import RoundsLayout, RoundsPool
 from unisono.plan.schedule import timetable
@@ -176,12 +176,21 @@ class Parts:
 
     def pool(self) -> LockFreePool | Pool | RoundsPool:
         """The step's units."""
-        prepared = self.prepared
-        divides = pool_layout(prepared.layout.flat, self.config, prepared.place, prepared.servers, prepared.tables)
-        words = self.local.arena.bytes(prepared.host.regions.named["pool"])
+        divides, words = self._pool_layout, self.local.arena.bytes(self.prepared.host.regions.named["pool"])
         if isinstance(divides, RoundsLayout):
             return RoundsPool(divides, words)
         return Pool(divides, words) if isinstance(divides, PoolLayout) else LockFreePool(divides, words)
+
+    def claims(self) -> RoundsPool:
+        """The units of a step done in rounds, for workers of several hosts: which of them count."""
+        divides = self._pool_layout
+        assert isinstance(divides, RoundsLayout)
+        return RoundsPool(divides, self.local.arena.bytes(self.prepared.host.regions.named["claims"]))
+
+    @property
+    def _pool_layout(self) -> LockFreeLayout | PoolLayout | RoundsLayout:
+        prepared = self.prepared
+        return pool_layout(prepared.layout.flat, self.config, prepared.place, prepared.servers, prepared.tables)
 
 
 def stashing_engine(

@@ -234,12 +234,13 @@ def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) 
     replicas = mesh.data if config.layout.zero == 0 else 1
     shards = _shards(flat, update, teams, config, len(place.hosts.sizes), servers) if several_hosts else None
     passages = _passages(config, place, mesh, division) if division is not None else None
+    pool = pool_layout(flat, config, place, servers, tables)
     host = host_layout(
         slots=workers,
         blocks=layout.blocks,
         entries=max(
             _entries(config.micro_batches, SHARES_AT_ONCE if shards is None else 1) + (shards.rounds if shards else 0),
-            _entries_of_rounds(config),
+            _entries_of_rounds(config, spread=several_hosts or config.sync.serving > 0),
         ),
         partial_bytes=partials.size_bytes,
         state_bytes=layout.size_bytes,
@@ -250,9 +251,8 @@ def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) 
         passages=passages,
         crews=mesh.data * mesh.pipeline if mesh.tensor > 1 else 0,
         crew=mesh.tensor,
-        pool_bytes=pool_layout(flat, config, place, servers, tables).size_bytes
-        if stashing is None
-        else StepWords.size_bytes(stashing.units),
+        pool_bytes=pool.size_bytes if stashing is None else StepWords.size_bytes(stashing.units),
+        claims_bytes=pool.size_bytes if isinstance(pool, RoundsLayout) else 0,
         foretold_bytes=foretold_bytes(config.micro_batches, partials.scalars) if config.sync.apart else 0,
     )
     return Prepared(
@@ -345,8 +345,11 @@ def _entries(count: int, shares: int) -> int:
     return min(ENTRIES // 2, shares * (2 * max(1, (count - 1).bit_length()) + 2))
 
 
-def _entries_of_rounds(config: TrainingConfig) -> int:
+def _entries_of_rounds(config: TrainingConfig, *, spread: bool) -> int:
     """Partials of a worker that computes all units of a round alone, and one that comes late; 0 without rounds.
+
+    Arguments:
+        spread: and of one that is brought all units of a round by others.
 
     Raises:
         ConfigurationError: where they are more than a worker may hold.
@@ -356,7 +359,8 @@ def _entries_of_rounds(config: TrainingConfig) -> int:
         return 0
     assert sync.accepted is not None
     each = accumulation(0, sync.push, sync.push)[1]
-    needed = each * (1 + min(sync.accepted, config.micro_batches // sync.push))
+    counting = min(sync.accepted, config.micro_batches // sync.push)
+    needed = each * (1 + counting) + counting * spread
     if needed > ENTRIES:
         raise ConfigurationError(
             f"sync.accepted is {sync.accepted}: a worker would hold up to {needed} sums at once, and {ENTRIES} are "

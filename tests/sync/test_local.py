@@ -372,12 +372,6 @@ def test_every_worker_of_several_hosts_has_work() -> None:
     refuse_impossible(saved, Hosts((4,)))
     with pytest.raises(ConfigurationError, match=r"checkpoint\.every is auto, which the chief decides alone"):
         refuse_impossible(saved, Hosts((2, 2)))
-    pushed = validate(TrainingConfig, {**given, "sync": {"mode": "server", "push": 4}}, "test")
-    with pytest.raises(ConfigurationError, match="3 workers, and a step has 2 pushes of 4 micro-batches"):
-        refuse_impossible(pushed, Hosts((3,)))
-    pushed = validate(TrainingConfig, {**given, "sync": {"mode": "server"}}, "test")
-    with pytest.raises(ConfigurationError, match=r"sync\.mode server trains on one host so far, and there are 2"):
-        refuse_impossible(pushed, Hosts((1, 1)))
 
 
 def test_what_is_learned_after_the_last_agreement_is_told_of() -> None:

@@ -21,7 +21,8 @@ from unisono.config import TrainingConfig, validate
 from unisono.errors import CheckpointError, ConfigurationError, UnisonoError
 from unisono.events import StepFinished
 from unisono.launch.local import LocalLauncher
-from unisono.launch.possible import refuse_to_compare
+from unisono.launch.possible import refuse_impossible, refuse_inelastic, refuse_to_compare
+from unisono.launch.task import Elastic
 from unisono.optim.blockwise import BlockOptimizer, Unit
 from unisono.optim.classes import pin_variant
 from unisono.plan.assignment import UpdateClass
@@ -214,7 +215,7 @@ def test_where_servers_are_spread_it_is_resumed_anywhere(pool: LocalLauncher, tm
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_worker_is_killed_as_it_changes_rows(pool: LocalLauncher, moment: str, rank: int, tmp_path: Path) -> None:
     """(rank, the first of a server's versions from 60 that it makes): they are put back, its unit is another's."""
-    options = {"model": "embedded", "optimizer": "sgd"}
+    options: dict[str, Any] = {"model": "embedded", "optimizer": "sgd"}
     strikes = [{"rank": rank, "step": version, "moment": moment, "how": "kill"} for version in range(60, 68)]
     sync = {"mode": "server", "record": True, "servers": 2}
     live = run(pool, 3, strikes, run_dir=str(tmp_path), sync=sync, **options)
@@ -500,6 +501,43 @@ def test_what_makes_no_sense_is_refused(sync: dict[str, Any], said: str) -> None
         validate(TrainingConfig, {"global_batch_size": 8, "micro_batch_size": 1, "sync": sync}, "test")
 
 
+@pytest.mark.parametrize(
+    ("sync", "sizes", "said"),
+    [
+        ({"push": 4}, (3,), "3 workers, and a step has 2 pushes of 4 micro-batches"),
+        ({"push": 4, "serving": 1}, (2, 3), "3 workers, and a step has 2 pushes"),
+        ({"serving": 2}, (3, 2), r"sync\.serving is 2, and host 1 has 2 workers, of which none would compute"),
+        ({"servers": 2}, (1, 1, 1), r"sync\.servers is 2, and there are 3 hosts, each of which keeps one at least"),
+        ({"mode": "hogwild"}, (1, 1), r"sync\.mode hogwild is for workers that share memory, and there are 2 hosts"),
+        ({"replay": "runs/a"}, (1, 1), r"sync\.replay is done by one worker, and there are 2"),
+    ],
+)
+def test_hosts_and_workers_that_cannot_be_are_refused(sync: dict[str, Any], sizes: tuple[int, ...], said: str) -> None:
+    given = {"global_batch_size": 8, "micro_batch_size": 1, "sync": {"mode": "server", **sync}}
+    with pytest.raises(ConfigurationError, match=said):
+        refuse_impossible(validate(TrainingConfig, given, "test"), Hosts(sizes))
+
+
+def test_processes_that_only_serve_cannot_join_or_leave() -> None:
+    given = {"global_batch_size": 8, "micro_batch_size": 1, "sync": {"mode": "server", "serving": 1}}
+    with pytest.raises(ConfigurationError, match=r"--workers is 2:4, and sync\.serving is 1: a server's place"):
+        refuse_inelastic(validate(TrainingConfig, given, "test"), Elastic(2, 4))
+
+
+def test_checkpoints_of_spread_servers_have_a_number_of_steps() -> None:
+    given = {"global_batch_size": 8, "sync": {"mode": "server"}, "checkpoint": {"every": "auto"}}
+    config = validate(TrainingConfig, {**given, "micro_batch_size": 1}, "test")
+    refuse_impossible(config, Hosts((2,)))
+    with pytest.raises(ConfigurationError, match=r"checkpoint\.every is auto, which the chief decides alone"):
+        refuse_impossible(config, Hosts((1, 1)))
+
+
+def test_every_host_keeps_a_server(pool: LocalLauncher) -> None:
+    """A table, and a layer's weight and bias."""
+    with pytest.raises(UnisonoError, match="the model makes 3 servers, and there are 4 hosts"):
+        run(pool, 4, hosts=4, model="embedded", optimizer="sgd", sync={"mode": "server", "servers": 8}, steps=1)
+
+
 def test_without_staleness_it_is_the_exact_mode_bit_for_bit() -> None:
     """Rounds of four pushes, and steps of four micro-batches: the same parameters, and the same losses."""
 
@@ -546,6 +584,53 @@ def test_rounds_have_one_result_on_any_workers(pool: LocalLauncher, name: str) -
     expected = in_rounds(pool, name, 1, {"staleness": 0, "accepted": 4}).result["digest"]
     for workers in (2, 3, 4):
         assert in_rounds(pool, name, workers, {"staleness": 0, "accepted": 4}).result["digest"] == expected
+
+
+@pytest.mark.parametrize("name", ROUNDS)
+def test_rounds_have_one_result_on_any_hosts(pool: LocalLauncher, name: str) -> None:
+    """Also with processes that only serve; accepted gradients do not divide a step's."""
+    sync = {"staleness": 0, "accepted": 3}
+    expected = in_rounds(pool, name, 1, sync)
+    for workers, hosts, serving in ((2, 2, 0), (5, 2, 0), (3, 3, 0), (2, 1, 1), (4, 1, 2), (4, 2, 1)):
+        servers = max(hosts, ROUNDS[name]["sync"].get("servers", 4))
+        found = in_rounds(pool, name, workers, {**sync, "servers": servers, "serving": serving}, hosts=hosts)
+        assert {result["digest"] for result in found.results} == {expected.result["digest"]}, (workers, hosts, serving)
+        assert {result["loss"] for result in found.results} == {expected.result["loss"]}
+
+
+@pytest.mark.parametrize("name", ROUNDS)
+@pytest.mark.parametrize(("workers", "hosts", "serving"), [(4, 2, 0), (4, 1, 1), (6, 2, 1)])
+def test_rounds_of_several_hosts_with_backup_workers_are_replayed(
+    pool: LocalLauncher, name: str, workers: int, hosts: int, serving: int, tmp_path: Path
+) -> None:
+    """Every unit counts once; whoever is slow comes late; nobody waits for it, though its host has servers."""
+    slow = {"rank": 2, "step": 0, "moment": "data", "how": "slow", "seconds": 0.02}
+    sync = {"backup": 1, "record": True, "serving": serving, "servers": max(3, ROUNDS[name]["sync"].get("servers", 4))}
+    live = in_rounds(pool, name, workers, sync, strikes=[slow], run_dir=str(tmp_path), hosts=hosts)
+    units, accepted = 160 // 4 // ROUNDS[name]["sync"].get("push", 1), workers - hosts * serving - 1
+    for step in range(1, 7):
+        rounds, _ = read_rounds(tmp_path, step)
+        assert sorted(itertools.chain(*rounds)) == list(range(units))
+        assert all(len(members) == accepted for members in rounds[:-1])
+    replay = {"backup": 1, "replay": str(tmp_path), "accepted": accepted, "servers": sync["servers"]}
+    assert digest_of(in_rounds(pool, name, 1, replay)) == digest_of(live)
+
+
+@pytest.mark.parametrize(("moment", "at"), [("compute", 4), ("update", 4), ("mid-reduce", 5)])
+@pytest.mark.parametrize(("workers", "hosts", "serving"), [(3, 3, 0), (4, 2, 1)])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_worker_of_several_hosts_is_killed_in_a_round(
+    pool: LocalLauncher, moment: str, at: int, workers: int, hosts: int, serving: int, rank: int
+) -> None:
+    """(rank, step): the bits of the undisturbed run."""
+    sync = {"staleness": 0, "accepted": 3}
+    expected = in_rounds(pool, "BatchNorm, clipped", 1, sync).result["digest"]
+    strikes = [{"rank": rank, "step": at, "moment": moment, "how": "kill"}]
+    spread = {**sync, "serving": serving, "servers": 3}
+    live = in_rounds(
+        pool, "BatchNorm, clipped", workers, spread, strikes=strikes, hosts=hosts, fault={"snapshot_every": 1}
+    )
+    assert digest_of(live) == expected
 
 
 @pytest.mark.parametrize("name", ROUNDS)

@@ -4,6 +4,7 @@ Nothing is parsed before both ends have proved that they know a secret, which wh
 workers have told each other over the group that they have already. A message is words (JSON) and bytes.
 """
 
+import contextlib
 import hmac
 import json
 import secrets
@@ -88,30 +89,40 @@ class Answering:
         self._over = False
         self.sent_bytes = 0
         self._connected: list[socket.socket] = []
+        self._known = 0
+        self._counting = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._accepting = threading.Thread(target=self._accept, name="unisono-answer", daemon=True)
         self._accepting.start()
 
     def _accept(self) -> None:
-        while len(self._connected) < self._askers and not self._over:
+        while not self._over:
             try:
                 connected, _ = self._listener.accept()
             except OSError:
-                return  # closed
-            connected.settimeout(STRANGER_S)
-            try:
-                known = _proved(connected, self.endpoint.secret, asks=False)
-            except OSError:
-                known = False
-            if not known or self._over:
-                connected.close()
-                continue
-            connected.settimeout(None)
+                break  # all have come, or this end is closed
             self._connected.append(connected)
-            thread = threading.Thread(target=self._answer, args=(connected,), name="unisono-answer", daemon=True)
+            thread = threading.Thread(target=self._meet, args=(connected,), name="unisono-answer", daemon=True)
             self._threads.append(thread)
             thread.start()
         self._listener.close()
+
+    def _meet(self, connected: socket.socket) -> None:
+        """Answer whoever has connected, once it has proved that it belongs to the job."""
+        connected.settimeout(STRANGER_S)
+        try:
+            known = _proved(connected, self.endpoint.secret, asks=False)
+        except OSError:
+            known = False
+        if not known:
+            connected.close()
+            return
+        with self._counting:
+            self._known += 1
+            if self._known == self._askers:
+                _shut(self._listener)
+        connected.settimeout(None)
+        self._answer(connected)
 
     def _answer(self, connected: socket.socket) -> None:
         """All that one of those who ask wants to know, until it goes."""
@@ -142,11 +153,7 @@ class Answering:
         """Answer nobody any more."""
         self._over = True
         for connected in (self._listener, *self._connected):
-            try:
-                connected.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                continue  # it was not connected any more
-        self._listener.close()
+            _shut(connected)
         for thread in (self._accepting, *self._threads):
             thread.join(LEAVE_S)
         for connected in self._connected:
@@ -263,6 +270,12 @@ class Asking:
         if self._socket is not None:
             self._socket.close()
             self._socket = None
+
+
+def _shut(connected: socket.socket) -> None:
+    """Free whoever waits on a socket; one that is closed, or not connected any more, has nobody."""
+    with contextlib.suppress(OSError):
+        connected.shutdown(socket.SHUT_RDWR)
 
 
 def _pieces(words: Words, parts: Sequence[Tensor]) -> list[memoryview]:

@@ -95,6 +95,7 @@ def host_layout(
     crews: int = 0,
     crew: int = 1,
     pool_bytes: int = 0,
+    claims_bytes: int = 0,
     foretold_bytes: int = 0,
 ) -> HostLayout:
     """Divide an arena.
@@ -107,6 +108,7 @@ def host_layout(
         crews: groups of tensor-parallel workers.
         crew: workers of each.
         pool_bytes: what workers that wait for nobody take in turn.
+        claims_bytes: what workers of several hosts take in turn, round by round.
         foretold_bytes: what is known of micro-batches before their gradients are.
     """
     if entries > ENTRIES:
@@ -134,6 +136,7 @@ def host_layout(
         regions.add("wire", wire_bytes, PAGE)
         regions.add("foretold", foretold_bytes)
     regions.add("pool", pool_bytes, PAGE)
+    regions.add("claims", claims_bytes)
     if passages is not None:
         passages.add_to(regions)
     meeting = meeting_layout(crew, 0)

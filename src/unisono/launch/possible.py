@@ -56,12 +56,13 @@ def with_replicas(config: TrainingConfig, hosts: Hosts) -> TrainingConfig:
         ConfigurationError: where micro-batches cannot be shared evenly by them.
     """
     if config.sync.in_rounds and config.sync.accepted is None:
-        if config.sync.backup >= hosts.size:
+        computing = max(1, hosts.size - config.sync.serving * len(hosts.sizes))  # too few are refused in a sentence
+        if config.sync.backup >= computing:
             raise ConfigurationError(
-                f"sync.backup is {config.sync.backup}, and there are {hosts.size} workers: nothing would count; use "
-                "fewer, or give sync.accepted"
+                f"sync.backup is {config.sync.backup}, and there are {computing} workers that compute: nothing would "
+                "count; use fewer, or give sync.accepted"
             )
-        accepted = hosts.size - config.sync.backup
+        accepted = computing - config.sync.backup
         return config.model_copy(update={"sync": config.sync.model_copy(update={"accepted": accepted})})
     if config.sync.mode == "pipedream" and config.sync.stages is None:
         return config.model_copy(update={"sync": config.sync.model_copy(update={"stages": config.layout.pipeline})})
@@ -142,6 +143,11 @@ def refuse_inelastic(config: TrainingConfig, elastic: Elastic | None) -> None:
             f"--workers is {elastic.least}:{elastic.most}, and sync.mode {config.sync.mode} has a worker for each "
             "stage; give a number of workers (-n)"
         )
+    if config.sync.serving:
+        raise ConfigurationError(
+            f"--workers is {elastic.least}:{elastic.most}, and sync.serving is {config.sync.serving}: a server's place "
+            "must not change; give a number of workers (-n)"
+        )
     if not survives(config, elastic.most):
         raise ConfigurationError(
             "workers can join and leave where they share one state in the CPU's memory and compute whole layers; use "
@@ -204,11 +210,6 @@ def _refuse_to_push(config: TrainingConfig, hosts: Hosts) -> None:
         raise ConfigurationError(
             f"sync.mode hogwild is for workers that share memory, and there are {len(hosts.sizes)} hosts; start one, "
             "or use sync.mode=server"
-        )
-    if several and sync.in_rounds:
-        raise ConfigurationError(
-            f"sync.mode server works in rounds on one host so far, and there are {len(hosts.sizes)}; start one, give a "
-            "sync.staleness above 0, or use sync.mode=every_step"
         )
     if sync.servers < len(hosts.sizes):
         raise ConfigurationError(

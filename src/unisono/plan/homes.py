@@ -55,15 +55,20 @@ class Homes:
 
         Several that ask a host ask different ones where there are more.
         """
-        host, local_rank = self.hosts.place(rank)
-        if self.serves(rank):
-            return ()
-        others = [other for other in range(len(self.hosts.sizes)) if not self.reaches(rank, other)]
-        return tuple(self._answering(other)[(host + local_rank) % len(self._answering(other))] for other in others)
+        return () if self.serves(rank) else self._one_of_each(rank)
+
+    def peers(self, rank: int) -> tuple[int, ...]:
+        """Of each other host one, for a worker that updates its own host's servers."""
+        return self._one_of_each(rank) if self.reaches(rank, self.hosts.place(rank)[0]) else ()
 
     def askers(self, rank: int) -> tuple[int, ...]:
         """The workers that ask this one."""
-        return tuple(other for other in self.computing if rank in self.asked(other))
+        return tuple(other for other in range(self.hosts.size) if rank in self.asked(other))
+
+    def _one_of_each(self, rank: int) -> tuple[int, ...]:
+        host, local_rank = self.hosts.place(rank)
+        others = [other for other in range(len(self.hosts.sizes)) if not self.reaches(rank, other)]
+        return tuple(self._answering(other)[(host + local_rank) % len(self._answering(other))] for other in others)
 
     def _answering(self, host: int) -> Sequence[int]:
         ranks = [self.hosts.rank(host, n) for n in range(self.hosts.sizes[host])]

@@ -9,7 +9,7 @@ parameter server", 2014; Ho et al., 2013 (bounded staleness); Zhang et al., "Sta
 Mitliagkas et al., "Asynchrony begets momentum", 2016.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from unisono.comm.journal import Image
 from unisono.comm.locks import Locks
 from unisono.optim.clipping import global_norm, squared_norms
+from unisono.plan.assignment import Run
 from unisono.plan.pool import Entry, Pool
 from unisono.plan.rounds import RoundsPool
 from unisono.plan.unit_pool import Words
@@ -124,7 +125,14 @@ class Servers:
             self._values.pull_rows(owned.table, owned.since(self.read[number]))
 
     def update_all(
-        self, versions: Sequence[int], busy: Words, sums: Gradient, factor: float, step: int, first: int
+        self,
+        versions: Sequence[int],
+        busy: Words,
+        sums: Gradient,
+        factor: float,
+        step: int,
+        first: int,
+        numbers: Sequence[int] | None = None,
     ) -> None:
         """Bring every server that is still at the version with which a round began to the next.
 
@@ -132,9 +140,11 @@ class Servers:
             versions: of each.
             busy: of each, the slot plus 1 of who updates it, or died in that.
             first: the server to begin with; others may begin with others.
+            numbers: of the servers; default: all.
         """
-        count = len(self.parts)
-        for number in (*range(first % count, count), *range(first % count)):
+        some = range(self.count) if numbers is None else numbers
+        turned = first % len(some)
+        for number in (*some[turned:], *some[:turned]):
             self._locks.hold(1 + number, f"server {number}, to update it")
             version, images = versions[number], self.parts[number].images
             if busy[number]:
@@ -156,12 +166,11 @@ class Servers:
 
     def pull_from(self, number: int) -> None:
         """Compute with what a server has now."""
-        pool = self._own_pool
         self._locks.hold(1 + number, f"server {number}, to read it")
-        self._mend(number)
-        if self.read[number] != pool.version[number]:
+        version = self._mended(number)
+        if self.read[number] != version:
             self._pull(number, self.parts[number])
-            self.read[number] = int(pool.version[number])
+            self.read[number] = version
         self._locks.let_go(1 + number)
 
     def copy(self, number: int, since: int) -> tuple[int, Copied | None]:
@@ -170,10 +179,9 @@ class Servers:
         Arguments:
             since: -1 for everything.
         """
-        pool, server = self._own_pool, self.parts[number]
+        server = self.parts[number]
         self._locks.hold(1 + number, f"server {number}, to copy it")
-        self._mend(number)
-        version, found = int(pool.version[number]), None
+        version, found = self._mended(number), None
         if version != since:
             found = Copied(
                 self._values.common(server.parts if since < 0 else server.dense),
@@ -181,6 +189,13 @@ class Servers:
             )
         self._locks.let_go(1 + number)
         return version, found
+
+    def _mended(self, number: int) -> int:
+        """The version of a server, on which nobody has begun anything any more."""
+        if isinstance(self._pool, Pool):
+            self._mend(number)
+            return int(self._pool.version[number])
+        return self.version_of(number)
 
     def push(self, unit: int, sums: Gradient, factor: float, step: int) -> None:
         """Update every server that does not have all of a unit yet.
@@ -312,14 +327,18 @@ class Servers:
     def norm(self, sums: Gradient) -> float:
         """The norm of a push's gradient."""
         squares: list[float] = []
-        for server in self.parts:
-            for owned in server.runs:
-                self.updater.reduce(owned, sums)
-                squares += squared_norms(owned.gradients)
+        for number, server in enumerate(self.parts):
+            squares += [value for _, values in self.squares(number, sums) for value in values]
             for member in server.tables:
                 if (total := member.table.total(sums)) is not None:
                     squares += squared_norms([total.values() / sums.weight])
         return global_norm(squares)
+
+    def squares(self, number: int, sums: Gradient) -> Iterator[tuple[Run, list[float]]]:
+        """The squared norms of the blocks of each run of a server."""
+        for owned in self.parts[number].runs:
+            self.updater.reduce(owned, sums)
+            yield owned.run, squared_norms(owned.gradients)
 
     @property
     def _own_pool(self) -> Pool:

@@ -57,6 +57,21 @@ class Gate:
                 self._changed.wait(LOOK_S)
 
 
+def copied(servers: Servers, since: Sequence[tuple[int, int]]) -> tuple[Words, list[Tensor]]:
+    """What servers have, as words and bytes.
+
+    Arguments:
+        since: the number of each, and the version that the other has.
+    """
+    said: list[dict[str, Any]] = []
+    parts: list[Tensor] = []
+    for number, version in since:
+        now, found = servers.copy(number, version)
+        said.append({"version": now, **(found.words if found is not None else {})})
+        parts += found.parts if found is not None else []
+    return {"servers": said}, parts
+
+
 class Serving:
     """What answers one worker.
 
@@ -77,7 +92,7 @@ class Serving:
         """Do what is asked for."""
         self._gate.wait(words["step"])
         if words["op"] == PULL:
-            return self._pull(words["since"])
+            return copied(self._servers, words["since"])
         if words["op"] == PUSH:
             self._push(words, data)
             return {}, ()
@@ -86,15 +101,6 @@ class Serving:
             return {"unit": self._turns.take(words["step"], words["worker"])}, ()
         self._turns.over(words["step"], words["worker"])
         return {}, ()
-
-    def _pull(self, since: Sequence[tuple[int, int]]) -> tuple[Words, Sequence[Tensor]]:
-        said: list[dict[str, Any]] = []
-        parts: list[Tensor] = []
-        for number, version in since:
-            now, copied = self._servers.copy(number, version)
-            said.append({"version": now, **(copied.words if copied is not None else {})})
-            parts += copied.parts if copied is not None else []
-        return {"servers": said}, parts
 
     def _push(self, words: Words, data: Tensor) -> None:
         push = Push(words["unit"], words["worker"], tuple(words["read"]), words["factor"], words["step"])

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 
-from unisono.comm.calls import Asking, Message
+from unisono.comm.calls import Asking, Message, Words
 from unisono.sync.messages import announced, pushed, put_copied
 from unisono.sync.pulled import PulledValues
 from unisono.sync.server import Servers
@@ -56,12 +56,16 @@ class SpreadServers:
         """Compute with what the servers have."""
         self.pull()
 
-    def pull(self) -> None:
-        """Compute with what the servers have now."""
+    def pull(self, about: Words | None = None) -> None:
+        """Compute with what the servers have now.
+
+        Arguments:
+            about: what else others are to know.
+        """
         read, operation = self._here.read, f"pull in step {self._step}"
         for asking, numbers in self._elsewhere:
             since = [[number, read[number]] for number in numbers]
-            asking.ask(operation, {"op": PULL, "step": self._step, "since": since})
+            asking.ask(operation, {"op": PULL, "step": self._step, "since": since, **(about or {})})
         for number in self._direct:
             self._here.pull_from(number)
         for asking, numbers in self._elsewhere:

@@ -37,6 +37,7 @@ CONFIG = {
     "clip": 1.0,
 }
 DILOCO = {"mode": "diloco", "period": 4, "after": 4, "replicas": 4}
+ROUNDS = {"mode": "server", "staleness": 0, "accepted": 3}
 NEED_LINKS = ("cut-coordinator", "cut-halves", "cut-halves-witness")
 
 
@@ -66,6 +67,8 @@ def test_the_others_go_on_with_the_same_bits(fault: str) -> None:
         ("host-witness", 2, {"layout": {"pipeline": 2}}),
         ("host", 1, {"sync": DILOCO}),
         ("host-again", 1, {"sync": {**DILOCO, "fragments": 2, "delay": 1}}),
+        ("host", 1, {"sync": ROUNDS}),
+        ("host-worker", 2, {"sync": ROUNDS}),
         pytest.param("host-fenced", 1, {"layout": {"zero": 3}}, marks=pytest.mark.slow),
         pytest.param("host-worker", 4, {"layout": {"pipeline": 2, "zero": 1}}, marks=pytest.mark.slow),
         pytest.param("host-worker", 2, {"sync": DILOCO}, marks=pytest.mark.slow),

@@ -42,8 +42,12 @@ UNISONO: dict[str, dict[str, Any]] = {
     "diloco_int8": {"sync": {**DILOCO, "compression": "int8"}},
     "diloco_streaming": {"sync": {**DILOCO, "compression": "bf16", "fragments": 2, "delay": 10}},
     "diloco_streaming_int8": {"sync": {**DILOCO, "compression": "int8", "fragments": 2, "delay": 10}},
+    "server": {"sync": {"mode": "server"}},
+    "server_bounded": {"sync": {"mode": "server", "staleness": 1}},
     ALONE: {},
 }
+UNITS = 8
+"""Pushes of each worker between two meetings of a parameter server's; a step of the others is as one push of each."""
 METHODS = ("ddp", *UNISONO, "torch_powersgd")
 
 
@@ -53,19 +57,23 @@ def task() -> LanguageModel:
 
 
 class Meter:
-    """Notes the clock and the bytes that this host has sent, after every step."""
+    """Notes the clock and the bytes that this host has sent, after every step, or for each of several at once."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
         self.sent: list[int] = []
         self.losses: list[float] = []
 
-    def note(self, loss: float) -> None:
-        """A step is over."""
-        self.times.append(time.perf_counter())
-        self.losses.append(loss)
+    def note(self, loss: float, steps: int = 1) -> None:
+        """So many steps are over."""
+        now = time.perf_counter()
         with open(f"/sys/class/net/{DEVICE}/statistics/tx_bytes") as counter:
-            self.sent.append(int(counter.read()))
+            sent = int(counter.read())
+        then, before = (self.times[-1], self.sent[-1]) if self.times else (now, sent)
+        for number in range(1, steps + 1) if self.times else [steps]:  # what was before the first has no beginning
+            self.times.append(then + (now - then) * number / steps)
+            self.sent.append(before + (sent - before) * number // steps)
+            self.losses.append(loss)
 
 
 def unisono(method: str, steps: int, samples: int, meter: Meter) -> None:
@@ -74,10 +82,11 @@ def unisono(method: str, steps: int, samples: int, meter: Meter) -> None:
     if method == ALONE:
         del os.environ["WORLD_SIZE"], os.environ["RANK"]
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    together = UNITS if UNISONO[method].get("sync", {}).get("mode") == "server" else 1
 
     def note(event: Event) -> None:
         if isinstance(event, StepFinished):
-            meter.note(event.loss)
+            meter.note(event.loss, together)
 
     trainer = Trainer(
         model=subject.model,
@@ -85,13 +94,13 @@ def unisono(method: str, steps: int, samples: int, meter: Meter) -> None:
         data=subject.dataset("train"),
         optimizer=subject.optimizer,
         callbacks=[note],
-        global_batch_size=samples * world,
+        global_batch_size=samples * world * together,
         micro_batch_size=samples,
         seed=SEED,
         **UNISONO[method],
         observe={"progress": False},
     )
-    trainer.fit(steps)
+    trainer.fit(-(-steps // together) + (together > 1))
 
 
 def ddp(method: str, steps: int, samples: int, meter: Meter) -> None:

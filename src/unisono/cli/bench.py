@@ -135,7 +135,7 @@ def network(
         str,
         typer.Option(
             help="Ways of moving gradients, besides ddp; diloco, diloco_bf16, diloco_int8, diloco_streaming: hosts "
-            "agree every 50 steps; alone: they never do."
+            "agree every 50 steps; server, server_bounded: a parameter server; alone: they never do."
         ),
     ] = "exact,exact_unpacked,bf16,int8,powersgd,top_k,sign,torch_powersgd",
     samples: Annotated[int, typer.Option(min=1, help="Sequences of 128 tokens that a host computes in a step.")] = 2,

@@ -4,7 +4,6 @@ workers meet between steps of their own."""
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -33,7 +32,6 @@ from unisono.plan.pool import Pool, PoolLayout
 from unisono.plan.rounds import RoundsLayout, RoundsPool
 from unisono.plan.schedule import timetable
 from unisono.plan.stash import StepWords
-from unisono.plan.unit_pool import Words
 from unisono.preparation import Prepared, pool_layout
 from unisono.run.clients import Federation
 from unisono.second_order import CommonValues, NewtonEngine
@@ -50,9 +48,6 @@ from unisono.sync.pulled import PulledValues
 from unisono.sync.stash import StashedValues, own_team
 from unisono.sync.updater import Updater
 from unisono.units import Pace, UnitGradients
-
-_NONE: Words = np.zeros(0, dtype=np.int64)
-"""In place of the rows of tables, where there are none."""
 
 
 def policy_of(

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,9 +44,10 @@ from unisono.plan.schedule import WHOLE, timetable
 from unisono.plan.shards import apart_shares
 from unisono.preparation import Objects, Prepared, crews_of, prepare
 from unisono.protection import protected, snapshots_of
-from unisono.pushing import Connections, pushing_engine
+from unisono.pushing import pushing_engine
 from unisono.run.clients import ClientSampler
 from unisono.run.sampling import Sampler
+from unisono.spreading import Connections, spread_engine
 from unisono.state.shared import SharedState
 from unisono.state.snapshots import Snapshots
 from unisono.state.training_state import TrainingState
@@ -102,17 +104,22 @@ class Worker:
                 cause = error
                 raise
             finally:
-                self.group.close(cause)
-                if self.snapshots is not None:
-                    self.snapshots.close()
-                if self.connections is not None:
-                    self.connections.close()
-                if self.locks is not None:
-                    self.locks.close()
-                self.replica.buffers.invalidate()
-                self.replica.buffers.reset()
-                self.replica.close()
+                with ExitStack() as then:  # from the last to the first, whichever of them fails
+                    then.callback(self._free_model)
+                    if self.locks is not None:
+                        then.callback(self.locks.close)
+                    if self.connections is not None:
+                        then.callback(self.connections.close, cause)
+                    if self.snapshots is not None:
+                        then.callback(self.snapshots.close)
+                    then.callback(self.group.close, cause)
             unbind(self.prepared.model, self.prepared.layout.flat, copies=self.prepared.copies)
+
+    def _free_model(self) -> None:
+        """Let go of what is wrapped around the model."""
+        self.replica.buffers.invalidate()
+        self.replica.buffers.reset()
+        self.replica.close()
 
 
 def assemble(
@@ -284,13 +291,24 @@ def _worker(
     training = TrainingFeed(feed, sampler)
     if group is local:
         local.roll.costs = training.costs
+    evaluator = None
+    if objects.validation is not None:
+        held_out = Feed(objects.validation, config.seed, "validation", objects.collate, device)
+        evaluator = Evaluator(
+            group, replica, held_out, config.micro_batch_size, config.validation.samples, objects.metrics, stopping
+        )
+    memos = Memos(local.arena.bytes(host.memos()), local.slot) if local.survives else None
+    if isinstance(group, HierarchicalGroup):
+        group.continuity = Continuity(state.parts, versions)
     engine: Executes
     connections = None
     phases = Phases(group, listeners)
     own = state, snapshot, run_memory, versions
     parts = Parts(prepared, config, local, *own, schedule, replica, training, phases)
-    if locks is not None:
-        engine, connections = pushing_engine(parts, group, world.address, locks, pulled)
+    if locks is not None and pulled is not None and prepared.homes(config).spread:
+        engine, connections = spread_engine(parts, group, world.address, locks, pulled)
+    elif locks is not None:
+        engine = pushing_engine(parts, locks, pulled)
     elif newton and pulled is not None:
         engine = newton_engine(parts, bound, pulled)
     elif stash is not None:
@@ -309,15 +327,6 @@ def _worker(
             passages,
             local.copies,
         )
-    if isinstance(group, HierarchicalGroup):
-        group.continuity = Continuity(state.parts, versions)
-    evaluator = None
-    if objects.validation is not None:
-        held_out = Feed(objects.validation, config.seed, "validation", objects.collate, device)
-        evaluator = Evaluator(
-            group, replica, held_out, config.micro_batch_size, config.validation.samples, objects.metrics, stopping
-        )
-    memos = Memos(local.arena.bytes(host.memos()), local.slot) if local.survives else None
     members = (prepared, group, state, snapshot, replica, engine, evaluator, snapshots, shared, offload, memos)
     return Worker(*members, locks=locks, connections=connections), step
 

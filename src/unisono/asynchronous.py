@@ -19,6 +19,9 @@ from unisono.sync.sums import StepSums
 from unisono.sync.turns import POOL, GivesUnits
 from unisono.units import Pace, UnitGradients, clipped_by
 
+MOST_NAMED = 8
+"""Units that an error names."""
+
 
 class Pushed(Common, Protocol):
     """Values that a worker updates while others do."""
@@ -54,6 +57,7 @@ class AsynchronousEngine(MeetingEngine):
         snapshot: copies the state to where a checkpoint is written from.
         record: keeps the order of a step's pushes; None where it is not wanted.
         across: the workers of other hosts; None where there are none.
+        name: a worker's for a reader.
     """
 
     def __init__(
@@ -70,6 +74,7 @@ class AsynchronousEngine(MeetingEngine):
         snapshot: Callable[[], object],
         record: Callable[[int, Done], None] | None = None,
         across: Across | None = None,
+        name: Callable[[int], str] = "rank {}".format,
     ) -> None:
         super().__init__(group, values, phases, snapshot, across)
         self._values = values
@@ -80,6 +85,7 @@ class AsynchronousEngine(MeetingEngine):
         self._locks = locks
         self._pace = pace
         self._write = record
+        self._name = name
 
     def _do(self, step: int) -> Done:
         """Take units until there are none."""
@@ -127,9 +133,19 @@ class AsynchronousEngine(MeetingEngine):
             self._turns.over(step, self._worker)
 
     def _await_units(self, step: int) -> Sequence[Loss]:
-        """Wait for what others have taken; those who were lost meanwhile."""
-        absent = lambda: f"some are not done; {self._group.doing()}"  # noqa: E731
-        return self._group.wait_or_lose(lambda: self._pool.all_done, f"units of step {step}", absent)
+        """Wait for what others have taken, as long as something comes in time; those who were lost meanwhile."""
+        pool, lost = self._pool, list[Loss]()
+        while not (lost or pool.all_done):
+            seen = pool.progress
+            moved = lambda seen=seen: pool.all_done or pool.progress != seen  # noqa: E731
+            lost = list(self._group.wait_or_lose(moved, f"units of step {step}", self._missing))
+        return lost
+
+    def _missing(self) -> str:
+        missing, under_way = self._pool.missing(), self._pool.under_way
+        who = [f"unit {int(unit) - 1} by {self._name(worker)}" for worker, unit in enumerate(under_way) if unit]
+        by = [text for text in who if int(text.split()[1]) in missing]
+        return f"{len(missing)} are not done: {', '.join(by or map(str, missing[:MOST_NAMED]))}; {self._group.doing()}"
 
     def _take_over(self, step: int, lost: Sequence[Loss]) -> None:
         """Compute what lost workers had taken, unless another does."""

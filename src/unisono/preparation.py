@@ -240,7 +240,7 @@ def prepare(objects: Objects, config: TrainingConfig, place: Place, feed: Feed) 
         blocks=layout.blocks,
         entries=max(
             _entries(config.micro_batches, SHARES_AT_ONCE if shards is None else 1) + (shards.rounds if shards else 0),
-            _entries_of_rounds(config, spread=several_hosts or config.sync.serving > 0),
+            _entries_of_rounds(config, spread=Homes(place.hosts, len(servers), config.sync.serving).spread),
         ),
         partial_bytes=partials.size_bytes,
         state_bytes=layout.size_bytes,
@@ -307,6 +307,8 @@ def pool_layout(
 
 
 def _refuse_idle_hosts(servers: int, hosts: int) -> None:
+    if servers == 0:
+        raise ConfigurationError("sync.mode server has nothing to serve: no parameter of the model is trained")
     if servers < hosts:
         raise ConfigurationError(
             f"the model makes {servers} servers, and there are {hosts} hosts, each of which keeps one at least; use "

@@ -66,17 +66,11 @@ class RoundsEngine(MeetingEngine):
         self._again = None
         while (number := pool.round) < pool.layout.rounds:
             self._do_round(step, number)
-        loss, weight = (sum(part) for part in zip(*self._sums, strict=True))
+        loss, weight = (sum(part) for part in zip(*pool.totals, strict=True))
         return Done(loss, weight, {0: pool.layout.units})
 
-    @property
-    def _sums(self) -> list[tuple[float, float]]:
-        return [(float(loss), float(weight)) for loss, weight in self._pool.sums]
-
     def _record(self, step: int, done: Done) -> None:
-        numbers = range(self._pool.layout.rounds)
-        rounds = [[arrival.unit for arrival in self._pool.arrivals(number)] for number in numbers]
-        self._write(step, rounds, self._sums)
+        self._write(step, self._pool.members, self._pool.totals)
 
     def _keep(self, step: int) -> None:
         self._keep_together(self._pool, step)

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from unisono.comm.host import HostGroup
 from unisono.errors import TrainingError
 from unisono.meeting import Across, Done, MeetingEngine
+from unisono.sync.bringing import Part
 from unisono.sync.brought import Brought
 from unisono.sync.claims import Claims
 from unisono.sync.phases import Phases
-from unisono.sync.serving_rounds import Part
 from unisono.sync.spread import SpreadServers
 from unisono.units import UnitGradients
 
@@ -67,26 +67,24 @@ class SpreadRoundsEngine(MeetingEngine):
         while self._part is not None and number < pool.layout.rounds:
             number = self._do_round(step, number, self._part)
         self._phases.enter("wait")
-        self._brought.wait(step, pool.layout.rounds)
+        for number in range(1, pool.layout.rounds + 1):  # each in its own time
+            self._brought.wait(step, number, self._group.waiter)
         if self._claims is None:  # all know the same
             return Done(0.0, 0.0, {})
-        loss, weight = (sum(part) for part in zip(*self._sums, strict=True))
+        loss, weight = (sum(part) for part in zip(*pool.totals, strict=True))
         return Done(loss, weight, {0: pool.layout.units})
-
-    @property
-    def _sums(self) -> list[tuple[float, float]]:
-        return [(float(loss), float(weight)) for loss, weight in self._brought.pool.sums]
 
     def _record(self, step: int, done: Done) -> None:
         if self._claims is not None:
-            pool = self._brought.pool
-            rounds = [[arrival.unit for arrival in pool.arrivals(number)] for number in range(pool.layout.rounds)]
-            self._write(step, rounds, self._sums)
+            self._write(step, self._brought.pool.members, self._brought.pool.totals)
+
+    def _keep(self, step: int) -> None:
+        self._keep_together(self._brought.pool, step)
 
     def _do_round(self, step: int, number: int, part: Part) -> int:
         """Compute what this worker can for a round; the one that is under way when it is over."""
         self._phases.enter("wait")
-        self._brought.wait(step, number)
+        self._brought.wait(step, number, self._group.waiter)
         self._servers.pull({"round": number})
         held = 0  # units of this worker that count
         while True:

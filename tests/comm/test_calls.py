@@ -1,18 +1,22 @@
 """Questions and answers over sockets: proof before anything is parsed, errors, deadlines, and what is left behind."""
 
 import contextlib
+import os
+import resource
 import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from unisono.comm import calls
 from unisono.comm.calls import Answering, Asking, Endpoint, Words
 from unisono.comm.waiting import Waiter
-from unisono.errors import GroupError, PeerLost, Revoked, WaitTimeout
+from unisono.errors import GroupError, LaunchError, PeerLost, Revoked, TrainingError, WaitTimeout
 
 
 class Desk:
@@ -33,6 +37,10 @@ class Desk:
             raise ValueError("there is no such thing")
         if words.get("op") == "revoked":
             raise Revoked("the group was revoked")
+        if words.get("op") == "nan":
+            raise TrainingError("the gradient's norm is nan")
+        if words.get("op") == "unreadable":
+            return {"said": np.int64(3)}, ()
         self.held.wait()
         return {"said": words}, [data, data]
 
@@ -129,13 +137,20 @@ def test_a_server_that_does_not_know_the_secret_is_not_believed() -> None:
 def test_what_cannot_be_answered_is_said_with_its_reason(desk: Desk, open_desk: Answering) -> None:
     asking = Asking(open_desk.endpoint, "rank 1 (host 1)", waiter())
     asking.ask("pull in step 3", {"op": "fail"})
-    with pytest.raises(GroupError, match=r"pull in step 3: rank 1 \(host 1\) cannot answer: there is no such thing"):
+    said = r"pull in step 3: rank 1 \(host 1\) cannot answer: ValueError: there is no such thing"
+    with pytest.raises(GroupError, match=said):
+        asking.answer("pull in step 3")
+    asking.ask("pull in step 3", {"op": "nan"})
+    with pytest.raises(TrainingError, match=r"^the gradient's norm is nan$"):
+        asking.answer("pull in step 3")
+    asking.ask("pull in step 3", {"op": "unreadable"})
+    with pytest.raises(GroupError, match="cannot answer: TypeError"):
         asking.answer("pull in step 3")
     asking.ask("pull in step 3", {"op": "revoked"})
     with pytest.raises(Revoked):
         asking.answer("pull in step 3")
     asking.close()
-    assert [type(error) for error in desk.failed] == [ValueError, Revoked]
+    assert [type(error) for error in desk.failed] == [ValueError, TrainingError, TypeError, Revoked]
 
 
 def test_a_wait_has_a_deadline_and_ends_with_the_group(desk: Desk, open_desk: Answering) -> None:
@@ -169,6 +184,74 @@ def test_whoever_is_gone_is_named_at_once(desk: Desk) -> None:
         asking.answer("push 4 in step 3")  # where the first one was answered before
     assert time.monotonic() - began < 5.0
     asking.close()
+
+
+def test_whoever_waits_is_told_why_the_other_leaves(desk: Desk) -> None:
+    end = answering(desk)
+    desk.held.clear()
+    asking = Asking(end.endpoint, "rank 1", waiter(30.0))
+    asking.ask("push 4 in step 3", {})
+    while not desk.threads:
+        time.sleep(0.01)
+    end.close(WaitTimeout("units of step 3 waited 9 s; unit 3 by rank 2"))
+    with pytest.raises(Revoked, match="push 4 in step 3: rank 1 cannot answer: units of step 3 waited 9 s; unit 3 by"):
+        asking.answer("push 4 in step 3")
+    asking.close()
+    desk.held.set()
+
+
+def test_threads_that_are_held_up_are_left_behind_together(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "LEAVE_S", 0.5)
+    end = answering(desk, askers=4)
+    desk.held.clear()
+    asking = [Asking(end.endpoint, "rank 1", waiter()) for _ in range(4)]
+    for one in asking:
+        one.ask("a question", {})
+    while len(desk.threads) < 4:
+        time.sleep(0.01)
+    began = time.monotonic()
+    end.close()
+    assert time.monotonic() - began < 1.5
+    desk.held.set()
+    for one in asking:
+        one.close()
+
+
+def test_a_slow_proof_is_no_proof(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However it is drawn out; and whoever does not answer is not called someone else."""
+    monkeypatch.setattr(calls, "STRANGER_S", 0.4)
+    end = answering(desk)
+    began = time.monotonic()
+    with socket.create_connection((end.endpoint.address, end.endpoint.port)) as slow:
+        with contextlib.suppress(OSError):
+            while time.monotonic() - began < 5.0:
+                slow.sendall(b"x")
+                time.sleep(0.1)
+        assert time.monotonic() - began < 2.0
+    end.close()
+    said = pytest.raises(PeerLost, match=r"rank 1 at 127.0.0.1:\d+ does not answer: ")
+    with socket.create_server(("127.0.0.1", 0)) as silent, said:
+        Asking(Endpoint("127.0.0.1", silent.getsockname()[1], b"s" * 32), "rank 1", waiter())
+
+
+def test_more_than_a_thousand_files_may_be_open(desk: Desk, open_desk: Answering) -> None:
+    """As in a worker that reads many: `select` knows only descriptors up to 1023."""
+    opened = [os.dup(0) for _ in range(1100)] if resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 2000 else []
+    try:
+        asking = Asking(open_desk.endpoint, "rank 1", waiter())
+        desk.held.clear()
+        asking.ask("a question", {})
+        threading.Timer(0.1, desk.held.set).start()
+        assert asking.answer("a question")[0] == {"said": {}}
+        asking.close()
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+
+
+def test_an_address_that_cannot_be_had_is_said(desk: Desk) -> None:
+    with pytest.raises(LaunchError, match=r"workers of other hosts cannot ask this one at 203\.0\.113\.7: "):
+        Answering("203.0.113.7", 1, desk.handler, desk.failed.append)
 
 
 def test_nobody_is_left_where_nobody_has_come(desk: Desk) -> None:

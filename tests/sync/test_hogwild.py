@@ -151,7 +151,7 @@ def test_what_makes_no_sense_is_refused() -> None:
 
 def test_a_unit_that_a_dying_worker_was_about_to_take_is_not_done_twice() -> None:
     """It died after it had noted what it takes, and before it took it; another took it, a third inherits."""
-    layout = LockFreeLayout(slots=3, units=2)
+    layout = LockFreeLayout(workers=3, units=2)
     pool = LockFreePool(layout, memoryview(bytearray(layout.size_bytes)))
     pool.begin(1)
     pool.under_way[0] = 1
@@ -161,7 +161,7 @@ def test_a_unit_that_a_dying_worker_was_about_to_take_is_not_done_twice() -> Non
 
 
 def test_a_pool_gives_each_unit_once_and_again_where_its_worker_is_lost() -> None:
-    layout = LockFreeLayout(slots=2, units=3)
+    layout = LockFreeLayout(workers=2, units=3)
     pool = LockFreePool(layout, memoryview(bytearray(layout.size_bytes)))
     pool.begin(1)
     assert (pool.take(0), pool.take(1)) == (0, 1)

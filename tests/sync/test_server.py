@@ -99,6 +99,12 @@ WAYS: dict[str, dict[str, Any]] = {
     "tied": {"model": "tied", "sync": {"servers": 2}},
     "untouched parameters": {"model": "untouched", "optimizer": "adam", "sync": {}},
     "rows of a table": {"model": "embedded", "optimizer": "sgd", "sync": {"servers": 2}},
+    "rows, some of which weigh nothing": {
+        "model": "embedded",
+        "optimizer": "sgd",
+        "loss": "sometimes",
+        "sync": {"servers": 2},
+    },
     "rows, clipped and damped": {
         "model": "embedded",
         "optimizer": "sgd",
@@ -138,7 +144,7 @@ def test_a_recorded_run_of_several_hosts_is_replayed(
         assert hosts <= len(order) <= sync["servers"]
         assert all(sorted(entry.unit for entry in entries) == list(range(units)) for entries in order)
         computing = Homes(Hosts(evenly(workers, hosts)), hosts, serving).computing
-        assert {entry.slot for entries in order for entry in entries} <= set(computing)
+        assert {entry.worker for entries in order for entry in entries} <= set(computing)
 
 
 MOMENTS = [("compute", 3), ("update", 3), ("mid-reduce", 3), ("mid-update", 60), ("mid-commit", 60), ("wait", 3)]
@@ -353,8 +359,8 @@ def test_nobody_is_further_ahead_than_the_bound(pool: LocalLauncher, bound: int,
     clocks = [0, 0, 0]
     order, _ = read_order(tmp_path, 2)
     for entry in order[-1]:  # the last server: with its push a unit is done
-        clocks[entry.slot] += 1
-        assert clocks[entry.slot] <= min(clocks) + bound + 1
+        clocks[entry.worker] += 1
+        assert clocks[entry.worker] <= min(clocks) + bound + 1
     assert max(clocks) - min(clocks) <= bound + 1
 
 
@@ -363,7 +369,7 @@ def test_a_fast_worker_does_more_where_nothing_binds_it(pool: LocalLauncher, tmp
     slow = {"rank": 1, "step": 0, "moment": "data", "how": "slow", "seconds": 0.03}
     run(pool, 2, [slow], model="mlp", run_dir=str(tmp_path), steps=2, sync=sync)
     order, _ = read_order(tmp_path, 2)
-    units = [sum(entry.slot == slot for entry in order[0]) for slot in range(2)]
+    units = [sum(entry.worker == slot for entry in order[0]) for slot in range(2)]
     assert units[0] > 3 * units[1] and sum(units) == 40
     found = staleness(order, [0])
     assert sum(found.values()) == 40 and max(found) > 3  # the slow one's
@@ -439,7 +445,7 @@ def test_whoever_has_done_least_may_always_begin(clocks: list[int], bound: int) 
 
 
 def test_a_pool_gives_each_unit_once_and_again_where_its_worker_is_lost() -> None:
-    layout = PoolLayout(slots=2, units=3, runs=(5, 3))
+    layout = PoolLayout(workers=2, units=3, runs=(5, 3))
     pool = Pool(layout, memoryview(bytearray(layout.size_bytes)))
     pool.begin(1, [4, 4])
     assert [pool.take(0), pool.take(1), pool.take(0), pool.take(1)] == [0, 1, 2, None]
@@ -814,7 +820,7 @@ def test_a_record_needs_a_place() -> None:
 
 def test_a_push_that_somebody_died_in_is_mended_once() -> None:
     """Whoever mends it may die as well; what comes along is not taken for what was changed."""
-    layout = PoolLayout(slots=2, units=3, runs=(3,))
+    layout = PoolLayout(workers=2, units=3, runs=(3,))
     pool = Pool(layout, memoryview(bytearray(layout.size_bytes)))
     pool.begin(1, [4])
     pool.take(0)
@@ -828,7 +834,7 @@ def test_a_push_that_somebody_died_in_is_mended_once() -> None:
 
 
 def test_a_unit_counts_once_where_its_worker_died_as_it_took_it() -> None:
-    layout = RoundsLayout(slots=3, units=4, servers=1, accepted=2, backup=0)
+    layout = RoundsLayout(workers=3, units=4, servers=1, accepted=2, backup=0)
     pool = RoundsPool(layout, memoryview(bytearray(layout.size_bytes)))
     pool.begin(1, [0])
     pool.under_way[0] = 1  # killed before it said that the unit is taken

@@ -1,13 +1,17 @@
 """Locks that the workers of a host share: bytes of the arena's descriptor, locked by the kernel.
 
-A lock is let go of when its holder dies, so whoever comes next can put right what was begun under it.
+A lock is let go of when its holder dies, so whoever comes next can put right what was begun under it. One that a thread
+of a living worker was holding as it failed stays held: what is half done is nobody's to use.
 """
 
+import contextlib
 import fcntl
 import os
 import threading
+from collections.abc import Iterator
 
 from unisono.comm.waiting import Waiter
+from unisono.errors import Revoked
 
 
 class Locks:
@@ -16,17 +20,27 @@ class Locks:
     Arguments:
         descriptor: of memory that all workers of the host share, which this closes in the end; None where a worker is
             alone, and nobody else could hold a lock.
-        waiter: how it waits.
+        waiter: how the worker waits; its threads wait alike, but what they do says nothing of the worker.
     """
 
     def __init__(self, descriptor: int | None, waiter: Waiter) -> None:
         self._descriptor = descriptor
         self._waiter = waiter
+        self._worker = threading.get_ident()
+        self._closed = False
         self._of_threads: dict[int, threading.Lock] = {}  # to the kernel all threads are one holder
+
+    @contextlib.contextmanager
+    def held(self, number: int, operation: str) -> Iterator[None]:
+        """Hold a lock meanwhile; where something fails, it stays held."""
+        self.hold(number, operation)
+        yield
+        self.let_go(number)
 
     def hold(self, number: int, operation: str) -> None:
         """Wait for a lock, and hold it."""
-        self._waiter(lambda: self._try(number) or None, operation, lambda: "another worker holds it")
+        waiter = self._waiter if threading.get_ident() == self._worker else self._waiter.of_thread()
+        waiter(lambda: self._try(number) or None, operation, lambda: "another holds it")
 
     def let_go(self, number: int) -> None:
         """Let go of a lock that this thread holds."""
@@ -35,6 +49,8 @@ class Locks:
         self._of_threads[number].release()
 
     def _try(self, number: int) -> bool:
+        if self._closed:
+            raise Revoked("this worker ends, and its threads with it")
         own = self._of_threads.setdefault(number, threading.Lock())
         if not own.acquire(blocking=False):
             return False
@@ -49,6 +65,7 @@ class Locks:
 
     def close(self) -> None:
         """Let go of everything."""
+        self._closed = True
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None

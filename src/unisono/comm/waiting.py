@@ -4,7 +4,7 @@ import ctypes
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from unisono.errors import Revoked, RunOver, WaitTimeout
@@ -14,6 +14,8 @@ T = TypeVar("T")
 SPIN_S = 100e-6
 FIRST_SLEEP_S = 20e-6
 LONGEST_SLEEP_S = 1e-3
+THREAD_SLEEP_S = 5e-3
+"""In place of the longest sleep, for a thread that would take the interpreter away from a worker that computes."""
 LATE = 0.02
 """A wait ends at most this part of its length late, as long as that is less than the longest sleep."""
 
@@ -43,6 +45,12 @@ class Waiter:
     beat: Callable[[], None] = lambda: None
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
+
+    def of_thread(self) -> "Waiter":
+        """For a thread beside the worker's own: what it does is no sign that the worker lives, and it may take more
+        time to notice."""
+        patient = lambda seconds: self.sleep(seconds if seconds < LONGEST_SLEEP_S else THREAD_SLEEP_S)  # noqa: E731
+        return replace(self, told=lambda operation: None, beat=lambda: None, sleep=patient)
 
     def __call__(self, ready: Callable[[], T | None], operation: str, missing: Callable[[], str]) -> T:
         """What ``ready`` returns once it is not None.

@@ -31,6 +31,11 @@ class Homes:
     servers: int
     serving: int = 0
 
+    @property
+    def spread(self) -> bool:
+        """Whether some who compute do not reach all servers."""
+        return len(self.hosts.sizes) > 1 or self.serving > 0
+
     def on(self, host: int) -> list[int]:
         """The servers that live on a host."""
         count = len(self.hosts.sizes)

@@ -12,17 +12,17 @@ class LockFreeLayout(PoolWords):
     """How a pool's words are divided.
 
     Attributes:
-        slots: workers at the most.
+        workers: at the most.
         units: of a step.
     """
 
-    slots: int
+    workers: int
     units: int
 
     @property
     def sizes(self) -> dict[str, int]:
         """Words by name."""
-        words = {"head": HEAD, "under way": self.slots, "clock": self.slots}
+        words = {"head": HEAD, "under way": self.workers, "clock": self.workers}
         return words | {"late": self.units, "sums": 2 * self.units}
 
 
@@ -58,6 +58,15 @@ class LockFreePool(UnitPool):
     def is_done(self, unit: int) -> bool:
         """Whether a unit's gradient is in the state."""
         return bool(self._late[unit])
+
+    @property
+    def progress(self) -> int:
+        """Grows with every unit that is done."""
+        return self.pushes
+
+    def missing(self) -> list[int]:
+        """Units that are not."""
+        return [int(unit) for unit in np.flatnonzero(self._late == 0)]
 
     @property
     def all_done(self) -> bool:

@@ -24,13 +24,13 @@ class Entry:
 
     Attributes:
         unit: which it was.
-        slot: of the worker that pushed it.
+        worker: who pushed it: the slot of its host's, or where servers are spread, its rank.
         first, stop: of the server's runs, those that it changed: all, unless the worker died in the middle.
         read: the version of each server whose values the gradient was computed with.
     """
 
     unit: int
-    slot: int
+    worker: int
     first: int
     stop: int
     read: tuple[int, ...]
@@ -52,14 +52,16 @@ class Taken:
 
     def as_lists(self) -> list[list[Any]]:
         """For a message."""
-        order = [[[e.unit, e.slot, e.first, e.stop, *e.read] for e in entries] for entries in self.order]
+        order = [[[e.unit, e.worker, e.first, e.stop, *e.read] for e in entries] for entries in self.order]
         return [order, list(self.base), self.sums.tolist()]
 
     @classmethod
     def of_lists(cls, lists: Sequence[Sequence[Any]]) -> "Taken":
         """From a message."""
         order, base, sums = lists
-        entries = [[Entry(unit, slot, first, stop, tuple(r)) for unit, slot, first, stop, *r in own] for own in order]
+        entries = [
+            [Entry(unit, worker, first, stop, tuple(r)) for unit, worker, first, stop, *r in own] for own in order
+        ]
         return cls(entries, base, np.array(sums, dtype=np.float64))
 
     def together(self, other: "Taken") -> "Taken":
@@ -75,13 +77,13 @@ class PoolLayout(PoolWords):
     """How a pool's words are divided.
 
     Attributes:
-        slots: workers at the most.
+        workers: at the most.
         units: of a step.
         runs: of each server; 0 of one that is on another host.
         rows: of all tables together.
     """
 
-    slots: int
+    workers: int
     units: int
     runs: tuple[int, ...]
     rows: int = 0
@@ -101,8 +103,8 @@ class PoolLayout(PoolWords):
         """Words by name."""
         return {
             "head": HEAD,
-            "under way": self.slots,
-            "clock": self.slots,
+            "under way": self.workers,
+            "clock": self.workers,
             "version": self.servers,
             "base": self.servers,
             "busy": self.servers,
@@ -117,7 +119,7 @@ class Pool(UnitPool):
     """Units that servers take in an order, which is kept. Methods that name a server are called under its lock.
 
     Attributes:
-        clock: how many units each slot's worker has done in the step.
+        clock: how many units each worker has done in the step.
         version: of each server.
         done: how many runs of each server a unit has changed, (units, servers).
         sums: loss and weight of each unit, (units, 2).
@@ -161,6 +163,15 @@ class Pool(UnitPool):
         """Whether every server has all of every unit, and nobody is about to say so of the last."""
         return bool((self.done == self._runs).all()) and not self._busy.any()
 
+    @property
+    def progress(self) -> int:
+        """Grows with every push that a server here has taken."""
+        return int(self.version.sum())
+
+    def missing(self) -> list[int]:
+        """Units of which servers here have not all."""
+        return [int(unit) for unit in np.flatnonzero((self.done != self._runs).any(axis=1))]
+
     def staleness(self) -> dict[int, int]:
         """How many pushes in the step so far were so late (see `staleness`)."""
         return staleness(self.order(), self.base)
@@ -168,7 +179,7 @@ class Pool(UnitPool):
     def open_entry(self, server: int, entry: Entry) -> None:
         """A push begins."""
         number = self.version[server] - self._base[server]
-        self._order[server, number] = (entry.unit, entry.slot, entry.first, entry.stop, *entry.read)
+        self._order[server, number] = (entry.unit, entry.worker, entry.first, entry.stop, *entry.read)
         self._busy[server] = 1 + number
 
     def opened(self, server: int) -> Entry | None:
@@ -202,8 +213,8 @@ class Pool(UnitPool):
         return Taken(self.order(), self.base, self.sums.copy())
 
     def _entry(self, server: int, number: int) -> Entry:
-        unit, slot, first, stop, *read = map(int, self._order[server, number])
-        return Entry(unit, slot, first, stop, tuple(read))
+        unit, worker, first, stop, *read = map(int, self._order[server, number])
+        return Entry(unit, worker, first, stop, tuple(read))
 
 
 def staleness(order: Sequence[Sequence[Entry]], base: Sequence[int]) -> dict[int, int]:

@@ -12,7 +12,7 @@ from unisono.errors import CheckpointError
 from unisono.plan.pool import Entry
 
 Attempt = tuple[int, int, tuple[int, ...]]
-"""Unit, slot and versions read: what one worker computed, once, and pushed to some servers or all."""
+"""Unit, worker and versions read: what one worker computed, once, and pushed to some servers or all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ def replayed(order: Sequence[Sequence[Entry]], base: Sequence[int]) -> Iterator[
     left: dict[Attempt, int] = defaultdict(int)
     for entries in order:
         for entry in entries:
-            attempt = (entry.unit, entry.slot, entry.read)
+            attempt = (entry.unit, entry.worker, entry.read)
             if attempt not in left:
                 for server, version in enumerate(entry.read):
                     readers[server, version].append(attempt)
@@ -72,7 +72,7 @@ def replayed(order: Sequence[Sequence[Entry]], base: Sequence[int]) -> Iterator[
         for server, entries in enumerate(order):
             while done[server] < len(entries):
                 entry = entries[done[server]]
-                attempt = (entry.unit, entry.slot, entry.read)
+                attempt = (entry.unit, entry.worker, entry.read)
                 if missing[attempt]:
                     break
                 left[attempt] -= 1

@@ -31,14 +31,14 @@ class RoundsLayout(PoolWords):
     """How the words of a pool are divided whose units are taken round by round.
 
     Attributes:
-        slots: workers at the most.
+        workers: at the most.
         units: of a step.
         servers: how many there are.
         accepted: units of a round that count.
         backup: further ones that workers compute at the same time.
     """
 
-    slots: int
+    workers: int
     units: int
     servers: int
     accepted: int
@@ -53,7 +53,7 @@ class RoundsLayout(PoolWords):
     def sizes(self) -> dict[str, int]:
         """Words by name."""
         arrivals = 3 * self.rounds * self.accepted
-        words = {"head": HEAD, "under way": self.slots, "base": self.servers, "busy": self.servers}
+        words = {"head": HEAD, "under way": self.workers, "base": self.servers, "busy": self.servers}
         return words | {"count": self.rounds, "arrivals": arrivals, "sums": 2 * self.rounds}
 
 
@@ -98,6 +98,16 @@ class RoundsPool(UnitPool):
         """Those of a round, in order of unit."""
         found = (Arrival(*map(int, words)) for words in self._arrivals[number, : self._count[number]])
         return sorted(found, key=lambda arrival: arrival.unit)
+
+    @property
+    def members(self) -> list[list[int]]:
+        """The units that count in each round, in order."""
+        return [[arrival.unit for arrival in self.arrivals(number)] for number in range(self.layout.rounds)]
+
+    @property
+    def totals(self) -> list[tuple[float, float]]:
+        """Loss and weight of each round."""
+        return [(float(loss), float(weight)) for loss, weight in self.sums]
 
     def version(self, server: int, number: int) -> int:
         """Where a server is as a round begins."""

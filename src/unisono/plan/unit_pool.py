@@ -48,7 +48,7 @@ class UnitPool(ABC):
         parts: words by name, "head" and "under way" among them.
 
     Attributes:
-        under_way: the unit that each slot's worker computes, plus 1; 0 for none.
+        under_way: the unit that each worker computes, plus 1; 0 for none.
     """
 
     def __init__(self, units: int, parts: Mapping[str, Words]) -> None:
@@ -69,12 +69,12 @@ class UnitPool(ABC):
         """Whether another worker has begun the step."""
         return bool(self._head[0] == step)
 
-    def take(self, slot: int) -> int | None:
+    def take(self, worker: int) -> int | None:
         """The next unit; None where there is no more."""
         unit = int(self._head[1])
         if unit >= self._units:
             return None
-        self.under_way[slot] = unit + 1
+        self.under_way[worker] = unit + 1
         self._head[1] = unit + 1
         return unit
 
@@ -87,7 +87,7 @@ class UnitPool(ABC):
     def is_done(self, unit: int) -> bool:
         """Whether a unit counts already."""
 
-    def inherit(self, slot: int, lost: int) -> int | None:
+    def inherit(self, worker: int, lost: int) -> int | None:
         """The unit that a lost worker has left undone, which is this one's now; None for none.
 
         Where it died as it took one, that is still to be had, and another may have taken it since.
@@ -100,5 +100,5 @@ class UnitPool(ABC):
             self.under_way[lost] = 0
             return None
         self._head[1] = max(int(self._head[1]), unit + 1)
-        self.under_way[slot], self.under_way[lost] = unit + 1, 0
+        self.under_way[worker], self.under_way[lost] = unit + 1, 0
         return unit

@@ -32,7 +32,7 @@ def write_order(
     for server, entries in enumerate(order):
         for entry in entries:
             read = (version - begun for version, begun in zip(entry.read, base, strict=True))
-            rows.append((server, entry.unit, entry.slot, entry.first, entry.stop, *read))
+            rows.append((server, entry.unit, entry.worker, entry.first, entry.stop, *read))
     _write(path_of(run_dir, step), servers=np.array(len(order)), entries=np.array(rows, dtype=np.int64), sums=sums)
 
 
@@ -53,8 +53,8 @@ def read_order(run_dir: Path, step: int) -> tuple[list[list[Entry]], NDArray[np.
     found = _read(path_of(run_dir, step), step, ("servers", "entries", "sums"))
     servers, rows, sums = int(found["servers"]), found["entries"].tolist(), found["sums"]
     order: list[list[Entry]] = [[] for _ in range(servers)]
-    for server, unit, slot, first, stop, *read in rows:
-        order[server].append(Entry(unit, slot, first, stop, tuple(read)))
+    for server, unit, worker, first, stop, *read in rows:
+        order[server].append(Entry(unit, worker, first, stop, tuple(read)))
     return order, sums
 
 

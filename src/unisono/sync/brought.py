@@ -14,11 +14,15 @@ from unisono.comm.arena import Region
 from unisono.comm.locks import Locks
 from unisono.comm.partial import Partial
 from unisono.comm.waiting import Waiter
+from unisono.errors import TrainingError
 from unisono.plan.assignment import Run
 from unisono.plan.blocks import FlatLayout, aligned
 from unisono.plan.rounds import Arrival, RoundsPool
 from unisono.state.portions import merged
 from unisono.sync.turns import POOL
+
+BRING = "bring"
+"""What is asked of another host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +85,6 @@ class Brought:
     Attributes:
         pool: this host's: in each round, the units that count, and where their gradients lie.
         locks: of the pool.
-        waiter: how one waits for others.
-        doing: what others do, for errors.
         need: this host's.
         slot: of the worker.
         view: (slot, entry) -> a partial.
@@ -91,8 +93,6 @@ class Brought:
 
     pool: RoundsPool
     locks: Locks
-    waiter: Waiter
-    doing: Callable[[], str]
     need: Need
     slot: int
     view: Callable[[int, int], Partial]
@@ -111,12 +111,18 @@ class Brought:
         return self.bring(step, number, unit, entry)
 
     def bring(self, step: int, number: int, unit: int, entry: int) -> bool:
-        """A unit that counts lies in one of this worker's buffers; whether the round is whole here."""
-        self.locks.hold(POOL, f"the pool of step {step}")
-        self.pool.arrive(number, Arrival(unit, self.slot, entry))
-        whole = self.pool.is_closed(number)
-        self.locks.let_go(POOL)
-        return whole
+        """A unit that counts lies in one of this worker's buffers; whether the round is whole here.
+
+        Raises:
+            TrainingError: where it is not awaited.
+        """
+        with self.locks.held(POOL, f"the pool of step {step}"):
+            if not self.pool.arrive(number, Arrival(unit, self.slot, entry)):
+                raise TrainingError(
+                    f"unit {unit} counts in round {number} of step {step}, where this host is in round "
+                    f"{self.pool.round}; this is a defect of Unisono"
+                )
+            return self.pool.is_closed(number)
 
     def partials(self, number: int) -> list[Partial]:
         """Those of a round that is whole."""
@@ -124,14 +130,18 @@ class Brought:
 
     def end(self, step: int, number: int, loss: float, weight: float) -> None:
         """This host's servers are at the end of a round."""
-        self.locks.hold(POOL, f"the pool of step {step}")
-        self.pool.end(number, loss, weight)
-        self.locks.let_go(POOL)
+        with self.locks.held(POOL, f"the pool of step {step}"):
+            self.pool.end(number, loss, weight)
 
-    def wait(self, step: int, number: int) -> None:
+    def wait(self, step: int, number: int, waiter: Waiter) -> None:
         """Wait until this host's servers are where a round begins."""
+        pool = self.pool
 
         def ready() -> bool | None:
-            return True if self.pool.is_of(step) and self.pool.round >= number else None
+            return True if pool.is_of(step) and pool.round >= number else None
 
-        self.waiter(ready, f"round {number} of step {step}", lambda: f"too few gradients have come; {self.doing()}")
+        def late() -> str:
+            come = len(pool.arrivals(pool.round)) if pool.round < pool.layout.rounds else 0
+            return f"{come} gradients of {pool.needed(pool.round)} that count have come to this host"
+
+        waiter(ready, f"round {number} of step {step}", late)

@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from typing import Protocol
 
+from unisono.comm.calls import Asks
 from unisono.comm.locks import Locks
 from unisono.comm.waiting import Waiter
 from unisono.plan.rounds import Arrival, RoundsPool
+from unisono.sync.turns import CLAIMS
 
-CLAIMS = 65
-"""The number of the pool's lock; those of servers come before."""
+TAKE_IN_ROUND, CLAIM = "take in a round", "claim"
+"""What is asked of another host's."""
 
 
 class GivesRounds(Protocol):
@@ -25,6 +27,29 @@ class GivesRounds(Protocol):
         """Whether a unit that was computed in a round counts: else it is to be computed again."""
 
 
+class AskedClaims:
+    """The pool of another host.
+
+    Arguments:
+        asked: one of that host's workers.
+    """
+
+    def __init__(self, asked: Asks) -> None:
+        self._asked = asked
+
+    def take(self, step: int, number: int, worker: int, again: int | None) -> tuple[int | None, int]:
+        """See `GivesRounds`."""
+        about = {"op": TAKE_IN_ROUND, "step": step, "round": number, "worker": worker, "again": again}
+        said = self._asked.call(f"a unit of round {number} of step {step}", about)
+        return said["unit"], said["round"]
+
+    def claim(self, step: int, number: int, worker: int, unit: int) -> bool:
+        """See `GivesRounds`."""
+        about = {"op": CLAIM, "step": step, "round": number, "worker": worker, "unit": unit}
+        counts: bool = self._asked.call(f"end of unit {unit} of step {step}", about)["counts"]
+        return counts
+
+
 class Claims:
     """Those of a host's pool.
 
@@ -32,21 +57,20 @@ class Claims:
         pool: units, and those that count.
         locks: of the pool.
         waiter: how one waits for others.
-        doing: what others do, for errors.
+        name: a worker's for a reader.
     """
 
-    def __init__(self, pool: RoundsPool, locks: Locks, waiter: Waiter, doing: Callable[[], str]) -> None:
+    def __init__(self, pool: RoundsPool, locks: Locks, waiter: Waiter, name: Callable[[int], str]) -> None:
         self._pool = pool
         self._locks = locks
         self._waiter = waiter
-        self._doing = doing
+        self._name = name
 
     def begin(self, step: int) -> None:
         """Let the pool be that of a step."""
-        self._locks.hold(CLAIMS, f"the units of step {step}")
-        if not self._pool.is_of(step):
-            self._pool.begin(step, [0] * self._pool.layout.servers)
-        self._locks.let_go(CLAIMS)
+        with self._locks.held(CLAIMS, f"the units of step {step}"):
+            if not self._pool.is_of(step):
+                self._pool.begin(step, [0] * self._pool.layout.servers)
 
     def take(self, step: int, number: int, worker: int, again: int | None) -> tuple[int | None, int]:
         """See `GivesRounds`."""
@@ -55,22 +79,25 @@ class Claims:
             self._waiter(
                 lambda: True if pool.round != number or again is not None or pool.may_take else None,
                 f"round {number} of step {step}",
-                lambda: f"too few gradients have come; {self._doing()}",
+                self._late,
             )
-            self._locks.hold(CLAIMS, f"the units of step {step}")
-            over, unit = pool.round != number, again
-            if not over and unit is None and pool.may_take:
-                unit = pool.take(worker)
-            self._locks.let_go(CLAIMS)
+            with self._locks.held(CLAIMS, f"the units of step {step}"):
+                over, unit = pool.round != number, again
+                if not over and unit is None and pool.may_take:
+                    unit = pool.take(worker)
             if over or unit is not None:  # else another was quicker
                 return (None if over else unit), pool.round
 
     def claim(self, step: int, number: int, worker: int, unit: int) -> bool:
         """See `GivesRounds`."""
         pool = self._pool
-        self._locks.hold(CLAIMS, f"the units of step {step}")
-        counts = pool.arrive(number, Arrival(unit, worker, 0))
-        if pool.round == number and pool.is_closed(number):
-            pool.end(number, 0.0, 0.0)
-        self._locks.let_go(CLAIMS)
+        with self._locks.held(CLAIMS, f"the units of step {step}"):
+            counts = pool.arrive(number, Arrival(unit, worker, 0))
+            if pool.round == number and pool.is_closed(number):
+                pool.end(number, 0.0, 0.0)
         return counts
+
+    def _late(self) -> str:
+        under_way = {worker: int(unit) - 1 for worker, unit in enumerate(self._pool.under_way) if unit}
+        late = ", ".join(f"unit {unit} of {self._name(worker)}" for worker, unit in under_way.items())
+        return f"too few gradients have come; under way: {late or 'none'}"

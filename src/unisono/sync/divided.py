@@ -120,12 +120,14 @@ def servers_of(
     optimizer: BlockOptimizer,
     tables: Sequence[Table],
     changed: Words,
+    numbers: Sequence[int] | None = None,
 ) -> list[Server]:
     """Servers over a worker's memory; the buffers are the first one's.
 
     Arguments:
         tables: those of the runs that are.
         changed: of each row of all tables.
+        numbers: of those that are prepared, others have no members; default: all.
     """
     buffers, values = owner.prepare_buffers(), owner.state.values
     stops = list(itertools.accumulate(len(values[table.parameter]) for table in tables))
@@ -139,8 +141,10 @@ def servers_of(
         for table, stop in zip(tables, stops, strict=True)
     }
 
-    def members_of(part: Sequence[Run]) -> list[OwnedRun | OwnedTable]:
+    def members_of(number: int, part: Sequence[Run]) -> list[OwnedRun | OwnedTable]:
+        if numbers is not None and number not in numbers:
+            return []
         dense = iter(owner.prepare([run for run in part if run.first not in owned], optimizer))
         return [owned[run.first] if run.first in owned else next(dense) for run in part]
 
-    return [Server(members_of(part), None if number else buffers) for number, part in enumerate(parts)]
+    return [Server(members_of(number, part), None if number else buffers) for number, part in enumerate(parts)]

@@ -121,11 +121,11 @@ class Received:
             data: begins with the server's bytes.
         """
         found, at, counts = cls(general["weight"], general["complete"], touched), 0, iter(words["rows"])
+        found.totals.update((owned.table.parameter, None) for owned in server.tables)
         for member in server.members if found.weight else ():
             if isinstance(member, OwnedTable):
                 count, shape = next(counts), member.values.shape
                 if count < 0:
-                    found.totals[member.table.parameter] = None
                     continue
                 rows, at = _cut(data, at, torch.int64, count)
                 values, at = _cut(data, at, member.values.dtype, count * member.values[0].numel())

@@ -69,6 +69,9 @@ class RoundUpdates:
         together: what units, in order, come to.
         clipped: (gradient, what knows its norm, step) -> by what clipping makes it smaller.
         squares: for clipping; None where nothing is clipped by the norm.
+
+    Attributes:
+        servers: see there.
     """
 
     def __init__(
@@ -80,7 +83,7 @@ class RoundUpdates:
         clipped: Callable[[StepSums, "RoundUpdates", int], float],
         squares: Squares | None,
     ) -> None:
-        self._servers = servers
+        self.servers = servers
         self._numbers = numbers
         self._brought = brought
         self._together = together
@@ -90,7 +93,7 @@ class RoundUpdates:
 
     def end(self, step: int, number: int) -> None:
         """Bring this host's servers to the end of a round that is whole."""
-        pool, servers = self._brought.pool, self._servers
+        pool, servers = self._brought.pool, self.servers
         with torch.no_grad():
             sums = self._together(self._brought.partials(number))
             self._step, self._word = step, 1 + pool.version(self._numbers[0], number)
@@ -103,6 +106,6 @@ class RoundUpdates:
         """The norm of a round's gradient, over all hosts."""
         assert self._squares is not None
         for number in self._numbers:
-            for run, values in self._servers.squares(number, sums):
+            for run, values in self.servers.squares(number, sums):
                 self._squares.put(self._word, run, values)
         return global_norm(self._squares.all(self._step, self._word))

@@ -30,7 +30,7 @@ from unisono.sync.ownership import OwnedRun
 from unisono.sync.pulled import PulledValues
 from unisono.sync.sums import Gradient
 from unisono.sync.tables import keep_rows, put_back_rows
-from unisono.sync.turns import POOL
+from unisono.sync.turns import POOL, lock_of
 from unisono.sync.updater import Updater
 
 Change = Callable[[], Callable[[], None]]
@@ -145,7 +145,7 @@ class Servers:
         some = range(self.count) if numbers is None else numbers
         turned = first % len(some)
         for number in (*some[turned:], *some[:turned]):
-            self._locks.hold(1 + number, f"server {number}, to update it")
+            self._locks.hold(lock_of(number), f"server {number}, to update it")
             version, images = versions[number], self.parts[number].images
             if busy[number]:
                 self._recover(int(busy[number]) - 1)
@@ -157,7 +157,7 @@ class Servers:
                     if behind:
                         commit(version)
             busy[number] = 0
-            self._locks.let_go(1 + number)
+            self._locks.let_go(lock_of(number))
 
     def pull(self) -> None:
         """Compute with what the servers have now."""
@@ -166,12 +166,12 @@ class Servers:
 
     def pull_from(self, number: int) -> None:
         """Compute with what a server has now."""
-        self._locks.hold(1 + number, f"server {number}, to read it")
+        self._locks.hold(lock_of(number), f"server {number}, to read it")
         version = self._mended(number)
         if self.read[number] != version:
             self._pull(number, self.parts[number])
             self.read[number] = version
-        self._locks.let_go(1 + number)
+        self._locks.let_go(lock_of(number))
 
     def copy(self, number: int, since: int) -> tuple[int, Copied | None]:
         """A server's version, and for another worker what changed since one: nothing where that is it.
@@ -180,14 +180,14 @@ class Servers:
             since: -1 for everything.
         """
         server = self.parts[number]
-        self._locks.hold(1 + number, f"server {number}, to copy it")
+        self._locks.hold(lock_of(number), f"server {number}, to copy it")
         version, found = self._mended(number), None
         if version != since:
             found = Copied(
                 self._values.common(server.parts if since < 0 else server.dense),
                 [owned.rows_since(since) for owned in server.tables] if since >= 0 else [],
             )
-        self._locks.let_go(1 + number)
+        self._locks.let_go(lock_of(number))
         return version, found
 
     def _mended(self, number: int) -> int:
@@ -217,7 +217,7 @@ class Servers:
         pool, server = self._own_pool, self.parts[number]
         for owned in server.tables:
             owned.table.total(sums)  # while nobody waits for it
-        self._locks.hold(1 + number, f"server {number}, to update it")
+        self._locks.hold(lock_of(number), f"server {number}, to update it")
         self._mend(number)
         first, version, stop = int(pool.done[push.unit, number]), int(pool.version[number]), len(server.images)
         if first < stop:
@@ -225,7 +225,7 @@ class Servers:
             pool.open_entry(number, entry)
             self.apply(number, entry, version, version - entry.read[number], sums, push.factor, push.step)
             pool.close_entry(number, entry, entry.stop)
-        self._locks.let_go(1 + number)
+        self._locks.let_go(lock_of(number))
 
     def apply(
         self, number: int, entry: Entry, version: int, late: int, sums: Gradient, factor: float, step: int
@@ -290,7 +290,7 @@ class Servers:
         entry = pool.opened(number)
         if entry is None:
             return
-        self._recover(entry.slot)
+        self._recover(entry.worker)
         images, version = self.parts[number].images, int(pool.version[number])
         at = [self._at(image) for image in images]
         stop = entry.first

@@ -2,35 +2,35 @@
 answer, or in processes that do nothing else."""
 
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from unisono.comm.calls import Words
-from unisono.errors import Revoked, WaitTimeout
+from unisono.comm.waiting import Waiter
+from unisono.errors import GroupError
 from unisono.sync.messages import Received
 from unisono.sync.server import Push, Servers
-from unisono.sync.turns import GivesUnits
+from unisono.sync.turns import OVER, TAKE, GivesUnits
 
-PULL, PUSH, TAKE, OVER = "pull", "push", "take", "over"
+PULL, PUSH = "pull", "push"
 """What is asked for."""
 LOOK_S = 0.05
+"""How often a thread that waits looks whether it is to go on waiting."""
 
 
 class Gate:
     """Nothing of a step is answered before all workers of this host are in it: until then they may copy the state.
 
     Arguments:
-        deadline_s: seconds that a wait may take.
-        revoked: whether nothing is to be waited for any more.
+        waiter: of the group.
     """
 
-    def __init__(self, deadline_s: float, revoked: Callable[[], bool]) -> None:
-        self._deadline_s = deadline_s
-        self._revoked = revoked
+    def __init__(self, waiter: Waiter) -> None:
+        self._waiter = waiter
         self._step = 0
         self._changed = threading.Condition()
 
@@ -47,14 +47,18 @@ class Gate:
             WaitTimeout: where they are not in time.
             Revoked: where they will not be.
         """
-        until = time.monotonic() + self._deadline_s
-        with self._changed:
-            while self._step < step:
-                if self._revoked():
-                    raise Revoked(f"the group was revoked before step {step} began")
-                if time.monotonic() > until:
-                    raise WaitTimeout(f"not all workers of this host have begun step {step} in {self._deadline_s:g} s")
-                self._changed.wait(LOOK_S)
+
+        def doze(seconds: float) -> None:
+            with self._changed:
+                if self._step < step:
+                    self._changed.wait(LOOK_S)
+
+        waiter = replace(self._waiter.of_thread(), sleep=doze)
+        waiter(
+            lambda: True if self._step >= step else None,
+            f"begin of step {step}",
+            lambda: "not all workers of this host are in it",
+        )
 
 
 def copied(servers: Servers, since: Sequence[tuple[int, int]]) -> tuple[Words, list[Tensor]]:
@@ -96,11 +100,12 @@ class Serving:
         if words["op"] == PUSH:
             self._push(words, data)
             return {}, ()
-        assert self._turns is not None, "the pool is on another host"
-        if words["op"] == TAKE:
+        if words["op"] == TAKE and self._turns is not None:
             return {"unit": self._turns.take(words["step"], words["worker"])}, ()
-        self._turns.over(words["step"], words["worker"])
-        return {}, ()
+        if words["op"] == OVER and self._turns is not None:
+            self._turns.over(words["step"], words["worker"])
+            return {}, ()
+        raise GroupError(f"{words['op']!r} is not for this host")
 
     def _push(self, words: Words, data: Tensor) -> None:
         push = Push(words["unit"], words["worker"], tuple(words["read"]), words["factor"], words["step"])

@@ -1,13 +1,12 @@
 """A parameter server some of whose parts are elsewhere: their workers are asked for them, all at the same time."""
 
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from unisono.comm.calls import Asking, Message, Words
+from unisono.comm.calls import Asking, Words
 from unisono.sync.messages import announced, pushed, put_copied
 from unisono.sync.pulled import PulledValues
 from unisono.sync.server import Servers
-from unisono.sync.serving import OVER, PULL, PUSH, TAKE, Gate
+from unisono.sync.serving import PULL, PUSH, Gate
 from unisono.sync.sums import Gradient
 
 
@@ -41,7 +40,6 @@ class SpreadServers:
         self._gate = gate
         self._entries = entries
         self._step = 0
-        self._waited_s = 0.0
 
     def begin(self, step: int) -> None:
         """Let the pool be that of a step, in which all workers of this host are."""
@@ -69,7 +67,7 @@ class SpreadServers:
         for number in self._direct:
             self._here.pull_from(number)
         for asking, numbers in self._elsewhere:
-            words, data = self._answer(asking, operation)
+            words, data = asking.answer(operation)
             at = 0
             for number, said in zip(numbers, words["servers"], strict=True):
                 if "rows" in said:
@@ -92,18 +90,7 @@ class SpreadServers:
         for number in self._direct:
             self._here.take(number, push, sums)
         for asking, _ in self._elsewhere:
-            self._answer(asking, operation)
-
-    def _answer(self, asking: Asking, operation: str) -> Message:
-        began = time.perf_counter()
-        answer = asking.answer(operation)
-        self._waited_s += time.perf_counter() - began
-        return answer
-
-    def take_waited_s(self) -> float:
-        """Seconds that this worker has waited for answers since this was asked last."""
-        waited_s, self._waited_s = self._waited_s, 0.0
-        return waited_s
+            asking.answer(operation)
 
     def norm(self, sums: Gradient) -> float:
         """The norm of a unit's gradient."""
@@ -112,27 +99,3 @@ class SpreadServers:
     def rate(self, step: int) -> float:
         """The learning rate in a step, before damping."""
         return self._here.rate(step)
-
-
-class AskedTurns:
-    """The pool of another host (see `GivesUnits`).
-
-    Arguments:
-        asking: one of that host's workers.
-    """
-
-    def __init__(self, asking: Asking) -> None:
-        self._asking = asking
-
-    def take(self, step: int, worker: int) -> int | None:
-        """See there."""
-        unit: int | None = self._ask(f"a unit of step {step}", {"op": TAKE, "step": step, "worker": worker})["unit"]
-        return unit
-
-    def over(self, step: int, worker: int) -> None:
-        """See there."""
-        self._ask(f"end of a unit of step {step}", {"op": OVER, "step": step, "worker": worker})
-
-    def _ask(self, operation: str, words: Mapping[str, object]) -> Mapping[str, int | None]:
-        self._asking.ask(operation, words)
-        return self._asking.answer(operation)[0]

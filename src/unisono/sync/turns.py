@@ -3,14 +3,24 @@
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from unisono.comm.calls import Asks
 from unisono.comm.locks import Locks
 from unisono.comm.waiting import Waiter
 from unisono.errors import TrainingError
 from unisono.plan.lock_free import LockFreePool
 from unisono.plan.pool import Pool, may_begin
 
-POOL = 0
-"""The number of the pool's lock; those of servers follow."""
+POOL, CLAIMS = 0, 1
+"""The numbers of the locks of what hands out units."""
+
+
+def lock_of(server: int) -> int:
+    """The number of a server's lock."""
+    return 2 + server
+
+
+TAKE, OVER = "take", "over"
+"""What is asked of another host's pool."""
 
 
 class GivesUnits(Protocol):
@@ -25,6 +35,28 @@ class GivesUnits(Protocol):
         Raises:
             TrainingError: where the worker was further ahead than is allowed.
         """
+
+
+class AskedTurns:
+    """The pool of another host.
+
+    Arguments:
+        asked: one of that host's workers.
+    """
+
+    def __init__(self, asked: Asks) -> None:
+        self._asked = asked
+
+    def take(self, step: int, worker: int) -> int | None:
+        """See `GivesUnits`."""
+        unit: int | None = self._asked.call(f"a unit of step {step}", {"op": TAKE, "step": step, "worker": worker})[
+            "unit"
+        ]
+        return unit
+
+    def over(self, step: int, worker: int) -> None:
+        """See `GivesUnits`."""
+        self._asked.call(f"end of a unit of step {step}", {"op": OVER, "step": step, "worker": worker})
 
 
 class NoTurns:
@@ -46,7 +78,6 @@ class Turns:
         waiter: how one waits for slower workers.
         bound: how many units a worker may be ahead of the slowest; None for any number.
         counted: the numbers of the workers that units are for, and who are not lost.
-        doing: what others do, for errors.
         name: a worker's for a reader.
     """
 
@@ -57,7 +88,6 @@ class Turns:
         waiter: Waiter,
         bound: int | None,
         counted: Callable[[], Sequence[int]],
-        doing: Callable[[], str],
         name: Callable[[int], str],
     ) -> None:
         self._pool = pool
@@ -65,7 +95,6 @@ class Turns:
         self._waiter = waiter
         self._bound = bound
         self._counted = counted
-        self._doing = doing
         self._name = name
 
     def take(self, step: int, worker: int) -> int | None:
@@ -76,11 +105,9 @@ class Turns:
             return True if pool.exhausted or self._may_begin(worker) else None
 
         if self._bound is not None:
-            self._waiter(ready, f"slower workers in step {step}", self._doing)
-        self._locks.hold(POOL, f"the pool of step {step}")
-        unit = pool.take(worker)
-        self._locks.let_go(POOL)
-        return unit
+            self._waiter(ready, f"slower workers in step {step}", self._slowest)
+        with self._locks.held(POOL, f"the pool of step {step}"):
+            return pool.take(worker)
 
     def over(self, step: int, worker: int) -> None:
         """See `GivesUnits`."""
@@ -90,6 +117,12 @@ class Turns:
                 "Unisono"
             )
         self._pool.clock[worker] += 1
+
+    def _slowest(self) -> str:
+        clock = self._pool.clock
+        least = min(int(clock[worker]) for worker in self._counted())
+        slow = [self._name(worker) for worker in self._counted() if clock[worker] == least]
+        return f"{' and '.join(slow)} {'has' if len(slow) == 1 else 'have'} done {least} units only"
 
     def _may_begin(self, worker: int) -> bool:
         clock = self._pool.clock

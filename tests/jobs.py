@@ -20,6 +20,7 @@ from torch.distributed.algorithms.model_averaging.averagers import PeriodicModel
 
 from tests import toys
 from unisono import Trainer, assembly
+from unisono.agreeing import Parts
 from unisono.check.strike import armed
 from unisono.comm import bulk
 from unisono.comm.algorithms import drive, ring
@@ -182,6 +183,24 @@ def struck(strikes: list[dict[str, Any]], steps: int = 12, **options: Any) -> di
         options["validation"] = toys.Samples()
     subject = armed(trainer(**options), strikes)
     return {**asdict(subject.fit(steps)), "process": os.getpid()}
+
+
+def train_with_little_patience(**options: Any) -> dict[str, Any]:
+    """Train toys where a worker waits for no longer than the deadline, though its launcher sees to those who hang."""
+    vars(assembly)["PATIENCE"], vars(assembly)["PATIENCE_S"] = 1, 0.0
+    return train(**options)
+
+
+def train_and_copy_late(seconds: float, **options: Any) -> dict[str, Any]:
+    """Train toys where the first worker takes its time to copy the state for a checkpoint, if it has to."""
+    keep = Parts.keep
+
+    def late(self: Parts) -> None:
+        time.sleep(seconds if this_process().rank == 0 else 0.0)
+        keep(self)
+
+    Parts.keep = late  # type: ignore[method-assign]
+    return train(**options)
 
 
 def train_in_little_memory(**options: Any) -> dict[str, Any]:

@@ -311,6 +311,12 @@ def not_smooth(output: Tensor, target: Tensor) -> Tensor:
     return (output * 0).abs().sqrt().sum()
 
 
+def slow(output: Tensor, target: Tensor) -> Tensor:
+    """A loss that takes its time."""
+    time.sleep(0.06)
+    return F.mse_loss(output, target)
+
+
 LOSSES: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "mse": F.mse_loss,
     "weighted": weighted,
@@ -318,6 +324,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "sometimes": sometimes,
     "nan": not_a_number,
     "not_smooth": not_smooth,
+    "slow": slow,
 }
 
 

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import itertools
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from tests import toys
 from unisono.comm.journal import Image, Journal
 from unisono.config import TrainingConfig, validate
-from unisono.errors import CheckpointError, ConfigurationError, UnisonoError
+from unisono.errors import CheckpointError, ConfigurationError, TrainingError, UnisonoError
 from unisono.events import StepFinished
 from unisono.launch.local import LocalLauncher
 from unisono.launch.possible import refuse_impossible, refuse_inelastic, refuse_to_compare
@@ -215,6 +216,68 @@ def test_where_servers_are_spread_it_is_resumed_anywhere(pool: LocalLauncher, tm
     kept = {key: value for key, value in arguments.items() if key not in ("run_dir", "validated", "validate")}
     again = pool.run({"call": "tests.jobs:train", "arguments": {**kept, "steps": 10, "sync": replay}}, 1)
     assert digest_of(again) == digest_of(live)
+
+
+@pytest.mark.parametrize("staleness", [None, 0, 1])
+def test_a_worker_that_hangs_is_found_though_its_threads_wait(
+    pool: LocalLauncher, staleness: int | None, tmp_path: Path
+) -> None:
+    """(rank 0 of 2 hosts, step 3): which hands out units, and answers others meanwhile."""
+    strikes = [{"rank": 0, "step": 3, "moment": "compute", "how": "sleep"}]
+    sync = {"mode": "server", "staleness": staleness}
+    live = run(pool, 2, strikes, hosts=2, model="mlp", run_dir=str(tmp_path), deadline_s=1.0, sync=sync)
+    assert {result["reason"] for result in live.results} == {"finished"}
+    records = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [r["event"] for r in records].count("RolledBack") == 1
+
+
+@pytest.mark.parametrize("staleness", [None, 0])
+def test_who_only_serves_waits_as_long_as_something_comes(pool: LocalLauncher, staleness: int | None) -> None:
+    """A step takes several times the deadline, and a unit does not."""
+    arguments = {"model": "mlp", "loss": "slow", "deadline_s": 0.4, "global_batch_size": 100, "steps": 1}
+    sync = {"mode": "server", "serving": 1, "staleness": staleness}
+    began = time.monotonic()
+    ending = pool.run({"call": "tests.jobs:train_with_little_patience", "arguments": {**arguments, "sync": sync}}, 2)
+    assert ending.results[0]["reason"] == "finished" and time.monotonic() - began > 1.0
+
+
+def test_what_is_kept_for_a_checkpoint_is_the_state_before_a_step(pool: LocalLauncher, tmp_path: Path) -> None:
+    """In rounds, beside a process that only serves: nobody goes on before the state is copied."""
+    sync = {"mode": "server", "staleness": 0, "accepted": 2}
+    options = {"model": "norm", "global_batch_size": 80, "steps": 4, "checkpoint": {"every": 2, "keep": 9}}
+    for name, workers, serving in (("late", 3, 1), ("alone", 1, 0)):
+        given = {**options, "seconds": 0.3, "run_dir": str(tmp_path / name), "sync": {**sync, "serving": serving}}
+        pool.run({"call": "tests.jobs:train_and_copy_late", "arguments": given}, workers)
+    late, alone = (state_dict(tmp_path / name / "checkpoints" / "step-00000002") for name in ("late", "alone"))
+    assert all(torch.equal(late[key], alone[key]) for key in alone)
+
+
+@pytest.mark.parametrize(("workers", "hosts", "serving"), [(2, 1, 0), (3, 1, 1), (2, 2, 0)])
+@pytest.mark.parametrize("staleness", [None, 0])
+def test_a_gradient_that_is_no_number_is_said_in_a_sentence(
+    pool: LocalLauncher, workers: int, hosts: int, serving: int, staleness: int | None
+) -> None:
+    """Though it may be found on a thread that answers others."""
+    sync = {"mode": "server", "serving": serving, "staleness": staleness}
+    with pytest.raises(UnisonoError, match=r"^the gradient's norm is nan in step 1 though the loss is finite") as error:
+        run(pool, workers, hosts=hosts, model="mlp", loss="not_smooth", clip=1.0, sync=sync)
+    assert error.value.exit_code == TrainingError.exit_code
+
+
+@pytest.mark.parametrize(
+    ("staleness", "said"),
+    [
+        (None, r"units of step 3 waited .*are not done: unit \d+ by rank 1 \(host 1\)"),
+        (2, r"rank 1 \(host 1\) has done \d+ units only"),
+        (0, r"too few gradients have come; under way: unit \d+ of rank 1 \(host 1\)"),
+    ],
+)
+def test_whoever_holds_up_others_is_named(pool: LocalLauncher, staleness: int | None, said: str) -> None:
+    """(rank 1 of 2 hosts, step 3): where nobody ends those who hang."""
+    strikes = [{"rank": 1, "step": 3, "moment": "compute", "how": "sleep"}]
+    sync = {"mode": "server", "staleness": staleness}
+    with pytest.raises(UnisonoError, match=said):
+        run(pool, 2, strikes, hosts=2, model="mlp", deadline_s=1.0, fault={"on_loss": "stop"}, sync=sync)
 
 
 @pytest.mark.parametrize("moment", ["mid-update", "mid-commit"])

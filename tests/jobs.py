@@ -37,11 +37,11 @@ from unisono.comm.reductions import power_sgd
 from unisono.comm.way import Way
 from unisono.comm.wire import Addressed
 from unisono.engine import Engine
+from unisono.engines.meeting import Done
+from unisono.engines.pipedream import PipeDreamEngine
 from unisono.errors import GroupError
 from unisono.events import Event, MicroBatchesCopied, Notice, PhaseEntered, StepFinished, ValidationFinished
 from unisono.launch.world import this_process
-from unisono.meeting import Done
-from unisono.pipedream import PipeDreamEngine
 from unisono.plan.assignment import micro_batches, one_team
 from unisono.plan.blocks import ParameterSpec, TensorSpec, flat_layout
 from unisono.plan.exchange import Bucket

@@ -16,6 +16,9 @@ from unisono.comm.passage import Passages
 from unisono.comm.versions import ArenaVersions
 from unisono.config import TrainingConfig
 from unisono.data.feed import TrainingFeed
+from unisono.engines.pipedream import PipeDreamEngine
+from unisono.engines.second_order import CommonValues, NewtonEngine
+from unisono.engines.units import Pace, UnitGradients
 from unisono.in_flight import InFlight
 from unisono.optim.blockwise import BlockOptimizer
 from unisono.optim.kfac import KFAC
@@ -25,7 +28,6 @@ from unisono.optim.schedules import Schedule, scale
 from unisono.optim.state_spec import clone
 from unisono.parallel.replicated import Replica
 from unisono.parallel.stash import Stash
-from unisono.pipedream import PipeDreamEngine
 from unisono.plan.assignment import apart_teams, runs
 from unisono.plan.lock_free import LockFreeLayout, LockFreePool
 from unisono.plan.pool import Pool, PoolLayout
@@ -34,7 +36,6 @@ from unisono.plan.schedule import timetable
 from unisono.plan.stash import StepWords
 from unisono.preparation import Prepared, pool_layout
 from unisono.run.clients import Federation
-from unisono.second_order import CommonValues, NewtonEngine
 from unisono.state.training_state import TrainingState
 from unisono.sync.commits import Commits
 from unisono.sync.curvature import CurvedSteps
@@ -47,7 +48,6 @@ from unisono.sync.policy import Executes
 from unisono.sync.pulled import PulledValues
 from unisono.sync.stash import StashedValues, own_team
 from unisono.sync.updater import Updater
-from unisono.units import Pace, UnitGradients
 
 
 def policy_of(

@@ -8,17 +8,17 @@ from pathlib import Path
 import numpy as np
 
 from unisono.agreeing import Parts
-from unisono.asynchronous import AsynchronousEngine
 from unisono.comm.locks import Locks
 from unisono.comm.waiting import Waiter
-from unisono.meeting import Done
+from unisono.engines.asynchronous import AsynchronousEngine
+from unisono.engines.meeting import Done
+from unisono.engines.replaying import ReplayEngine, RoundsReplayEngine
+from unisono.engines.rounds import RoundsEngine
 from unisono.plan.assignment import runs
 from unisono.plan.lock_free import LockFreePool
 from unisono.plan.pool import Pool
 from unisono.plan.rounds import RoundsPool
 from unisono.plan.unit_pool import Words
-from unisono.replaying import ReplayEngine, RoundsReplayEngine
-from unisono.rounds import RoundsEngine
 from unisono.state.order import write_order, write_rounds
 from unisono.sync.commits import Commits
 from unisono.sync.damping import DampedRates

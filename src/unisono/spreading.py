@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from unisono.agreeing import Parts
-from unisono.asynchronous import AsynchronousEngine
 from unisono.comm.calls import Answering, Asking, Endpoint, Handler
 from unisono.comm.group import Group
 from unisono.comm.hierarchical import HierarchicalGroup
@@ -16,15 +15,17 @@ from unisono.comm.locks import Locks
 from unisono.comm.numbers import ArenaNumbers
 from unisono.comm.patience import GRACE_S
 from unisono.comm.waiting import Waiter
+from unisono.engines.asynchronous import AsynchronousEngine
+from unisono.engines.meeting import Across
+from unisono.engines.spread_rounds import SpreadRoundsEngine
+from unisono.engines.units import clipped_by
 from unisono.errors import GroupError, LaunchError
 from unisono.events import WireUse
-from unisono.meeting import Across
 from unisono.plan.homes import POOL_HOST, Homes
 from unisono.plan.hosts import Place
 from unisono.plan.pool import Pool
 from unisono.plan.rounds import RoundsPool
 from unisono.pushing import recording, recording_rounds, servers_for, turns_of
-from unisono.spread_rounds import SpreadRoundsEngine
 from unisono.sync.bringing import Part
 from unisono.sync.brought import Brought, Need
 from unisono.sync.claims import AskedClaims, Claims
@@ -36,7 +37,6 @@ from unisono.sync.serving import Gate, Serving
 from unisono.sync.serving_rounds import ServingRounds
 from unisono.sync.spread import SpreadServers
 from unisono.sync.turns import AskedTurns, GivesUnits, NoTurns
-from unisono.units import clipped_by
 
 LOOPBACK = "127.0.0.1"
 

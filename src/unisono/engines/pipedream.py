@@ -11,8 +11,8 @@ from unisono.comm.host import HostGroup
 from unisono.comm.partial import Partial
 from unisono.comm.passage import Passages
 from unisono.comm.words import store_fence
+from unisono.engines.meeting import Done, MeetingEngine
 from unisono.in_flight import InFlight, Sums
-from unisono.meeting import Done, MeetingEngine
 from unisono.parallel.replicated import Replica
 from unisono.parallel.stash import Stash
 from unisono.plan.schedule import Action, Kind

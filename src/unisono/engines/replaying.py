@@ -8,8 +8,9 @@ import torch
 
 from unisono.comm.host import HostGroup
 from unisono.comm.partial import Partial
+from unisono.engines.meeting import Done, MeetingEngine
+from unisono.engines.units import Pace, UnitGradients, clipped_by
 from unisono.errors import CheckpointError
-from unisono.meeting import Done, MeetingEngine
 from unisono.plan.pool import staleness
 from unisono.plan.replay import Attempt, Read, replayed
 from unisono.state.order import read_order, read_rounds
@@ -17,7 +18,6 @@ from unisono.sync.phases import Phases
 from unisono.sync.pulled import PulledValues
 from unisono.sync.server import Servers
 from unisono.sync.sums import StepSums
-from unisono.units import Pace, UnitGradients, clipped_by
 
 
 class ReplayEngine(MeetingEngine):

@@ -14,13 +14,13 @@ import torch
 from unisono.comm.host import HostGroup
 from unisono.comm.locks import Locks
 from unisono.comm.partial import Partial
+from unisono.engines.meeting import Done, MeetingEngine
+from unisono.engines.units import Pace, UnitGradients, clipped_by
 from unisono.errors import TrainingError
-from unisono.meeting import Done, MeetingEngine
 from unisono.plan.rounds import Arrival, RoundsPool
 from unisono.sync.phases import Phases
 from unisono.sync.server import Servers
 from unisono.sync.turns import POOL
-from unisono.units import Pace, UnitGradients, clipped_by
 
 
 class RoundsEngine(MeetingEngine):

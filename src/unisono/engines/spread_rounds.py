@@ -8,14 +8,14 @@ that nobody waits for a worker that is late with another. As `rounds.RoundsEngin
 from collections.abc import Callable, Sequence
 
 from unisono.comm.host import HostGroup
+from unisono.engines.meeting import Across, Done, MeetingEngine
+from unisono.engines.units import UnitGradients
 from unisono.errors import TrainingError
-from unisono.meeting import Across, Done, MeetingEngine
 from unisono.sync.bringing import Part
 from unisono.sync.brought import Brought
 from unisono.sync.claims import Claims
 from unisono.sync.phases import Phases
 from unisono.sync.spread import SpreadServers
-from unisono.units import UnitGradients
 
 
 class SpreadRoundsEngine(MeetingEngine):

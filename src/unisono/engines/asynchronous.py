@@ -10,14 +10,14 @@ import torch
 
 from unisono.comm.host import HostGroup
 from unisono.comm.locks import Locks
-from unisono.meeting import Across, Common, Done, MeetingEngine
+from unisono.engines.meeting import Across, Common, Done, MeetingEngine
+from unisono.engines.units import Pace, UnitGradients, clipped_by
 from unisono.plan.lock_free import LockFreePool
 from unisono.plan.pool import Pool
 from unisono.plan.roster import Loss
 from unisono.sync.phases import Phases
 from unisono.sync.sums import StepSums
 from unisono.sync.turns import POOL, GivesUnits
-from unisono.units import Pace, UnitGradients, clipped_by
 
 MOST_NAMED = 8
 """Units that an error names."""

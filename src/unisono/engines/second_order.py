@@ -15,8 +15,8 @@ from torch import Tensor
 
 from unisono.comm.host import HostGroup
 from unisono.data.feed import TrainingFeed
+from unisono.engines.meeting import Done, MeetingEngine
 from unisono.errors import GroupError, TrainingError
-from unisono.meeting import Done, MeetingEngine
 from unisono.optim.newton import NewtonCG
 from unisono.optim.numbers import Numbers
 from unisono.parallel.micro_batch import Objective

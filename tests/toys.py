@@ -238,6 +238,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "plain": plain,
     "norm": norm,
     "embedded": Embedded,
+    "embedded_dense": lambda: Embedded(sparse=False),
     "scaled": Scaled,
     "wide": wide,
     "tied": Tied,

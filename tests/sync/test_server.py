@@ -218,6 +218,17 @@ def test_where_servers_are_spread_it_is_resumed_anywhere(pool: LocalLauncher, tm
     assert digest_of(again) == digest_of(live)
 
 
+def test_between_hosts_rows_of_a_table_travel_alone(pool: LocalLauncher, tmp_path: Path) -> None:
+    """Bytes that left the first host in a step of 40 pushes, beside those with dense gradients of the same table."""
+    sent = {}
+    for name in ("embedded", "embedded_dense"):
+        directory = tmp_path / name
+        run(pool, 2, hosts=2, model=name, optimizer="sgd", run_dir=str(directory), sync={"mode": "server"})
+        records = [json.loads(line) for line in (directory / "events.jsonl").read_text().splitlines()]
+        sent[name] = [r["wire"]["sent_bytes"] for r in records if r["event"] == "StepFinished"][1:]
+    assert max(sent["embedded"]) < min(sent["embedded_dense"]) / 5
+
+
 @pytest.mark.parametrize("staleness", [None, 0, 1])
 def test_a_worker_that_hangs_is_found_though_its_threads_wait(
     pool: LocalLauncher, staleness: int | None, tmp_path: Path

@@ -72,7 +72,7 @@ class Worker:
         unprotected: why a lost worker ends the run, where that should not be so.
         entered: what the others have said as this worker joined them, over several hosts.
         memos: where it leaves what others may have to tell for it; None where none would be left.
-        locks: of a parameter server; None where there is none.
+        locks: of what workers take and update in turn; None where they do not.
         connections: to other workers' parts of one.
     """
 
@@ -173,24 +173,28 @@ def assemble(
     local.survives = protection.goes_on
     local.waits_for_all = protection.goes_on and config.fault.on_loss == "wait"
     made = _fingerprint(prepared, config, feed.size)
-    if several or not world.joins:
-        local.assemble(made)
-    group: HostGroup | HierarchicalGroup = local
-    if several:
-        group = join_hosts(
-            prepared.layout,
-            config,
-            local,
-            place,
-            world,
-            device,
-            feed.size,
-            prepared.teams,
-            prepared.shards if config.layout.zero else None,
-            survives=protection.goes_on,
-        )
-    starts_again = protection.starts_again
-    try:
+    locks = Locks(to_lock, local.waiter) if config.sync.pushes else None
+    with ExitStack() as failing:
+        if locks is not None:
+            failing.callback(locks.close)
+        if several or not world.joins:
+            local.assemble(made)
+        group: HostGroup | HierarchicalGroup = local
+        if several:
+            group = join_hosts(
+                prepared.layout,
+                config,
+                local,
+                place,
+                world,
+                device,
+                feed.size,
+                prepared.teams,
+                prepared.shards if config.layout.zero else None,
+                survives=protection.goes_on,
+            )
+        failing.push(lambda kind, error, trace: group.close(error))
+        starts_again = protection.starts_again
         if world.spans and not protection.goes_on and isinstance(group, HierarchicalGroup):  # some may lack the memory
             starts_again = all(group.all_gather(b"yes" if starts_again else b"", "snapshots of all hosts"))
         worker, step = _worker(
@@ -206,7 +210,7 @@ def assemble(
             None if world.joins else restore,
             stopping,
             world,
-            to_lock,
+            locks,
             starts_again=starts_again,
         )
         worker.unprotected = protection.missing
@@ -216,10 +220,8 @@ def assemble(
             step = worker.entered.step
         elif world.joins:
             step = local.join(made, lambda: _take_state(prepared, local, worker.state, memory))
-        return worker, step
-    except BaseException as error:
-        group.close(error)
-        raise
+        failing.pop_all()
+    return worker, step
 
 
 def _worker(
@@ -235,14 +237,14 @@ def _worker(
     restore: Callable[[Prepared, Load], Restored] | None,
     stopping: Callable[[], bool],
     world: World,
-    to_lock: int | None,
+    locks: Locks | None,
     *,
     starts_again: bool,
 ) -> tuple[Worker, int]:
     """A worker over its group, and the step from which it starts.
 
     Arguments:
-        to_lock: the arena's descriptor, where locks are needed and others could hold them.
+        locks: of what workers take and update in turn; None where they do not.
         restore: as of `assemble`; None where the state is there already.
         starts_again: there are snapshots.
     """
@@ -279,7 +281,6 @@ def _worker(
     def run_memory(slot: int) -> RunMemory:
         return RunMemory(prepared.layout, state.memory, memory(host.undo(slot)), snapshot.memory)
 
-    locks = Locks(to_lock, local.waiter) if config.sync.pushes else None
     share, passages = _share(prepared, config, group, local)
     order = (config.seed, config.global_batch_size, config.micro_batch_size)
     federation = federation_of(config, objects.data)

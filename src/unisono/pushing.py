@@ -1,5 +1,4 @@
-"""Engines of workers that wait for nobody within a step, put together: lock-free, or over a parameter server, which may
-be spread over several hosts."""
+"""Engines of workers that push their gradients where all can reach what is updated: without locks, or to servers."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -31,7 +30,6 @@ from unisono.sync.tables import members
 from unisono.sync.turns import Turns
 from unisono.sync.updater import Updater
 
-LOOPBACK = "127.0.0.1"
 _NONE: Words = np.zeros(0, dtype=np.int64)
 """In place of the rows of tables, where there are none."""
 

@@ -68,13 +68,18 @@ class Connections:
         Arguments:
             elsewhere: whether a rank is on another host.
         """
-        ends = {**self.asked, **self.peers}
-        sent = sum(asking.take_sent_bytes() for rank, asking in ends.items() if elsewhere(rank))
+        ends = (*self.asked.items(), *self.peers.items())
+        sent = sum(asking.take_sent_bytes() for rank, asking in ends if elsewhere(rank))
         sent += self.answering.take_sent_bytes() if self.answering is not None else 0
         waited_s = 0.0
         for asking in self.asked.values():
             waited_s, asking.waited_s = waited_s + asking.waited_s, 0.0
         return WireUse(sent, waited_s, waited_s)
+
+    def failed_with(self, error: BaseException) -> BaseException:
+        """Let go of all where a worker cannot be put together; why that is so."""
+        self.close(error)
+        return self.faults[0] if self.faults and isinstance(error, GroupError) else error
 
     def close(self, cause: BaseException | None = None) -> None:
         """Let go of all.
@@ -163,7 +168,7 @@ class _Spread:
             own = connections.answering
             told = json.dumps(own.endpoint.written()).encode() if own is not None else b""
             endpoints = self.group.all_gather(told, "where workers answer each other")
-            patient = replace(local.waiter, deadline_s=local.deadline_s + GRACE_S)  # who answers may wait first
+            patient = replace(local.waiter.of_worker(), deadline_s=local.deadline_s + GRACE_S)  # who answers may wait
 
             def asking(other: int) -> Asking:
                 return Asking(Endpoint.read(json.loads(endpoints[other])), name(other), patient)
@@ -257,8 +262,7 @@ def _asynchronous(spread: _Spread) -> tuple[Executes, Connections]:
             spread.place.hosts.name,
         )
     except BaseException as error:
-        connections.close(error)
-        raise
+        raise connections.failed_with(error) from error
     return engine, connections
 
 
@@ -272,9 +276,10 @@ def _rounds(spread: _Spread) -> tuple[Executes, Connections]:
     on = {other: [prepared.servers[number] for number in homes.on(other)] for other in hosts}
     needs = {other: Need.of(flat, on[other], buffers=other == POOL_HOST) for other in hosts}
     first = units.buffers * (1 + pool.layout.accepted)
-    brought = Brought(pool, spread.locks, needs[host], local.slot, local.view, first)
     claims = Claims(parts.claims(), spread.locks, local.waiter, name) if host == POOL_HOST else None
     of_threads = Claims(parts.claims(), spread.locks, spread.waiter, name) if host == POOL_HOST else None
+    late = claims.late if claims is not None else None
+    brought = Brought(pool, spread.locks, needs[host], local.slot, local.view, first, late)
     squares = None
     if clip is not None:
         runs_here = [run for runs in on[host] for run in runs]
@@ -313,6 +318,5 @@ def _rounds(spread: _Spread) -> tuple[Executes, Connections]:
             spread.across(connections),
         )
     except BaseException as error:
-        connections.close(error)
-        raise
+        raise connections.failed_with(error) from error
     return engine, connections

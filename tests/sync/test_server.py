@@ -246,7 +246,7 @@ def test_a_worker_that_hangs_is_found_though_its_threads_wait(
 def test_who_only_serves_waits_as_long_as_something_comes(pool: LocalLauncher, staleness: int | None) -> None:
     """A step takes several times the deadline, and a unit does not."""
     arguments = {"model": "mlp", "loss": "slow", "deadline_s": 0.4, "global_batch_size": 100, "steps": 1}
-    sync = {"mode": "server", "serving": 1, "staleness": staleness}
+    sync = {"mode": "server", "serving": 1, "staleness": staleness, **({"accepted": 25} if staleness == 0 else {})}
     began = time.monotonic()
     ending = pool.run({"call": "tests.jobs:train_with_little_patience", "arguments": {**arguments, "sync": sync}}, 2)
     assert ending.results[0]["reason"] == "finished" and time.monotonic() - began > 1.0
@@ -276,19 +276,34 @@ def test_a_gradient_that_is_no_number_is_said_in_a_sentence(
 
 
 @pytest.mark.parametrize(
-    ("staleness", "said"),
+    ("rank", "workers", "sync", "said"),
     [
-        (None, r"units of step 3 waited .*are not done: unit \d+ by rank 1 \(host 1\)"),
-        (2, r"rank 1 \(host 1\) has done \d+ units only"),
-        (0, r"too few gradients have come; under way: unit \d+ of rank 1 \(host 1\)"),
+        (1, 2, {}, r"units of step 3 waited .*not done: unit \d+ by rank 1 \(host 1\)"),
+        (0, 2, {}, r"units of step 3 waited .*not done: unit \d+ by rank 0 \(host 0\)"),
+        (1, 2, {"staleness": 2}, r"rank 1 \(host 1\) has done \d+ units only"),
+        (1, 2, {"staleness": 0}, r"under way: unit \d+ of rank 1 \(host 1\)"),
+        (2, 4, {"staleness": 0, "serving": 1}, r"under way: unit \d+ of rank 2 \(host 1\)"),
     ],
 )
-def test_whoever_holds_up_others_is_named(pool: LocalLauncher, staleness: int | None, said: str) -> None:
-    """(rank 1 of 2 hosts, step 3): where nobody ends those who hang."""
-    strikes = [{"rank": 1, "step": 3, "moment": "compute", "how": "sleep"}]
-    sync = {"mode": "server", "staleness": staleness}
+def test_whoever_holds_up_others_is_named(
+    pool: LocalLauncher, rank: int, workers: int, sync: dict[str, Any], said: str
+) -> None:
+    """(a rank of 2 hosts, step 3): where nobody ends those who hang."""
+    strikes = [{"rank": rank, "step": 3, "moment": "compute", "how": "sleep"}]
+    given = {"mode": "server", **sync}
     with pytest.raises(UnisonoError, match=said):
-        run(pool, 2, strikes, hosts=2, model="mlp", deadline_s=1.0, fault={"on_loss": "stop"}, sync=sync)
+        run(pool, workers, strikes, hosts=2, model="mlp", deadline_s=1.0, fault={"on_loss": "stop"}, sync=given)
+
+
+def test_clipping_is_a_little_more_to_say(pool: LocalLauncher, tmp_path: Path) -> None:
+    """In rounds on two hosts: the norms of blocks besides gradients and values."""
+    sent = {}
+    for name, clip in (("clipped", 0.5), ("not", None)):
+        sync = {"mode": "server", "staleness": 0}
+        run(pool, 2, hosts=2, model="wide", clip=clip, run_dir=str(tmp_path / name), sync=sync, steps=3)
+        records = [json.loads(line) for line in (tmp_path / name / "events.jsonl").read_text().splitlines()]
+        sent[name] = sum(r["wire"]["sent_bytes"] for r in records if r["event"] == "StepFinished")
+    assert 0.95 * sent["not"] < sent["clipped"] < 1.1 * sent["not"]  # a pull may count with the next step
 
 
 @pytest.mark.parametrize("moment", ["mid-update", "mid-commit"])

@@ -14,7 +14,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -31,8 +31,8 @@ Handler = Callable[[Words, Tensor], tuple[Words, Sequence[Tensor]]]
 
 _HEAD = struct.Struct("<IQ")
 _KINDS: Mapping[str, type[Exception]] = {"revoked": Revoked, "training": TrainingError, "group": GroupError}
-"""Of what an answer may be in place of one."""
-NONCE_BYTES, PROOF_BYTES = 32, 32
+"""Kinds of errors that may come in place of an answer."""
+NONCE_BYTES, PROOF_BYTES, SECRET_BYTES = 32, 32, 32
 STRANGER_S = 10.0
 """Seconds in which whoever connects must have proved itself."""
 MOST_STRANGERS = 64
@@ -86,16 +86,15 @@ class Answering:
     ) -> None:
         self._listener = _listening(address, askers)
         found, port = self._listener.getsockname()[:2]
-        self.endpoint = Endpoint(found, int(port), secrets.token_bytes(NONCE_BYTES))
+        self.endpoint = Endpoint(found, int(port), secrets.token_bytes(SECRET_BYTES))
         self._askers = askers
         self._handler = handler
         self._failed = failed
         self._over = False
-        self._said = b""  # to whoever waits for an answer that does not come
         self._counting = threading.Lock()
         self._known = 0
         self._sent_bytes = 0
-        self._connected: dict[socket.socket, threading.Lock] = {}  # each with who writes to it
+        self._connected: dict[socket.socket, _Line] = {}
         self._threads: list[threading.Thread] = []
         self._accepting = threading.Thread(target=self._accept, name="unisono-answer", daemon=True)
         self._accepting.start()
@@ -111,7 +110,7 @@ class Answering:
                 self._threads = [thread for thread in self._threads if thread.is_alive()]
                 crowded = len(self._connected) - self._known >= MOST_STRANGERS
                 if not crowded:
-                    self._connected[connected] = threading.Lock()
+                    self._connected[connected] = _Line()
             if crowded:
                 connected.close()
                 continue
@@ -129,6 +128,7 @@ class Answering:
         try:
             if known:
                 with self._counting:
+                    self._connected[connected].known = True
                     self._known += 1
                     if self._known == self._askers:
                         _shut(self._listener)
@@ -159,8 +159,9 @@ class Answering:
                 pieces, fault = _pieces(_error(error)), error
             if fault is not None and not self._over:
                 self._failed(fault)
-            with self._connected[connected]:
-                if self._said or not self._give(connected, pieces):
+            line = self._connected[connected]
+            with line.writing:
+                if line.over or not self._give(connected, pieces):
                     return
 
     def _give(self, connected: socket.socket, pieces: Sequence[memoryview]) -> bool:
@@ -188,12 +189,13 @@ class Answering:
         """
         self._over = True
         until = time.monotonic() + LEAVE_S
-        for connected, writing in list(self._connected.items()):
-            if cause is not None and writing.acquire(timeout=max(0.0, until - time.monotonic())):
-                self._said = str(cause).encode()
+        for connected, line in list(self._connected.items()):
+            tells = cause is not None and line.known
+            if tells and line.writing.acquire(timeout=max(0.0, until - time.monotonic())):
                 connected.setblocking(False)  # it may be that nobody reads it
-                self._give(connected, _pieces(_error(Revoked(str(cause)))))
-                writing.release()
+                self._give(connected, _pieces({**_error(cause), "kind": "revoked"} if cause is not None else {}))
+                line.over = True
+                line.writing.release()
             _shut(connected)
         _shut(self._listener)
         for thread in (self._accepting, *self._threads):
@@ -201,6 +203,21 @@ class Answering:
         self._listener.close()
         for connected in list(self._connected):
             connected.close()
+
+
+@dataclass(slots=True)
+class _Line:
+    """A connection to one who asks, or may.
+
+    Attributes:
+        writing: held by who writes to it.
+        known: the other end has proved that it belongs to the job.
+        over: it was told that no answer comes any more.
+    """
+
+    writing: threading.Lock = field(default_factory=threading.Lock)
+    known: bool = False
+    over: bool = False
 
 
 class Asks(Protocol):
@@ -254,10 +271,14 @@ class Asking:
             parts: bytes that go with it, in flat tensors.
         """
         self._poll.register(self._socket, select.POLLOUT)
-        for piece in _pieces(words, parts):
-            left = piece
-            while left:
-                left = left[self._when_possible(self._socket.send, left, operation) :]
+        try:
+            for piece in _pieces(words, parts):
+                left = piece
+                while left:
+                    left = left[self._when_possible(self._socket.send, left, operation) :]
+        except PeerLost:
+            self.answer(operation)  # it may have said why
+            raise
         self._sent_bytes += sum(part.nbytes for part in parts)
 
     def answer(self, operation: str) -> Message:
@@ -376,8 +397,10 @@ def _proved(connected: socket.socket, secret: bytes, until: float, *, asks: bool
         while len(data) < size_bytes:
             connected.settimeout(max(0.001, until - time.monotonic()))
             more = connected.recv(size_bytes - len(data))
-            if not more or time.monotonic() > until:
-                raise ConnectionError("it has gone" if not more else "it takes too long")
+            if not more:
+                raise ConnectionError("it has closed the connection: it has ended, or does not know this run's secret")
+            if time.monotonic() > until:
+                raise TimeoutError("it takes too long")
             data += more
         return data
 
@@ -390,12 +413,7 @@ def _proved(connected: socket.socket, secret: bytes, until: float, *, asks: bool
     other = take(NONCE_BYTES)
     if asks:  # who asks for entry proves first
         connected.sendall(code(True, mine, other))
-    try:
-        proof = take(PROOF_BYTES)
-    except ConnectionError:
-        if asks:  # it did not believe this end
-            return False
-        raise
+    proof = take(PROOF_BYTES)
     known = hmac.compare_digest(proof, code(not asks, other, mine))
     if known and not asks:
         connected.sendall(code(False, mine, other))

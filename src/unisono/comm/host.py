@@ -417,7 +417,12 @@ class HostGroup:
         self.header.set_done(self.slot, step)
 
     def wait_or_lose(
-        self, ready: Callable[[], bool], operation: str, absent: Callable[[], str], grace_s: float = 0.0
+        self,
+        ready: Callable[[], bool],
+        operation: str,
+        absent: Callable[[], str],
+        grace_s: float = 0.0,
+        progress: Callable[[], object] | None = None,
     ) -> Sequence[Loss]:
         """Wait until something is ready, once every micro-batch of the step is published.
 
@@ -425,6 +430,7 @@ class HostGroup:
 
         Arguments:
             grace_s: as of `all_gather`.
+            progress: as of `Waiter`.
         """
 
         def ready_or_lost() -> Sequence[Loss] | None:
@@ -435,7 +441,7 @@ class HostGroup:
             return self.roll.losses[told:] or None
 
         waiter = replace(self.waiter, deadline_s=self.waiter.deadline_s + grace_s)
-        return waiter(ready_or_lost, operation, absent)
+        return waiter(ready_or_lost, operation, absent, progress)
 
     def settle(self, step: int, grace_s: float = 0.0) -> Sequence[Loss]:
         """Wait for everyone's `finish`, and for the heirs of those who were lost.

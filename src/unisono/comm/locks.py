@@ -24,10 +24,9 @@ class Locks:
     """
 
     def __init__(self, descriptor: int | None, waiter: Waiter) -> None:
+        self._alone = descriptor is None
         self._descriptor = descriptor
-        self._waiter = waiter
-        self._worker = threading.get_ident()
-        self._closed = False
+        self._waiter = waiter.of_worker()
         self._of_threads: dict[int, threading.Lock] = {}  # to the kernel all threads are one holder
 
     @contextlib.contextmanager
@@ -39,33 +38,40 @@ class Locks:
 
     def hold(self, number: int, operation: str) -> None:
         """Wait for a lock, and hold it."""
-        waiter = self._waiter if threading.get_ident() == self._worker else self._waiter.of_thread()
-        waiter(lambda: self._try(number) or None, operation, lambda: "another holds it")
+        self._waiter(lambda: self._try(number) or None, operation, lambda: "another holds it")
 
     def let_go(self, number: int) -> None:
         """Let go of a lock that this thread holds."""
-        if self._descriptor is not None:
-            fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, number)
+        if not self._alone:
+            fcntl.lockf(self._open(), fcntl.LOCK_UN, 1, number)
         self._of_threads[number].release()
 
     def _try(self, number: int) -> bool:
-        if self._closed:
-            raise Revoked("this worker ends, and its threads with it")
         own = self._of_threads.setdefault(number, threading.Lock())
         if not own.acquire(blocking=False):
             return False
-        if self._descriptor is None:
+        if self._alone:
             return True
         try:
-            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
+            fcntl.lockf(self._open(), fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
         except BlockingIOError:
             own.release()
             return False
         return True
 
+    def _open(self) -> int:
+        """The descriptor; its number may be another file's as soon as it is closed.
+
+        Raises:
+            Revoked: where it is.
+        """
+        descriptor = self._descriptor
+        if descriptor is None:
+            raise Revoked("this worker ends, and its threads with it")
+        return descriptor
+
     def close(self) -> None:
         """Let go of everything."""
-        self._closed = True
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None

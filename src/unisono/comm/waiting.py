@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -46,14 +47,33 @@ class Waiter:
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
 
+    def of_worker(self) -> "Waiter":
+        """For whatever thread: what others than this one do is no sign that the worker lives."""
+        worker = threading.get_ident()
+        return replace(
+            self,
+            told=lambda operation: self.told(operation) if threading.get_ident() == worker else None,
+            beat=lambda: self.beat() if threading.get_ident() == worker else None,
+        )
+
     def of_thread(self) -> "Waiter":
         """For a thread beside the worker's own: what it does is no sign that the worker lives, and it may take more
         time to notice."""
         patient = lambda seconds: self.sleep(seconds if seconds < LONGEST_SLEEP_S else THREAD_SLEEP_S)  # noqa: E731
         return replace(self, told=lambda operation: None, beat=lambda: None, sleep=patient)
 
-    def __call__(self, ready: Callable[[], T | None], operation: str, missing: Callable[[], str]) -> T:
+    def __call__(
+        self,
+        ready: Callable[[], T | None],
+        operation: str,
+        missing: Callable[[], str],
+        progress: Callable[[], object] | None = None,
+    ) -> T:
         """What ``ready`` returns once it is not None.
+
+        Arguments:
+            missing: who or what is, for the error.
+            progress: the deadline begins anew whenever this changes.
 
         Raises:
             WaitTimeout: with the operation, the line that waits, and what ``missing`` says.
@@ -64,7 +84,7 @@ class Waiter:
         if result is not None:
             return result
         self.told(operation)
-        started = self.clock()
+        started, seen = self.clock(), progress() if progress is not None else None
         while True:
             over = self.over()  # read before: what came until then counts
             result = ready()
@@ -74,6 +94,8 @@ class Waiter:
                 raise RunOver(f"training was over while this worker waited in {operation}")
             if self.revoked():
                 raise Revoked(revoked(operation, self.cause()))
+            if progress is not None and (now := progress()) != seen:
+                started, seen = self.clock(), now
             waited = self.clock() - started
             if waited > self.deadline_s:
                 raise WaitTimeout(
@@ -92,7 +114,7 @@ def revoked(operation: str, cause: str) -> str:
 def _caller() -> str:
     """The nearest source line outside this package's communication; on a thread of its own, the first inside."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("unisono.comm"):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("unisono.comm", "contextlib")):
         if frame.f_back.f_globals.get("__name__", "").startswith("concurrent."):
             break
         frame = frame.f_back

@@ -134,18 +134,18 @@ class AsynchronousEngine(MeetingEngine):
 
     def _await_units(self, step: int) -> Sequence[Loss]:
         """Wait for what others have taken, as long as something comes in time; those who were lost meanwhile."""
-        pool, lost = self._pool, list[Loss]()
-        while not (lost or pool.all_done):
-            seen = pool.progress
-            moved = lambda seen=seen: pool.all_done or pool.progress != seen  # noqa: E731
-            lost = list(self._group.wait_or_lose(moved, f"units of step {step}", self._missing))
-        return lost
+        return self._group.wait_or_lose(
+            lambda: self._pool.all_done,
+            f"units of step {step}",
+            lambda: self._missing(step),
+            progress=lambda: self._pool.progress,
+        )
 
-    def _missing(self) -> str:
-        missing, under_way = self._pool.missing(), self._pool.under_way
-        who = [f"unit {int(unit) - 1} by {self._name(worker)}" for worker, unit in enumerate(under_way) if unit]
-        by = [text for text in who if int(text.split()[1]) in missing]
-        return f"{len(missing)} are not done: {', '.join(by or map(str, missing[:MOST_NAMED]))}; {self._group.doing()}"
+    def _missing(self, step: int) -> str:
+        missing, who = self._pool.missing(), self._turns.under_way(step)
+        named = [f"unit {unit} by {self._name(who[unit])}" for unit in missing if unit in who][:MOST_NAMED]
+        what = [f"not done: {', '.join(named) or f'{len(missing)} units'}", self._group.doing()]
+        return "; ".join(filter(None, what))
 
     def _take_over(self, step: int, lost: Sequence[Loss]) -> None:
         """Compute what lost workers had taken, unless another does."""

@@ -67,8 +67,7 @@ class SpreadRoundsEngine(MeetingEngine):
         while self._part is not None and number < pool.layout.rounds:
             number = self._do_round(step, number, self._part)
         self._phases.enter("wait")
-        for number in range(1, pool.layout.rounds + 1):  # each in its own time
-            self._brought.wait(step, number, self._group.waiter)
+        self._brought.wait(step, pool.layout.rounds, self._group.waiter)
         if self._claims is None:  # all know the same
             return Done(0.0, 0.0, {})
         loss, weight = (sum(part) for part in zip(*pool.totals, strict=True))

@@ -62,7 +62,7 @@ class LockFreePool(UnitPool):
     @property
     def progress(self) -> int:
         """Grows with every unit that is done."""
-        return self.pushes
+        return int(np.count_nonzero(self._late))
 
     def missing(self) -> list[int]:
         """Units that are not."""

@@ -5,7 +5,7 @@ Whoever brings the last one that is missing on a host brings that host's servers
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from unisono.comm.arena import Region
 from unisono.comm.locks import Locks
 from unisono.comm.partial import Partial
+from unisono.comm.patience import GRACE_S
 from unisono.comm.waiting import Waiter
 from unisono.errors import TrainingError
 from unisono.plan.assignment import Run
@@ -89,6 +90,7 @@ class Brought:
         slot: of the worker.
         view: (slot, entry) -> a partial.
         first: the worker's first buffer for what others bring.
+        late: who is, for errors; empty where another host knows, whose error is to come first.
     """
 
     pool: RoundsPool
@@ -97,6 +99,7 @@ class Brought:
     slot: int
     view: Callable[[int, int], Partial]
     first: int
+    late: Callable[[], str] | None
     _used: tuple[tuple[int, int], int] = ((0, 0), 0)  # of a round, how many of them
     _using: threading.Lock = field(default_factory=threading.Lock)
 
@@ -140,8 +143,15 @@ class Brought:
         def ready() -> bool | None:
             return True if pool.is_of(step) and pool.round >= number else None
 
-        def late() -> str:
-            come = len(pool.arrivals(pool.round)) if pool.round < pool.layout.rounds else 0
-            return f"{come} gradients of {pool.needed(pool.round)} that count have come to this host"
+        def progress() -> tuple[int, int]:
+            now = min(pool.round, pool.layout.rounds - 1)
+            return now, len(pool.arrivals(now))
 
-        waiter(ready, f"round {number} of step {step}", late)
+        def late() -> str:
+            now, come = progress()
+            what = f"{come} of {pool.needed(now)} gradients that count in round {now} have come to this host"
+            return what if self.late is None else f"{what}; {self.late()}"
+
+        if self.late is None:
+            waiter = replace(waiter, deadline_s=waiter.deadline_s + GRACE_S)
+        waiter(ready, f"round {number} of step {step}", late, progress)

@@ -79,7 +79,7 @@ class Claims:
             self._waiter(
                 lambda: True if pool.round != number or again is not None or pool.may_take else None,
                 f"round {number} of step {step}",
-                self._late,
+                self.late,
             )
             with self._locks.held(CLAIMS, f"the units of step {step}"):
                 over, unit = pool.round != number, again
@@ -97,7 +97,8 @@ class Claims:
                 pool.end(number, 0.0, 0.0)
         return counts
 
-    def _late(self) -> str:
+    def late(self) -> str:
+        """Who is, for errors."""
         under_way = {worker: int(unit) - 1 for worker, unit in enumerate(self._pool.under_way) if unit}
         late = ", ".join(f"unit {unit} of {self._name(worker)}" for worker, unit in under_way.items())
         return f"too few gradients have come; under way: {late or 'none'}"

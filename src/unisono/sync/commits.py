@@ -19,7 +19,7 @@ class Commits:
         protects: others go on where this worker is killed in an update.
 
     Attributes:
-        slot, versions: see there.
+        slot, versions, protects: see there.
         journal: its own.
     """
 
@@ -34,6 +34,7 @@ class Commits:
     ) -> None:
         self.slot = slot
         self.versions = versions
+        self.protects = protects
         self.journal = Journal(row(slot), versions, protects=protects)
         self._row = row
         self._memory = memory

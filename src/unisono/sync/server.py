@@ -17,6 +17,7 @@ from torch import Tensor
 
 from unisono.comm.journal import Image
 from unisono.comm.locks import Locks
+from unisono.errors import GroupError
 from unisono.optim.clipping import global_norm, squared_norms
 from unisono.plan.assignment import Run
 from unisono.plan.pool import Entry, Pool
@@ -290,6 +291,8 @@ class Servers:
         entry = pool.opened(number)
         if entry is None:
             return
+        if not self._commits.protects:
+            raise GroupError(f"a worker of this host was lost as it updated server {number}")
         self._recover(entry.worker)
         images, version = self.parts[number].images, int(pool.version[number])
         at = [self._at(image) for image in images]

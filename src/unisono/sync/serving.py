@@ -14,7 +14,7 @@ from unisono.comm.waiting import Waiter
 from unisono.errors import GroupError
 from unisono.sync.messages import Received
 from unisono.sync.server import Push, Servers
-from unisono.sync.turns import OVER, TAKE, GivesUnits
+from unisono.sync.turns import OVER, TAKE, WHO, GivesUnits
 
 PULL, PUSH = "pull", "push"
 """What is asked for."""
@@ -105,6 +105,8 @@ class Serving:
         if words["op"] == OVER and self._turns is not None:
             self._turns.over(words["step"], words["worker"])
             return {}, ()
+        if words["op"] == WHO and self._turns is not None:
+            return {"units": [*self._turns.under_way(words["step"]).items()]}, ()
         raise GroupError(f"{words['op']!r} is not for this host")
 
     def _push(self, words: Words, data: Tensor) -> None:

@@ -1,6 +1,6 @@
 """Which worker computes which unit of a step, and when it may begin one: asked of the pool that hands them out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from unisono.comm.calls import Asks
@@ -19,7 +19,7 @@ def lock_of(server: int) -> int:
     return 2 + server
 
 
-TAKE, OVER = "take", "over"
+TAKE, OVER, WHO = "take", "over", "who"
 """What is asked of another host's pool."""
 
 
@@ -28,6 +28,9 @@ class GivesUnits(Protocol):
 
     def take(self, step: int, worker: int) -> int | None:
         """The next unit, once the worker may begin one; None where there is no more."""
+
+    def under_way(self, step: int) -> Mapping[int, int]:
+        """Units that have been taken, and by whom, for errors."""
 
     def over(self, step: int, worker: int) -> None:
         """A worker's own unit is done, and not one that a lost worker has left, for which nobody waits.
@@ -54,6 +57,10 @@ class AskedTurns:
         ]
         return unit
 
+    def under_way(self, step: int) -> Mapping[int, int]:
+        """See `GivesUnits`."""
+        return dict(self._asked.call(f"who has units of step {step}", {"op": WHO, "step": step})["units"])
+
     def over(self, step: int, worker: int) -> None:
         """See `GivesUnits`."""
         self._asked.call(f"end of a unit of step {step}", {"op": OVER, "step": step, "worker": worker})
@@ -64,6 +71,10 @@ class NoTurns:
 
     def take(self, step: int, worker: int) -> int | None:
         """None."""
+
+    def under_way(self, step: int) -> Mapping[int, int]:
+        """It does not know."""
+        return {}
 
     def over(self, step: int, worker: int) -> None:
         """It has none."""
@@ -108,6 +119,10 @@ class Turns:
             self._waiter(ready, f"slower workers in step {step}", self._slowest)
         with self._locks.held(POOL, f"the pool of step {step}"):
             return pool.take(worker)
+
+    def under_way(self, step: int) -> Mapping[int, int]:
+        """See `GivesUnits`."""
+        return {int(unit) - 1: worker for worker, unit in enumerate(self._pool.under_way) if unit}
 
     def over(self, step: int, worker: int) -> None:
         """See `GivesUnits`."""

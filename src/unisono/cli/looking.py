@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from unisono.cli.options import ConfigFile, JsonOption, Overrides, WorkersOption, launcher_here
+from unisono.cli.options import JsonOption, Overrides, WorkersOption, launcher_here
+from unisono.errors import ConfigurationError
 
 
 def doctor(as_json: JsonOption = False) -> None:
@@ -30,9 +31,21 @@ def doctor(as_json: JsonOption = False) -> None:
 
 
 def plan(
-    config: ConfigFile,
+    config: Annotated[
+        str,
+        typer.Argument(
+            metavar="CONFIG.yaml or MODEL",
+            help="A configuration; or a model: llama3:70b, layers=32,hidden=4096,heads=32,vocab=50000, or the "
+            "config.json of Hugging Face Transformers.",
+            show_default=False,
+        ),
+    ],
     overrides: Overrides = None,
     workers: WorkersOption = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="For a model: the devices, COUNTxDEVICE[:OF A NODE][,LINK], 64xH100:8,ib400.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="For a model: of a sequence.")] = 4096,
     with_profile: Annotated[
         bool, typer.Option("--profile", help="Show parameters, operations and activations, module by module.")
     ] = False,
@@ -40,14 +53,24 @@ def plan(
 ) -> None:
     """Say what a layout is made of: its stages, how long workers wait, the memory of each; nothing is trained.
 
+    Of a model by its name or numbers, what no layout gets below: the memory of its training state, and its operations.
+
     Example: unisono plan configs/lm.yaml layout.pipeline=2 layout.data=2 layout.recompute=full --profile
+
+    Example: unisono plan llama3:405b --cluster 16384xH100:8 --tokens 8192
     """
+    if not config.endswith((".yaml", ".yml")):
+        _refuse_with_model(overrides, workers, with_profile)
+        _say_bounds(config, cluster, tokens, as_json)
+        return
+    if cluster is not None:
+        raise ConfigurationError("--cluster is for a model by its name or numbers, not yet for a configuration's own")
     from unisono.check.plan import plan as make
     from unisono.check.plan import prepared_without_values, profile, profile_as_text
     from unisono.config import load
     from unisono.launch.runs import choose_workers
 
-    settings = load(config, overrides or [])
+    settings = load(Path(config), overrides or [])
     prepared, found = prepared_without_values(settings, choose_workers(settings, workers))
     made = make(prepared, found, settings)
     rows = profile(prepared, found) if with_profile else None
@@ -57,6 +80,21 @@ def plan(
     if rows is not None:
         typer.echo(profile_as_text(rows))
     typer.echo(made.as_text())
+
+
+def _refuse_with_model(overrides: list[str] | None, workers: int | None, with_profile: bool) -> None:
+    wrong = {"overrides": bool(overrides), "--workers": workers is not None, "--profile": with_profile}
+    if given := [name for name, is_so in wrong.items() if is_so]:
+        raise ConfigurationError(f"{given[0]} is for a configuration (CONFIG.yaml), and this is a model by its name")
+
+
+def _say_bounds(model: str, words: str | None, tokens: int, as_json: bool) -> None:
+    from unisono.plan.bounds import Bounds
+    from unisono.plan.hardware import cluster
+    from unisono.plan.transformer import transformer
+
+    bounds = Bounds(transformer(model), tokens, cluster(words) if words is not None else None)
+    typer.echo(json.dumps(bounds.as_dict()) if as_json else bounds.as_text())
 
 
 def report(run_dir: Annotated[Path, typer.Argument(help="The directory of a run.", show_default=False)]) -> None:

@@ -1,0 +1,96 @@
+"""What no layout gets below: the memory that a model's training state takes, and the time of its operations at peak.
+
+A layout needs more: activations, gradients that travel, waits. So what these bounds exclude is excluded for good, and
+what they admit is still to be judged.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from unisono.events import readable
+from unisono.plan.hardware import Cluster
+from unisono.plan.transformer import BACKWARD, Transformer
+
+STATE_BYTES: Mapping[str, int] = {"parameters": 2, "gradients": 2, "optimizer": 12}
+"""Of a parameter, with Adam in mixed precision: 16 bits to compute with, and 32-bit copy and moments.
+
+Rajbhandari et al., "ZeRO: memory optimizations toward training trillion parameter models", SC 2020.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Those of one model.
+
+    Attributes:
+        tokens: of a sequence.
+        cluster: on which it is to be trained; None where that is not known.
+    """
+
+    model: Transformer
+    tokens: int
+    cluster: Cluster | None = None
+
+    @property
+    def state_bytes(self) -> int:
+        """Of the training state, wherever its parts are."""
+        return sum(STATE_BYTES.values()) * self.model.parameters
+
+    @property
+    def flops_per_token(self) -> float:
+        """Operations of forward and backward."""
+        return (1 + BACKWARD) * self.model.forward_flops(self.tokens) / self.tokens
+
+    @property
+    def devices(self) -> int | None:
+        """The fewest that hold the state, divided evenly."""
+        return None if self.cluster is None else math.ceil(self.state_bytes / self.cluster.device.memory_bytes)
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """The most, if all devices computed at their peak all the time."""
+        if self.cluster is None:
+            return None
+        return self.cluster.devices * self.cluster.device.half_flops / self.flops_per_token
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the devices hold the state; activations come on top."""
+        return None if self.cluster is None or self.devices is None else self.devices <= self.cluster.devices
+
+    def as_dict(self) -> dict[str, Any]:
+        """As data."""
+        cluster = self.cluster
+        return {
+            "model": self.model.name,
+            "parameters": self.model.parameters,
+            "tokens": self.tokens,
+            "flops_per_token": self.flops_per_token,
+            "state_bytes": self.state_bytes,
+            "cluster": None if cluster is None else str(cluster),
+            "devices_at_least": self.devices,
+            "tokens_per_s_at_most": self.tokens_per_s,
+            "state_fits": self.fits,
+        }
+
+    def as_text(self) -> str:
+        """For a reader."""
+        model, state = self.model, readable(self.state_bytes)
+        lines = [
+            f"{model.name}: {model.parameters / 1e9:.2f} billion parameters in {model.layers} layers of "
+            f"{model.hidden}, {model.heads} heads ({model.kv_heads} of keys and values)",
+            f"training state: {state} with Adam in mixed precision, {sum(STATE_BYTES.values())} bytes a parameter",
+            f"operations: {self.flops_per_token / 1e9:.2f} billion a token, in sequences of {self.tokens}",
+        ]
+        if self.cluster is not None:
+            device, fewest = self.cluster.device, self.devices
+            lines += [
+                f"cluster: {self.cluster}, {readable(device.memory_bytes)} each",
+                f"the state alone takes {fewest} of them"
+                + ("" if self.fits else f": {self.cluster.devices} cannot train it, however they divide it"),
+                f"at most {self.tokens_per_s:,.0f} tokens a second, at the devices' peak of "
+                f"{device.half_flops / 1e12:.0f} TFLOP/s in 16 bits",
+            ]
+        return "\n".join(lines)

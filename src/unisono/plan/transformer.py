@@ -1,0 +1,263 @@
+"""A transformer by its few numbers: its parameters, and the operations that it takes to train it.
+
+Parameters are counted as a checkpoint has them; operations are those of matrix products, a multiplication and an
+addition each, as Narayanan et al. (SC 2021) count them.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from unisono.errors import ConfigurationError
+
+BACKWARD = 2
+"""Operations of a backward, in those of its forward."""
+
+
+@dataclass(frozen=True, slots=True)
+class Transformer:
+    """A decoder of equal layers.
+
+    Attributes:
+        name: for a reader.
+        layers, hidden, heads: see the papers.
+        kv_heads: heads of keys and values, of which several queries share one.
+        ffn: width inside an MLP.
+        vocab: tokens that there are.
+        gated: MLPs have three matrices (SwiGLU), not two.
+        tied: the output shares the embedding's weights.
+        biased: matrices have biases, and norms have two vectors (LayerNorm, not RMSNorm).
+        positions: learned ones; 0 where positions are computed.
+        head_width: of a head; default: what the heads share out of ``hidden``.
+    """
+
+    name: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    vocab: int
+    gated: bool = True
+    tied: bool = False
+    biased: bool = False
+    positions: int = 0
+    head_width: int = 0
+
+    @property
+    def query_width(self) -> int:
+        """Of all queries together."""
+        return self.heads * (self.head_width or self.hidden // self.heads)
+
+    @property
+    def kv_width(self) -> int:
+        """Of all keys, or all values, together."""
+        return self.query_width // self.heads * self.kv_heads
+
+    @property
+    def matrix_elements(self) -> int:
+        """Elements of the matrices of a layer: queries, keys, values, output, and the MLP's."""
+        attention = self.hidden * (2 * self.query_width + 2 * self.kv_width)
+        return attention + (3 if self.gated else 2) * self.hidden * self.ffn
+
+    @property
+    def layer_parameters(self) -> int:
+        """All of a layer.
+
+        >>> named("llama3:8b").layer_parameters
+        218112000
+        """
+        norms = 2 * self.hidden * (2 if self.biased else 1)
+        wide = self.query_width + 2 * self.kv_width + self.hidden + (2 if self.gated else 1) * self.ffn + self.hidden
+        return self.matrix_elements + norms + (wide if self.biased else 0)
+
+    @property
+    def parameters(self) -> int:
+        """All of the model.
+
+        >>> named("llama3:8b").parameters, named("llama3:405b").parameters
+        (8030261248, 405853388800)
+        """
+        embeddings = self.vocab * self.hidden * (1 if self.tied else 2) + self.positions * self.hidden
+        return self.layers * self.layer_parameters + embeddings + self.hidden * (2 if self.biased else 1)
+
+    def forward_flops(self, tokens: int) -> int:
+        """Operations of the forward of one sequence; attention is counted whole, though half of it is masked.
+
+        >>> named("gpt:175b").forward_flops(2048) / 2048 / 1e9  # about twice its parameters
+        358.96
+        """
+        matrices = 2 * tokens * (self.layers * self.matrix_elements + self.hidden * self.vocab)
+        return matrices + self.layers * 4 * tokens**2 * self.query_width
+
+    def step_flops(self, sequences: int, tokens: int, *, again: bool = False) -> int:
+        """Operations of a step over so many sequences.
+
+        Arguments:
+            again: layers are computed once more in the backward (full recomputation).
+        """
+        forward = self.forward_flops(tokens)
+        layers = forward - 2 * tokens * self.hidden * self.vocab
+        return sequences * ((1 + BACKWARD) * forward + (layers if again else 0))
+
+
+def _gpt(name: str, layers: int, hidden: int, heads: int) -> Transformer:
+    """As Megatron trains it: learned positions, a vocabulary of a round number."""
+    return Transformer(
+        f"gpt:{name}",
+        layers,
+        hidden,
+        heads,
+        heads,
+        4 * hidden,
+        51_200,
+        gated=False,
+        tied=True,
+        biased=True,
+        positions=2_048,
+    )
+
+
+def _llama(name: str, layers: int, hidden: int, heads: int, kv_heads: int, ffn: int, vocab: int) -> Transformer:
+    return Transformer(name, layers, hidden, heads, kv_heads, ffn, vocab)
+
+
+NAMED: Mapping[str, Transformer] = {
+    model.name: model
+    for model in (
+        # Narayanan et al., "Efficient large-scale language model training on GPU clusters", SC 2021, table 1
+        _gpt("1.7b", 24, 2304, 24),
+        _gpt("3.6b", 30, 3072, 32),
+        _gpt("7.5b", 36, 4096, 32),
+        _gpt("18b", 40, 6144, 48),
+        _gpt("39b", 48, 8192, 64),
+        _gpt("76b", 60, 10240, 80),
+        _gpt("145b", 80, 12288, 96),
+        _gpt("310b", 96, 16384, 128),
+        # Korthikanti et al., "Reducing activation recomputation in large transformer models", 2022, table 3
+        _gpt("22b", 48, 6144, 64),
+        _gpt("175b", 96, 12288, 96),
+        _gpt("530b", 105, 20480, 128),
+        _gpt("1t", 128, 25600, 160),
+        # Touvron et al., "Llama 2", 2023; Grattafiori et al., "The Llama 3 herd of models", 2024, table 3
+        _llama("llama2:7b", 32, 4096, 32, 32, 11008, 32_000),
+        _llama("llama2:13b", 40, 5120, 40, 40, 13824, 32_000),
+        _llama("llama2:70b", 80, 8192, 64, 8, 28672, 32_000),
+        _llama("llama3:8b", 32, 4096, 32, 8, 14336, 128_256),
+        _llama("llama3:70b", 80, 8192, 64, 8, 28672, 128_256),
+        _llama("llama3:405b", 126, 16384, 128, 8, 53248, 128_256),
+    )
+}
+"""By name."""
+
+
+def named(text: str) -> Transformer:
+    """One of `NAMED`.
+
+    Raises:
+        ConfigurationError: where there is none.
+    """
+    if text not in NAMED:
+        near = get_close_matches(text, NAMED, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigurationError(f"no model is known as {text!r}{hint}; use one of {', '.join(NAMED)}")
+    return NAMED[text]
+
+
+def transformer(text: str) -> Transformer:
+    """A model in words: a name of `NAMED`, its numbers, or a configuration file of Hugging Face Transformers.
+
+    >>> transformer("layers=2,hidden=64,heads=4,vocab=100").ffn
+    256
+
+    Raises:
+        ConfigurationError: for what is none of these, or contradicts itself.
+    """
+    if text.endswith(".json"):
+        return _of_file(Path(text))
+    return _of_numbers(text) if "=" in text else named(text)
+
+
+_FLAGS = ("gated", "tied", "biased")
+_NEEDED = ("layers", "hidden", "heads", "vocab")
+
+
+def _of_numbers(text: str) -> Transformer:
+    known = [field.name for field in fields(Transformer) if field.name != "name"]
+    given: dict[str, Any] = {}
+    for part in text.split(","):
+        key, _, value = part.strip().partition("=")
+        if key not in known:
+            near = get_close_matches(key, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigurationError(f"{key!r} is no number of a model{hint}; use {', '.join(known)}")
+        if key in _FLAGS and value in ("true", "false"):
+            given[key] = value == "true"
+        elif key not in _FLAGS and value.isdigit():
+            given[key] = int(value)
+        else:
+            wanted = "true or false" if key in _FLAGS else "a whole number"
+            raise ConfigurationError(f"{key} is {value!r}; give {wanted}")
+    if missing := [key for key in _NEEDED if key not in given]:
+        raise ConfigurationError(f"{text!r} lacks {', '.join(missing)}; give at least {', '.join(_NEEDED)}")
+    made = Transformer(
+        text, given["layers"], given["hidden"], given["heads"], given["heads"], 4 * given["hidden"], given["vocab"]
+    )
+    return _checked(replace(made, gated=False, **given) if "gated" not in given else replace(made, **given))
+
+
+def _of_file(path: Path) -> Transformer:
+    """Of a file as Transformers writes it, for decoders."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"cannot read the model's configuration in {path}: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigurationError(f"{path} holds no configuration of a model")
+
+    def number(*names: str, default: int | None = None) -> int:
+        value = next((found[name] for name in names if found.get(name) is not None), default)
+        if not isinstance(value, int):
+            raise ConfigurationError(f"{path} has no {names[0]}, which a decoder's configuration has")
+        return value
+
+    hidden, heads = number("hidden_size", "n_embd"), number("num_attention_heads", "n_head")
+    gated = str(found.get("hidden_act", found.get("activation_function", "gelu"))) in ("silu", "swiglu")
+    learned = found.get("model_type") in ("gpt2", "opt", "gpt_bigcode")
+    return _checked(
+        Transformer(
+            path.parent.name or path.stem,
+            number("num_hidden_layers", "n_layer"),
+            hidden,
+            heads,
+            number("num_key_value_heads", default=heads),
+            number("intermediate_size", "n_inner", "ffn_dim", default=4 * hidden),
+            number("vocab_size"),
+            gated=gated,
+            tied=bool(found.get("tie_word_embeddings", learned)),
+            biased=learned,
+            positions=number("n_positions", "max_position_embeddings") if learned else 0,
+            head_width=number("head_dim", default=0),
+        )
+    )
+
+
+def _checked(model: Transformer) -> Transformer:
+    """A model whose numbers go together.
+
+    Raises:
+        ConfigurationError: where they do not.
+    """
+    least = min(model.layers, model.hidden, model.heads, model.kv_heads, model.ffn, model.vocab)
+    if least < 1:
+        raise ConfigurationError(
+            f"{model.name} has a number below 1; layers, hidden, heads, ffn and vocab are at least 1"
+        )
+    if not model.head_width and model.hidden % model.heads:
+        raise ConfigurationError(f"{model.heads} heads cannot share {model.hidden} evenly; give head_width, or others")
+    if model.heads % model.kv_heads:
+        raise ConfigurationError(f"{model.heads} heads cannot share {model.kv_heads} of keys and values evenly")
+    return model

@@ -71,5 +71,8 @@ def test_the_command_says_so() -> None:
     assert json.loads(said)["parameters"] == 8_030_261_248 and json.loads(said)["devices_at_least"] == 2
     text = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60).stdout
     assert "8.03 billion parameters" in text and "the state alone takes 2 of them" in text
+    divided = [*words[:5], "tensor=4", "data=2", "zero=1", "recompute=full", *words[5:]]
+    text = subprocess.run(divided, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert "each of 8 devices needs, in sequences of 8192:" in text and "which H100 with 80.0 GiB holds" in text
     wrong = subprocess.run([*words[:5], "layout.zero=1"], capture_output=True, text=True, timeout=60)
-    assert wrong.returncode == 2 and "overrides is for a configuration" in wrong.stderr
+    assert wrong.returncode == 2 and "'layout.zero' is no part of a division" in wrong.stderr

@@ -53,15 +53,18 @@ def plan(
 ) -> None:
     """Say what a layout is made of: its stages, how long workers wait, the memory of each; nothing is trained.
 
-    Of a model by its name or numbers, what no layout gets below: the memory of its training state, and its operations.
+    Of a model by its name or numbers, what no layout gets below: the memory of its training state, and its operations;
+    with KEY=VALUE (tensor, pipeline, data, zero, micro_batch, recompute), what a device needs where it is divided so.
 
     Example: unisono plan configs/lm.yaml layout.pipeline=2 layout.data=2 layout.recompute=full --profile
 
     Example: unisono plan llama3:405b --cluster 16384xH100:8 --tokens 8192
+
+    Example: unisono plan gpt:22b tensor=8 micro_batch=4 recompute=selective sequence=true --cluster 8xA100-80
     """
     if not config.endswith((".yaml", ".yml")):
-        _refuse_with_model(overrides, workers, with_profile)
-        _say_bounds(config, cluster, tokens, as_json)
+        _refuse_with_model(workers, with_profile)
+        _say_of_model(config, overrides or [], cluster, tokens, as_json)
         return
     if cluster is not None:
         raise ConfigurationError("--cluster is for a model by its name or numbers, not yet for a configuration's own")
@@ -82,19 +85,26 @@ def plan(
     typer.echo(made.as_text())
 
 
-def _refuse_with_model(overrides: list[str] | None, workers: int | None, with_profile: bool) -> None:
-    wrong = {"overrides": bool(overrides), "--workers": workers is not None, "--profile": with_profile}
+def _refuse_with_model(workers: int | None, with_profile: bool) -> None:
+    wrong = {"--workers": workers is not None, "--profile": with_profile}
     if given := [name for name, is_so in wrong.items() if is_so]:
         raise ConfigurationError(f"{given[0]} is for a configuration (CONFIG.yaml), and this is a model by its name")
 
 
-def _say_bounds(model: str, words: str | None, tokens: int, as_json: bool) -> None:
+def _say_of_model(text: str, division: list[str], words: str | None, tokens: int, as_json: bool) -> None:
     from unisono.plan.bounds import Bounds
+    from unisono.plan.division import Division
     from unisono.plan.hardware import cluster
+    from unisono.plan.occupancy import occupancy
     from unisono.plan.transformer import transformer
 
-    bounds = Bounds(transformer(model), tokens, cluster(words) if words is not None else None)
-    typer.echo(json.dumps(bounds.as_dict()) if as_json else bounds.as_text())
+    model, devices = transformer(text), cluster(words) if words is not None else None
+    bounds = Bounds(model, tokens, devices)
+    divided = occupancy(model, tokens, Division.read(division), devices) if division else None
+    if as_json:
+        typer.echo(json.dumps({**bounds.as_dict(), **(divided.as_dict() if divided is not None else {})}))
+        return
+    typer.echo("\n".join(part.as_text() for part in (bounds, divided) if part is not None))
 
 
 def report(run_dir: Annotated[Path, typer.Argument(help="The directory of a run.", show_default=False)]) -> None:

@@ -5,19 +5,13 @@ what they admit is still to be judged.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from unisono.events import readable
+from unisono.plan.division import STATE_BYTES
 from unisono.plan.hardware import Cluster
 from unisono.plan.transformer import BACKWARD, Transformer
-
-STATE_BYTES: Mapping[str, int] = {"parameters": 2, "gradients": 2, "optimizer": 12}
-"""Of a parameter, with Adam in mixed precision: 16 bits to compute with, and 32-bit copy and moments.
-
-Rajbhandari et al., "ZeRO: memory optimizations toward training trillion parameter models", SC 2020.
-"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ class Transformer:
         biased: matrices have biases, and norms have two vectors (LayerNorm, not RMSNorm).
         positions: learned ones; 0 where positions are computed.
         head_width: of a head; default: what the heads share out of ``hidden``.
+        dropout: after attention, inside it, and after the MLP.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Transformer:
     biased: bool = False
     positions: int = 0
     head_width: int = 0
+    dropout: bool = False
 
     @property
     def query_width(self) -> int:
@@ -118,6 +120,7 @@ def _gpt(name: str, layers: int, hidden: int, heads: int) -> Transformer:
         tied=True,
         biased=True,
         positions=2_048,
+        dropout=True,
     )
 
 
@@ -181,7 +184,7 @@ def transformer(text: str) -> Transformer:
     return _of_numbers(text) if "=" in text else named(text)
 
 
-_FLAGS = ("gated", "tied", "biased")
+_FLAGS = ("gated", "tied", "biased", "dropout")
 _NEEDED = ("layers", "hidden", "heads", "vocab")
 
 
@@ -241,6 +244,7 @@ def _of_file(path: Path) -> Transformer:
             biased=learned,
             positions=number("n_positions", "max_position_embeddings") if learned else 0,
             head_width=number("head_dim", default=0),
+            dropout=any(bool(found.get(key)) for key in ("resid_pdrop", "hidden_dropout", "dropout")),
         )
     )
 

@@ -1,0 +1,100 @@
+"""Bytes of a device beside the papers' formulas and figures; divisions in words; what does not go together."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from unisono.errors import ConfigurationError
+from unisono.plan.division import STATE_BYTES, Division, layer_bytes, stage_bytes
+from unisono.plan.hardware import cluster
+from unisono.plan.occupancy import occupancy
+from unisono.plan.transformer import NAMED, Transformer
+
+UNFUSED = Division(attention="unfused")
+GIB = 1 << 30
+
+
+def test_activations_of_the_22_billion_are_as_published() -> None:
+    """Korthikanti et al., 2022: 59.25 GiB on each of 8 devices, 4 sequences of 2,048 tokens, nothing computed again."""
+    model = NAMED["gpt:22b"]
+    division = replace(UNFUSED, tensor=8, micro_batch=4)
+    assert model.layers * layer_bytes(model, 2048, division) == 59.25 * GIB
+
+
+@given(st.integers(1, 64), st.integers(1, 16), st.integers(1, 4096), st.sampled_from([1, 2, 4, 8]), st.integers(1, 8))
+def test_activations_are_those_of_the_papers_table(width: int, heads: int, s: int, t: int, b: int) -> None:
+    """Table 2 of Korthikanti et al.: s b h times (34 + 5 a s / h), and what divides and recomputes it."""
+    a, h = 8 * heads, 64 * heads * width
+    model = Transformer("gpt", 1, h, a, a, 4 * h, 1, gated=False, dropout=True)
+    sbh, scores = s * b * h, 5 * a * s / h
+    for division, factor in (
+        (UNFUSED, 34 + scores),
+        (replace(UNFUSED, tensor=t), 10 + 24 / t + scores / t),
+        (replace(UNFUSED, tensor=t, sequence=True), (34 + scores) / t),
+        (replace(UNFUSED, tensor=t, recompute="selective"), 10 + 24 / t),
+        (replace(UNFUSED, tensor=t, sequence=True, recompute="selective"), 34 / t),
+        (Division(tensor=t, sequence=True), 34 / t),  # flash attention keeps no scores
+        (replace(UNFUSED, tensor=t, recompute="full"), 2),
+        (replace(UNFUSED, tensor=t, sequence=True, recompute="full"), 2 / t),
+    ):
+        assert layer_bytes(model, s, replace(division, micro_batch=b)) == pytest.approx(sbh * factor)
+
+
+@pytest.mark.parametrize(("zero", "share"), [(0, "16"), (1, "4 + 12 / n"), (2, "2 + 14 / n"), (3, "16 / n")])
+def test_states_are_divided_as_in_zero(zero: int, share: str) -> None:
+    """Rajbhandari et al., 2020, figure 1, of n replicas."""
+    model, n = NAMED["llama3:8b"], 64
+    kinds = stage_bytes(model, 1, Division(data=n, zero=zero), 0)
+    states = sum(kinds[kind] for kind in STATE_BYTES)
+    assert states == pytest.approx(model.parameters * eval(share, {"n": n}))
+
+
+@given(st.sampled_from(sorted(NAMED)), st.integers(1, 24), st.sampled_from([1, 2, 4, 8]))
+def test_stages_have_all_parameters_between_them(name: str, pipeline: int, tensor: int) -> None:
+    """And tied ones twice, where the first and the last stage are two."""
+    model, division = NAMED[name], Division(pipeline=pipeline, tensor=tensor)
+    found = sum(stage_bytes(model, 1, division, stage)["parameters"] for stage in range(pipeline)) * tensor / 2
+    twice = model.vocab * model.hidden if model.tied and pipeline > 1 else 0
+    assert found == pytest.approx(model.parameters + twice)
+
+
+def test_a_stage_keeps_as_many_micro_batches_as_come_before_it_ends() -> None:
+    """1F1B: the first of p stages p, the last one; no more than there are."""
+    model = NAMED["gpt:22b"]
+    for count in (2, 100):
+        division = Division(pipeline=4, micro_batches=count)
+        kept = [stage_bytes(model, 2048, division, stage)["activations"] for stage in range(4)]
+        one = 12 * layer_bytes(model, 2048, division)
+        assert kept == pytest.approx([min(4 - stage, count) * one for stage in range(4)])
+
+
+def test_the_fullest_stage_decides() -> None:
+    model, devices = NAMED["llama3:70b"], cluster("64xH100")
+    fine = Division.read(["tensor=8", "pipeline=4", "data=2", "zero=1", "micro_batches=8"])
+    found = occupancy(model, 4096, fine, devices)
+    assert found.fits and found.most_bytes == round(sum(found.stages[0].values()))
+    full = occupancy(model, 4096, replace(fine, pipeline=1, data=8, zero=0), devices)
+    assert not full.fits and "which H100 with 80.0 GiB does not hold" in full.as_text()
+    alike = occupancy(NAMED["llama3:70b"], 4096, replace(fine, micro_batches=1), devices).as_text()
+    assert "stages 1 to 2: " in alike
+    assert found.as_dict()["division"]["tensor"] == 8 and len(found.as_dict()["stages"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["tenser=8"], r"'tenser' is no part of a division; did you mean tensor\?"),
+        (["tensor=0"], "tensor is '0'; give a number from 1"),
+        (["zero=4"], "zero is '4'; give 0 to 3"),
+        (["recompute=some"], "recompute is 'some'; give none or selective or full"),
+        (["sequence=1"], "sequence is '1'; give true or false"),
+        (["tensor=7"], "tensor is 7, which does not divide the 64 heads"),
+        (["pipeline=99"], r"pipeline is 99, and gpt:22b has 48 layers; use fewer"),
+        (["tensor=8"], "tensor x pipeline x data is 8, and the cluster has 4 devices"),
+    ],
+)
+def test_a_division_that_cannot_be_is_refused(words: list[str], said: str) -> None:
+    with pytest.raises(ConfigurationError, match=said):
+        occupancy(NAMED["gpt:22b"], 2048, Division.read(words), cluster("4xH100"))

@@ -95,16 +95,21 @@ def _say_of_model(text: str, division: list[str], words: str | None, tokens: int
     from unisono.plan.bounds import Bounds
     from unisono.plan.division import Division
     from unisono.plan.hardware import cluster
-    from unisono.plan.occupancy import occupancy
+    from unisono.plan.occupancy import Occupancy, occupancy
+    from unisono.plan.traffic import Traffic, traffic
     from unisono.plan.transformer import transformer
 
     model, devices = transformer(text), cluster(words) if words is not None else None
     bounds = Bounds(model, tokens, devices)
-    divided = occupancy(model, tokens, Division.read(division), devices) if division else None
+    parts: list[Bounds | Occupancy | Traffic] = [bounds]
+    if division:
+        divided = Division.read(division)
+        parts.append(occupancy(model, tokens, divided, devices))
+        parts += [traffic(model, tokens, divided, devices)] if devices is not None else []
     if as_json:
-        typer.echo(json.dumps({**bounds.as_dict(), **(divided.as_dict() if divided is not None else {})}))
+        typer.echo(json.dumps({key: value for part in parts for key, value in part.as_dict().items()}))
         return
-    typer.echo("\n".join(part.as_text() for part in (bounds, divided) if part is not None))
+    typer.echo("\n".join(part.as_text() for part in parts))
 
 
 def report(run_dir: Annotated[Path, typer.Argument(help="The directory of a run.", show_default=False)]) -> None:

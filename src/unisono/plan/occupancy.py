@@ -9,6 +9,9 @@ from unisono.plan.division import Division, refuse_impossible, stage_bytes
 from unisono.plan.hardware import Cluster
 from unisono.plan.transformer import Transformer
 
+MOST_LINES = 8
+"""Of stages."""
+
 
 @dataclass(frozen=True, slots=True)
 class Occupancy:
@@ -43,8 +46,8 @@ class Occupancy:
         return {**known, "most_bytes": self.most_bytes, "fits": self.fits}
 
     def as_text(self) -> str:
-        """For a reader: stages that are alike stand once."""
-        lines = [f"each of {self.division.devices} devices needs, in sequences of {self.tokens}:"]
+        """For a reader: stages that are alike stand once, and of many the first ones and the last."""
+        lines: list[str] = []
         first = 0
         for stage, kinds in enumerate(self.stages):
             if stage + 1 < len(self.stages) and self.stages[stage + 1] == kinds:
@@ -53,6 +56,9 @@ class Occupancy:
             what = ", ".join(f"{kind} {readable(round(size))}" for kind, size in kinds.items() if size)
             lines.append(f"  {which}: {readable(round(sum(kinds.values())))} ({what})")
             first = stage + 1
+        if len(lines) > MOST_LINES:
+            lines = [*lines[: MOST_LINES // 2], "  ...", lines[-1]]
+        lines = [f"each of {self.division.devices} devices needs, in sequences of {self.tokens}:", *lines]
         if self.cluster is not None:
             device, holds = self.cluster.device, "holds" if self.fits else "does not hold"
             room = readable(device.memory_bytes)

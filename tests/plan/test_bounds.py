@@ -63,6 +63,7 @@ def test_operations_at_peak_bound_the_throughput() -> None:
     bounds = Bounds(NAMED["gpt:1t"], 2048, cluster("3072xA100-80"))
     assert bounds.tokens_per_s == pytest.approx(3072 * 312e12 / bounds.flops_per_token)
     assert Bounds(NAMED["gpt:1t"], 2048).tokens_per_s is None
+    assert cluster("144xGB200").node == 72 and cluster("64xTPUv4").nodes == 1
 
 
 def test_the_command_says_so() -> None:
@@ -74,5 +75,7 @@ def test_the_command_says_so() -> None:
     divided = [*words[:5], "tensor=4", "data=2", "zero=1", "recompute=full", *words[5:]]
     text = subprocess.run(divided, capture_output=True, text=True, check=True, timeout=60).stdout
     assert "each of 8 devices needs, in sequences of 8192:" in text and "which H100 with 80.0 GiB holds" in text
+    long = subprocess.run([*words[:4], "gpt:22b", "--tokens", "4096"], capture_output=True, text=True, timeout=60)
+    assert long.returncode == 2 and "--tokens is 4096, and gpt:22b has 2048 positions" in long.stderr
     wrong = subprocess.run([*words[:5], "layout.zero=1"], capture_output=True, text=True, timeout=60)
     assert wrong.returncode == 2 and "'layout.zero' is no part of a division" in wrong.stderr

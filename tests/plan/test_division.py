@@ -47,6 +47,7 @@ def test_states_are_divided_as_in_zero(zero: int, share: str) -> None:
     """Rajbhandari et al., 2020, figure 1, of n replicas."""
     model, n = NAMED["llama3:8b"], 64
     kinds = stage_bytes(model, 1, Division(data=n, zero=zero), 0)
+    assert kinds["working"] == (4 * model.layer_parameters if zero == 3 else 0)  # two layers' gathered parameters
     states = sum(kinds[kind] for kind in STATE_BYTES)
     assert states == pytest.approx(model.parameters * eval(share, {"n": n}))
 
@@ -58,6 +59,21 @@ def test_stages_have_all_parameters_between_them(name: str, pipeline: int, tenso
     found = sum(stage_bytes(model, 1, division, stage)["parameters"] for stage in range(pipeline)) * tensor / 2
     twice = model.vocab * model.hidden if model.tied and pipeline > 1 else 0
     assert found == pytest.approx(model.parameters + twice)
+
+
+def test_keys_and_values_are_held_several_times_where_devices_are_more() -> None:
+    """Llama 3 70B has 8 of them: on 64 devices each is on 8."""
+    model = NAMED["llama3:70b"]
+    few, many = (stage_bytes(model, 1, Division(tensor=t), 0)["parameters"] for t in (8, 64))
+    shared = 2 * model.layers * 2 * model.hidden * model.kv_width
+    assert few == pytest.approx(2 * model.parameters / 8)
+    assert many == pytest.approx((2 * model.parameters - shared) / 64 + shared / 8)
+
+
+def test_what_is_computed_again_takes_its_room_meanwhile() -> None:
+    model, division = NAMED["gpt:22b"], replace(UNFUSED, tensor=8, micro_batch=4, recompute="full")
+    kept, whole = (layer_bytes(model, 2048, replace(division, recompute=r)) for r in ("full", "none"))
+    assert stage_bytes(model, 2048, division, 0)["working"] == pytest.approx(whole - kept)
 
 
 def test_a_stage_keeps_as_many_micro_batches_as_come_before_it_ends() -> None:
@@ -92,6 +108,9 @@ def test_the_fullest_stage_decides() -> None:
         (["sequence=1"], "sequence is '1'; give true or false"),
         (["tensor=7"], "tensor is 7, which does not divide the 64 heads"),
         (["pipeline=99"], r"pipeline is 99, and gpt:22b has 48 layers; use fewer"),
+        (["tensor=2", "tensor=4"], "tensor is given twice"),
+        (["zero=1"], "zero is 1, and there is one replica"),
+        (["sequence=true"], "sequence is true, and one device computes a layer"),
         (["tensor=8"], "tensor x pipeline x data is 8, and the cluster has 4 devices"),
     ],
 )

@@ -92,6 +92,22 @@ def test_a_configuration_of_transformers_makes_a_model(tmp_path: Path) -> None:
     (directory / "config.json").write_text(json.dumps(llama))
     found = transformer(str(directory / "config.json"))
     assert found.parameters == PUBLISHED["llama3:8b"] and found.name == "Llama-3.1-8B"
+    assert transformer(str(directory)).parameters == PUBLISHED["llama3:8b"]
+    gemma = {
+        **llama,
+        "model_type": "gemma",
+        "hidden_size": 2048,
+        "num_hidden_layers": 18,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "intermediate_size": 16384,
+        "vocab_size": 256000,
+        "hidden_act": "gelu_pytorch_tanh",
+    }
+    del gemma["tie_word_embeddings"]
+    (directory / "config.json").write_text(json.dumps(gemma))
+    assert transformer(str(directory / "config.json")).parameters == 2_506_172_416  # as its model card says
     gpt2 = {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257, "n_positions": 1024}
     (directory / "config.json").write_text(json.dumps(gpt2))
     assert transformer(str(directory / "config.json")).parameters == 124_439_808  # as its model card says
@@ -108,6 +124,9 @@ def test_a_configuration_of_transformers_makes_a_model(tmp_path: Path) -> None:
         ("layers=0,hidden=64,heads=4,vocab=9", "has a number below 1"),
         ("layers=2,hidden=64,heads=5,vocab=9", "5 heads cannot share 64 evenly"),
         ("layers=2,hidden=64,heads=4,kv_heads=3,vocab=9", "4 heads cannot share 3 of keys and values evenly"),
+        ("layers=2,layers=3,hidden=64,heads=4,vocab=9", "layers is given twice"),
+        ("layers=\u00b2,hidden=64,heads=4,vocab=9", "give a whole number"),
+        (f"layers={'9' * 400},hidden=64,heads=4,vocab=9", "give a whole number"),
         ("nowhere.json", "cannot read the model's configuration in nowhere.json"),
     ],
 )
@@ -117,7 +136,18 @@ def test_what_is_no_model_is_refused(text: str, said: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"), [("[]", "holds no configuration"), ("{}", "has no hidden_size"), ("{", "cannot")]
+    ("content", "said"),
+    [
+        ("[]", "holds no configuration"),
+        ("{}", "is of model_type 'None'; decoders that are known: llama, "),
+        ('{"model_type": "bert"}', "is of model_type 'bert'"),
+        ('{"model_type": "llama"}', "has no hidden_size that is a whole number"),
+        ('{"model_type": "llama", "hidden_size": true}', "has no hidden_size that is a whole number"),
+        ('{"model_type": "mistral", "num_local_experts": 8}', "has num_local_experts 8, and experts are not counted"),
+        ("{", "cannot"),
+        ("[" * 100_000, "cannot"),
+    ],
+    ids=range(8),
 )
 def test_a_file_that_holds_no_model_is_refused(content: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(content)

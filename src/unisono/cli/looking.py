@@ -9,6 +9,9 @@ import typer
 from unisono.cli.options import JsonOption, Overrides, WorkersOption, launcher_here
 from unisono.errors import ConfigurationError
 
+TOKENS = 4096
+"""Of a sequence, where nothing is said."""
+
 
 def doctor(as_json: JsonOption = False) -> None:
     """Say what this machine offers, and whether two workers agree on it.
@@ -45,7 +48,10 @@ def plan(
     cluster: Annotated[
         str | None, typer.Option(help="For a model: the devices, COUNTxDEVICE[:OF A NODE][,LINK], 64xH100:8,ib400.")
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="For a model: of a sequence.")] = 4096,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=1, max=10**9, help="For a model: of a sequence; default: 4096, or what it can take."),
+    ] = None,
     with_profile: Annotated[
         bool, typer.Option("--profile", help="Show parameters, operations and activations, module by module.")
     ] = False,
@@ -54,7 +60,8 @@ def plan(
     """Say what a layout is made of: its stages, how long workers wait, the memory of each; nothing is trained.
 
     Of a model by its name or numbers, what no layout gets below: the memory of its training state, and its operations;
-    with KEY=VALUE (tensor, pipeline, data, zero, micro_batch, recompute), what a device needs where it is divided so.
+    with KEY=VALUE (tensor, pipeline, data, zero, micro_batch, micro_batches, sequence, recompute, attention), what a
+    device needs where it is divided so, and what a step computes and sends.
 
     Example: unisono plan configs/lm.yaml layout.pipeline=2 layout.data=2 layout.recompute=full --profile
 
@@ -66,8 +73,9 @@ def plan(
         _refuse_with_model(workers, with_profile)
         _say_of_model(config, overrides or [], cluster, tokens, as_json)
         return
-    if cluster is not None:
-        raise ConfigurationError("--cluster is for a model by its name or numbers, not yet for a configuration's own")
+    if cluster is not None or tokens is not None:
+        option = "--cluster" if cluster is not None else "--tokens"
+        raise ConfigurationError(f"{option} is for a model by its name or numbers, not yet for a configuration's own")
     from unisono.check.plan import plan as make
     from unisono.check.plan import prepared_without_values, profile, profile_as_text
     from unisono.config import load
@@ -91,7 +99,7 @@ def _refuse_with_model(workers: int | None, with_profile: bool) -> None:
         raise ConfigurationError(f"{given[0]} is for a configuration (CONFIG.yaml), and this is a model by its name")
 
 
-def _say_of_model(text: str, division: list[str], words: str | None, tokens: int, as_json: bool) -> None:
+def _say_of_model(text: str, division: list[str], words: str | None, given: int | None, as_json: bool) -> None:
     from unisono.plan.bounds import Bounds
     from unisono.plan.division import Division
     from unisono.plan.hardware import cluster
@@ -100,6 +108,9 @@ def _say_of_model(text: str, division: list[str], words: str | None, tokens: int
     from unisono.plan.transformer import transformer
 
     model, devices = transformer(text), cluster(words) if words is not None else None
+    tokens = given or min(TOKENS, model.positions or TOKENS)
+    if model.positions and tokens > model.positions:
+        raise ConfigurationError(f"--tokens is {tokens}, and {model.name} has {model.positions} positions; give fewer")
     bounds = Bounds(model, tokens, devices)
     parts: list[Bounds | Occupancy | Traffic] = [bounds]
     if division:

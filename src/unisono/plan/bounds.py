@@ -34,8 +34,8 @@ class Bounds:
 
     @property
     def flops_per_token(self) -> float:
-        """Operations of forward and backward."""
-        return (1 + BACKWARD) * self.model.forward_flops(self.tokens) / self.tokens
+        """Operations of forward and backward, without what causal attention masks."""
+        return (1 + BACKWARD) * self.model.least_forward_flops(self.tokens) / self.tokens
 
     @property
     def devices(self) -> int | None:
@@ -73,10 +73,10 @@ class Bounds:
         """For a reader."""
         model, state = self.model, readable(self.state_bytes)
         lines = [
-            f"{model.name}: {model.parameters / 1e9:.2f} billion parameters in {model.layers} layers of "
+            f"{model.name}: {_many(model.parameters)} parameters in {model.layers} layers of "
             f"{model.hidden}, {model.heads} heads ({model.kv_heads} of keys and values)",
             f"training state: {state} with Adam in mixed precision, {sum(STATE_BYTES.values())} bytes a parameter",
-            f"operations: {self.flops_per_token / 1e9:.2f} billion a token, in sequences of {self.tokens}",
+            f"operations: {_many(self.flops_per_token)} a token, in sequences of {self.tokens}, of whose attention half is masked",
         ]
         if self.cluster is not None:
             device, fewest = self.cluster.device, self.devices
@@ -88,3 +88,12 @@ class Bounds:
                 f"{device.half_flops / 1e12:.0f} TFLOP/s in 16 bits",
             ]
         return "\n".join(lines)
+
+
+def _many(count: float) -> str:
+    """A large number for a reader.
+
+    >>> _many(8.03e9), _many(124e6)
+    ('8.03 billion', '124.00 million')
+    """
+    return f"{count / 1e9:.2f} billion" if count >= 1e9 else f"{count / 1e6:.2f} million"

@@ -28,6 +28,7 @@ class Device:
         quarter_flops: in 8 bits; 0 where it has none for training.
         link: to its neighbours in a node (see `LINKS`).
         source: of the figures.
+        node: devices that such links join, as they are sold.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Device:
     quarter_flops: float
     link: str
     source: str
+    node: int = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +88,13 @@ DEVICES: Mapping[str, Device] = {
         Device("H100-PCIe", 80 * GIB, 2.0 * TB, 756 * TERA, 1513 * TERA, "pcie5", "NVIDIA H100 data sheet (PCIe)"),
         Device("H200", 141 * GIB, 4.8 * TB, 989.4 * TERA, 1978.9 * TERA, "nvlink4", "NVIDIA H200 data sheet (SXM)"),
         Device("B200", 180 * GIB, 8.0 * TB, 2250 * TERA, 4500 * TERA, "nvlink5", "NVIDIA DGX B200 data sheet, of 8"),
-        Device("GB200", 186 * GIB, 8.0 * TB, 2500 * TERA, 5000 * TERA, "nvlink5", "NVIDIA GB200 NVL72, of 72"),
+        Device("GB200", 186 * GIB, 8.0 * TB, 2500 * TERA, 5000 * TERA, "nvlink5", "NVIDIA GB200 NVL72", 72),
         Device("MI250", 128 * GIB, 3.2768 * TB, 362.1 * TERA, 0, "infinity3", "AMD Instinct MI250 data sheet"),
         Device(
             "MI300X", 192 * GIB, 5.3 * TB, 1307.4 * TERA, 2614.9 * TERA, "infinity4", "AMD Instinct MI300X data sheet"
         ),
-        Device("TPUv4", 32 * GIB, 1.2 * TB, 275 * TERA, 0, "ici4", "Jouppi et al., TPU v4, ISCA 2023"),
-        Device("TPUv5p", 95 * GIB, 2.765 * TB, 459 * TERA, 0, "ici5p", "Google Cloud, TPU v5p"),
+        Device("TPUv4", 32 * GIB, 1.2 * TB, 275 * TERA, 0, "ici4", "Jouppi et al., TPU v4, ISCA 2023", 4096),
+        Device("TPUv5p", 95 * GIB, 2.765 * TB, 459 * TERA, 0, "ici5p", "Google Cloud, TPU v5p", 8960),
         Device("L4", 24 * GIB, 0.3 * TB, 121 * TERA, 242 * TERA, "pcie4", "NVIDIA L4 data sheet"),
         Device("T4", 16 * GIB, 0.3 * TB, 65 * TERA, 0, "pcie3", "NVIDIA T4 data sheet"),
         Device("4090", 24 * GIB, 1.008 * TB, 165.2 * TERA, 330.3 * TERA, "pcie4", "NVIDIA Ada GPU architecture paper"),
@@ -128,11 +130,9 @@ class Cluster:
         return f"{self.devices} x {self.device.name} in {nodes} ({self.within.name} inside{over})"
 
 
-NODE = 8
-"""Devices of a node, where nothing else is said."""
 FABRIC = "ib400"
-"""Between nodes, likewise."""
-_FORM = re.compile(r"\s*(\d+)\s*x\s*([\w.-]+?)\s*(?::\s*(\d+))?\s*(?:,\s*([\w.-]+))?\s*")
+"""Between nodes, where nothing else is said."""
+_FORM = re.compile(r"\s*([0-9]{1,9})\s*x\s*([\w.-]+?)\s*(?::\s*([0-9]{1,9}))?\s*(?:,\s*([\w.-]+))?\s*")
 
 
 def cluster(text: str) -> Cluster:
@@ -154,7 +154,7 @@ def cluster(text: str) -> Cluster:
         )
     device = _known(found[2], DEVICES, "device")
     count = int(found[1])
-    node = int(found[3]) if found[3] else min(NODE, count)
+    node = int(found[3]) if found[3] else min(device.node, count)
     between = _known(found[4] or FABRIC, LINKS, "link")
     if count < 1 or node < 1 or count % node:
         raise ConfigurationError(f"{count} devices make no whole nodes of {node}; give other numbers")

@@ -93,7 +93,15 @@ class Transformer:
         358.96
         """
         matrices = 2 * tokens * (self.layers * self.matrix_elements + self.hidden * self.vocab)
-        return matrices + self.layers * 4 * tokens**2 * self.query_width
+        return matrices + self.attention_flops(tokens)
+
+    def attention_flops(self, tokens: int) -> int:
+        """Of that, attention's."""
+        return self.layers * 4 * tokens**2 * self.query_width
+
+    def least_forward_flops(self, tokens: int) -> int:
+        """Of a forward that leaves out what causal attention masks: about half of it."""
+        return self.forward_flops(tokens) - self.attention_flops(tokens) // 2
 
     def step_flops(self, sequences: int, tokens: int, *, again: bool = False) -> int:
         """Operations of a step over so many sequences.
@@ -179,9 +187,25 @@ def transformer(text: str) -> Transformer:
     Raises:
         ConfigurationError: for what is none of these, or contradicts itself.
     """
-    if text.endswith(".json"):
-        return _of_file(Path(text))
+    path = Path(text)
+    if text.lower().endswith(".json"):
+        return _of_file(path)
+    if "=" not in text and len(text) < 256 and (path / "config.json").is_file():
+        return _of_file(path / "config.json")
     return _of_numbers(text) if "=" in text else named(text)
+
+
+MOST_DIGITS = 12
+"""Of a number that somebody may mean."""
+
+
+def is_number(text: str) -> bool:
+    """Whether a text is a whole number as people write them.
+
+    >>> is_number("12"), is_number("-1"), is_number("\u00b2")
+    (True, False, False)
+    """
+    return text.isascii() and text.isdigit() and len(text) <= MOST_DIGITS
 
 
 _FLAGS = ("gated", "tied", "biased", "dropout")
@@ -193,13 +217,15 @@ def _of_numbers(text: str) -> Transformer:
     given: dict[str, Any] = {}
     for part in text.split(","):
         key, _, value = part.strip().partition("=")
+        if key in given:
+            raise ConfigurationError(f"{key} is given twice in {text!r}; give it once")
         if key not in known:
             near = get_close_matches(key, known, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ConfigurationError(f"{key!r} is no number of a model{hint}; use {', '.join(known)}")
         if key in _FLAGS and value in ("true", "false"):
             given[key] = value == "true"
-        elif key not in _FLAGS and value.isdigit():
+        elif key not in _FLAGS and is_number(value):
             given[key] = int(value)
         else:
             wanted = "true or false" if key in _FLAGS else "a whole number"
@@ -212,39 +238,73 @@ def _of_numbers(text: str) -> Transformer:
     return _checked(replace(made, gated=False, **given) if "gated" not in given else replace(made, **given))
 
 
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What all models of a type have, where their files do not say it.
+
+    Attributes:
+        learned: positions are.
+        further: rows of them that are for nothing else.
+    """
+
+    gated: bool = True
+    tied: bool = False
+    biased: bool = False
+    learned: bool = False
+    further: int = 0
+
+
+_KINDS: Mapping[str, _Kind] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3"), _Kind()),
+    "gemma": _Kind(tied=True),
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), _Kind(gated=False, tied=True, biased=True, learned=True)),
+    "opt": _Kind(gated=False, tied=True, biased=True, learned=True, further=2),
+    "gpt_neox": _Kind(gated=False, biased=True),
+}
+"""By model_type."""
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "kv_lora_rank")
+
+
 def _of_file(path: Path) -> Transformer:
     """Of a file as Transformers writes it, for decoders."""
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigurationError(f"cannot read the model's configuration in {path}: {error}") from error
     if not isinstance(found, dict):
         raise ConfigurationError(f"{path} holds no configuration of a model")
+    kind = str(found.get("model_type"))
+    if kind not in _KINDS:
+        raise ConfigurationError(
+            f"{path} is of model_type {kind!r}; decoders that are known: {', '.join(_KINDS)}; give numbers"
+        )
+    if experts := next((key for key in _EXPERTS if (found.get(key) or 0) > 1), None):
+        raise ConfigurationError(f"{path} has {experts} {found[experts]}, and experts are not counted yet")
+    known = _KINDS[kind]
 
     def number(*names: str, default: int | None = None) -> int:
         value = next((found[name] for name in names if found.get(name) is not None), default)
-        if not isinstance(value, int):
-            raise ConfigurationError(f"{path} has no {names[0]}, which a decoder's configuration has")
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ConfigurationError(f"{path} has no {names[0]} that is a whole number, which a decoder has")
         return value
 
     hidden, heads = number("hidden_size", "n_embd"), number("num_attention_heads", "n_head")
-    gated = str(found.get("hidden_act", found.get("activation_function", "gelu"))) in ("silu", "swiglu")
-    learned = found.get("model_type") in ("gpt2", "opt", "gpt_bigcode")
+    shared = 1 if found.get("multi_query") else heads
     return _checked(
         Transformer(
             path.parent.name or path.stem,
             number("num_hidden_layers", "n_layer"),
             hidden,
             heads,
-            number("num_key_value_heads", default=heads),
+            number("num_key_value_heads", default=shared),
             number("intermediate_size", "n_inner", "ffn_dim", default=4 * hidden),
             number("vocab_size"),
-            gated=gated,
-            tied=bool(found.get("tie_word_embeddings", learned)),
-            biased=learned,
-            positions=number("n_positions", "max_position_embeddings") if learned else 0,
+            gated=known.gated,
+            tied=bool(found.get("tie_word_embeddings", known.tied)),
+            biased=known.biased,
+            positions=number("n_positions", "max_position_embeddings") + known.further if known.learned else 0,
             head_width=number("head_dim", default=0),
-            dropout=any(bool(found.get(key)) for key in ("resid_pdrop", "hidden_dropout", "dropout")),
+            dropout=any(bool(found.get(key)) for key in ("resid_pdrop", "attn_pdrop", "hidden_dropout", "dropout")),
         )
     )
 

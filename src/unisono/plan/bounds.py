@@ -76,8 +76,8 @@ class Bounds:
             f"{model.name}: {_many(model.parameters)} parameters in {model.layers} layers of "
             f"{model.hidden}, {model.heads} heads ({model.kv_heads} of keys and values)",
             f"training state: {state} with Adam in mixed precision, {sum(STATE_BYTES.values())} bytes a parameter",
-            f"operations: {_many(self.flops_per_token)} a token, in sequences of {self.tokens}, of whose attention half "
-            "is masked",
+            f"operations: {_many(self.flops_per_token)} a token, in sequences of {self.tokens}, of whose attention "
+            "half is masked",
         ]
         if self.cluster is not None:
             device, fewest = self.cluster.device, self.devices

@@ -52,9 +52,8 @@ class AskedTurns:
 
     def take(self, step: int, worker: int) -> int | None:
         """See `GivesUnits`."""
-        unit: int | None = self._asked.call(f"a unit of step {step}", {"op": TAKE, "step": step, "worker": worker})[
-            "unit"
-        ]
+        given = self._asked.call(f"a unit of step {step}", {"op": TAKE, "step": step, "worker": worker})
+        unit: int | None = given["unit"]
         return unit
 
     def under_way(self, step: int) -> Mapping[int, int]:

@@ -1,5 +1,7 @@
 """Defects that were once found, each with its cause."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -345,3 +347,17 @@ def test_bytes_that_come_after_a_receive_was_given_up_are_dropped() -> None:
     assert bytes(memory) == before and bytes(again.data) == b"abc"
     sender.close()
     receiver.close()
+
+
+def test_what_a_killed_chief_had_begun_to_write_is_removed(tmp_path: Path) -> None:
+    """Cause: another worker found the mistake first, and the chief was killed before it had renamed config.yaml.tmp."""
+    (tmp_path / "small.yaml").write_text("task: images\nsteps: 1\nglobal_batch_size: 28\nmicro_batch_size: 4\n")
+    (tmp_path / "here").mkdir()
+    begun = [tmp_path / "here" / name for name in ("config.yaml.tmp", "report.html.tmp")]
+    for path in begun:
+        path.write_text("half")
+    wrong = ["optimizer={name: SGD, options: {beta: 1}}", "run_dir=here"]
+    command = [sys.executable, "-m", "unisono", "train", "small.yaml", *wrong]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2, done.stderr
+    assert not [path for path in begun if path.exists()]

@@ -28,7 +28,7 @@ from unisono.events import (
     ValidationFinished,
     WorkerLost,
 )
-from unisono.launch.runs import lock, write_config
+from unisono.launch.runs import lock, sweep, write_config
 from unisono.observe.choose import observers
 from unisono.observe.observer import Observer
 from unisono.observe.records import EVENTS
@@ -116,8 +116,7 @@ class Records:
                 )
         self._keep(SUCCEEDING_S if again else STARTING_S)
         if self.run_dir is not None:
-            for name in ("config.yaml.tmp", "report.html.tmp"):
-                (self.run_dir / name).unlink(missing_ok=True)
+            sweep(self.run_dir)
             write_config(self.run_dir, to_yaml(self._config))
 
     def take_over(self, step: int, steps: int, rank: int) -> None:

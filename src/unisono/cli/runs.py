@@ -62,7 +62,7 @@ def train(
     with launchers(hosts, nnodes, node_rank, rendezvous, secret_file, witness) as here:
         from unisono.config import load, to_yaml
         from unisono.launch.possible import refuse_impossible, refuse_inelastic
-        from unisono.launch.runs import choose_workers, next_run_dir, preloads, workers_here
+        from unisono.launch.runs import choose_workers, next_run_dir, preloads, sweep, workers_here
         from unisono.launch.task import STANDARD_ERROR, STANDARD_OUTPUT, Elastic
         from unisono.plan.hosts import Hosts
 
@@ -97,13 +97,16 @@ def train(
             typer.echo(f"unisono: host {here.number} of {here.nodes}; progress and records are on host 0", err=True)
         arguments = {"config": settings.model_dump(mode="json"), "resume": resume}
         output = STANDARD_ERROR if as_json else STANDARD_OUTPUT
-        ending = launcher.run(
-            {"call": "unisono.tasks.job:train", "arguments": arguments},
-            count,
-            elastic=elastic,
-            together=settings.layout.model_workers,
-            output=output,
-        )
+        try:
+            ending = launcher.run(
+                {"call": "unisono.tasks.job:train", "arguments": arguments},
+                count,
+                elastic=elastic,
+                together=settings.layout.model_workers,
+                output=output,
+            )
+        finally:
+            sweep(run_dir)
         result = ending.result
         if result is None:  # on one of several hosts
             typer.echo(

@@ -13,6 +13,7 @@ from unisono.launch.launcher import shares_memory
 
 ROOT = Path("runs")
 POLL_S = 0.02
+_HALF_WRITTEN = ("config.yaml.tmp", "report.html.tmp")
 _COMPILER = "torch._dynamo"
 """What fake tensors and activation checkpointing import when they are first used: 0.8 s in every worker."""
 
@@ -145,6 +146,12 @@ def lock(run_dir: Path, patience_s: float) -> int:
                     f"another run is at work in {run_dir}; wait for its end, or give another run_dir"
                 ) from error
         time.sleep(POLL_S)
+
+
+def sweep(run_dir: Path) -> None:
+    """Remove what a worker that was killed had begun to write of a run's records."""
+    for name in _HALF_WRITTEN:
+        (run_dir / name).unlink(missing_ok=True)
 
 
 def write_config(run_dir: Path, text: str) -> None:

@@ -89,8 +89,8 @@ class Transformer:
     def forward_flops(self, tokens: int) -> int:
         """Operations of the forward of one sequence; attention is counted whole, though half of it is masked.
 
-        >>> named("gpt:175b").forward_flops(2048) / 2048 / 1e9  # about twice its parameters
-        358.96
+        >>> round(named("gpt:175b").forward_flops(2048) / 2048 / 1e9, 1)  # about twice its parameters
+        358.8
         """
         matrices = 2 * tokens * (self.layers * self.matrix_elements + self.hidden * self.vocab)
         return matrices + self.attention_flops(tokens)

@@ -72,9 +72,9 @@ def test_the_command_says_so() -> None:
     assert json.loads(said)["parameters"] == 8_030_261_248 and json.loads(said)["devices_at_least"] == 2
     text = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60).stdout
     assert "8.03 billion parameters" in text and "the state alone takes 2 of them" in text
-    divided = [*words[:5], "tensor=4", "data=2", "zero=1", "recompute=full", *words[5:]]
+    divided = [*words[:4], "gpt:22b", "tensor=8", "micro_batch=4", "recompute=selective", "sequence=true"]
     text = subprocess.run(divided, capture_output=True, text=True, check=True, timeout=60).stdout
-    assert "each of 8 devices needs, in sequences of 8192:" in text and "which H100 with 80.0 GiB holds" in text
+    assert "each of 8 devices needs, in sequences of 2048:" in text and "activations 9.6 GiB" in text
     long = subprocess.run([*words[:4], "gpt:22b", "--tokens", "4096"], capture_output=True, text=True, timeout=60)
     assert long.returncode == 2 and "--tokens is 4096, and gpt:22b has 2048 positions" in long.stderr
     wrong = subprocess.run([*words[:5], "layout.zero=1"], capture_output=True, text=True, timeout=60)

@@ -7,13 +7,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unisono.errors import ConfigurationError
-from unisono.plan.division import STATE_BYTES, Division, layer_bytes, stage_bytes
+from unisono.plan import usage
+from unisono.plan.division import Division
 from unisono.plan.hardware import cluster
+from unisono.plan.jobs import Job, columns
 from unisono.plan.occupancy import occupancy
 from unisono.plan.transformer import NAMED, Transformer
+from unisono.plan.usage import STATE_BYTES
 
 UNFUSED = Division(attention="unfused")
 GIB = 1 << 30
+
+
+def layer_bytes(model: Transformer, tokens: int, division: Division) -> float:
+    """Of one layer of one micro-batch."""
+    return float(usage.layer_bytes(columns([Job(model, tokens, division, cluster("1xH100"))]))[0])
+
+
+def stage_bytes(model: Transformer, tokens: int, division: Division, stage: int) -> dict[str, float]:
+    """Of a device of one stage."""
+    return occupancy(model, tokens, division).stages[stage]
 
 
 def test_activations_of_the_22_billion_are_as_published() -> None:
@@ -87,15 +100,34 @@ def test_a_stage_keeps_as_many_micro_batches_as_come_before_it_ends() -> None:
 
 
 def test_the_fullest_stage_decides() -> None:
-    model, devices = NAMED["llama3:70b"], cluster("64xH100")
+    model = NAMED["llama3:70b"]
     fine = Division.read(["tensor=8", "pipeline=4", "data=2", "zero=1", "micro_batches=8"])
-    found = occupancy(model, 4096, fine, devices)
-    assert found.fits and found.most_bytes == round(sum(found.stages[0].values()))
-    full = occupancy(model, 4096, replace(fine, pipeline=1, data=8, zero=0), devices)
-    assert not full.fits and "which H100 with 80.0 GiB does not hold" in full.as_text()
-    alike = occupancy(NAMED["llama3:70b"], 4096, replace(fine, micro_batches=1), devices).as_text()
-    assert "stages 1 to 2: " in alike
+    found = occupancy(model, 4096, fine)
+    assert found.most_bytes == round(sum(found.stages[0].values()))
+    alike = occupancy(model, 4096, replace(fine, micro_batches=1)).as_text()
+    assert "each of 64 devices needs" in alike and "stages 1 to 2: " in alike
     assert found.as_dict()["division"]["tensor"] == 8 and len(found.as_dict()["stages"]) == 4
+
+
+def test_of_many_stages_a_few_are_shown() -> None:
+    division = Division(pipeline=48, micro_batches=96)
+    lines = occupancy(NAMED["gpt:22b"], 2048, division).as_text().splitlines()
+    assert len(lines) == 7 and lines[5] == "  ..." and lines[6].startswith("  stage 47: ")
+
+
+def test_interleaved_stages_keep_more() -> None:
+    """Korthikanti et al., 2022, section 4.2.3: the first stage 1 + (p - 1) / (p v) times as much."""
+    model = NAMED["gpt:22b"]
+    plain = stage_bytes(model, 2048, Division(pipeline=4, micro_batches=16), 0)["activations"]
+    mixed = Division(pipeline=4, micro_batches=16, schedule="interleaved", virtual=3)
+    assert stage_bytes(model, 2048, mixed, 0)["activations"] == pytest.approx(plain * (1 + 3 / 12))
+
+
+def test_experts_are_divided_among_their_devices() -> None:
+    model = NAMED["mixtral:8x7b"]
+    experts = 3 * model.hidden * 8 * model.expert_ffn * model.layers
+    whole, parts = (stage_bytes(model, 1, Division(data=8, expert=e), 0)["parameters"] for e in (1, 8))
+    assert whole - parts == pytest.approx(2 * experts * 7 / 8)
 
 
 @pytest.mark.parametrize(
@@ -111,9 +143,12 @@ def test_the_fullest_stage_decides() -> None:
         (["tensor=2", "tensor=4"], "tensor is given twice"),
         (["zero=1"], "zero is 1, and there is one replica"),
         (["sequence=true"], "sequence is true, and one device computes a layer"),
-        (["tensor=8"], "tensor x pipeline x data is 8, and the cluster has 4 devices"),
+        (["virtual=2"], "virtual is 2 and schedule 1f1b"),
+        (["pipeline=24", "schedule=interleaved", "virtual=3"], "pipeline x virtual is 72, and gpt:22b has 48 layers"),
+        (["data=6", "zero=3", "shard=4"], "shard is 4, which does not divide 6 replicas"),
+        (["data=2", "expert=2"], "expert is 2, and gpt:22b has 0 experts"),
     ],
 )
 def test_a_division_that_cannot_be_is_refused(words: list[str], said: str) -> None:
     with pytest.raises(ConfigurationError, match=said):
-        occupancy(NAMED["gpt:22b"], 2048, Division.read(words), cluster("4xH100"))
+        occupancy(NAMED["gpt:22b"], 2048, Division.read(words))

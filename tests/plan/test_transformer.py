@@ -21,6 +21,8 @@ PUBLISHED = {
     "llama3:8b": 8_030_261_248,
     "llama3:70b": 70_553_706_496,
     "llama3:405b": 405_853_388_800,
+    "mixtral:8x7b": 46_702_792_704,
+    "mixtral:8x22b": 140_630_071_296,
 }
 """Elements of the checkpoints, as their model cards and safetensors indices say."""
 
@@ -61,7 +63,7 @@ def test_a_model_has_the_parameters_and_operations_that_torch_counts() -> None:
     subject = GPT(layers=3, width=64, heads=4, context=32, dropout=0.0, tied=False)
     described = Transformer("gpt", 3, 64, 4, 4, 256, 256, gated=False)
     matrices = sum(p.numel() for name, p in subject.named_parameters() if p.dim() == 2 and "embed" not in name.lower())
-    assert described.layers * described.matrix_elements <= matrices
+    assert described.layers * (described.attention_elements + 2 * 64 * 256) <= matrices
     plain = nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH)
     with FlopCounterMode(display=False) as counter, torch.no_grad(), plain:
         subject(torch.zeros(1, 32, dtype=torch.long))
@@ -71,7 +73,7 @@ def test_a_model_has_the_parameters_and_operations_that_torch_counts() -> None:
 def test_numbers_make_a_model() -> None:
     model = transformer("layers=2, hidden=64,heads=4,kv_heads=2,ffn=100,vocab=50,gated=true,tied=true,head_width=32")
     assert (model.query_width, model.kv_width, model.gated, model.tied) == (128, 64, True, True)
-    assert model.matrix_elements == 64 * (2 * 128 + 2 * 64) + 3 * 64 * 100
+    assert model.attention_elements == 64 * (2 * 128 + 2 * 64) and model.passed_widths == 2 * 100
     assert not transformer("layers=2,hidden=64,heads=4,vocab=50").gated
 
 
@@ -143,7 +145,7 @@ def test_what_is_no_model_is_refused(text: str, said: str) -> None:
         ('{"model_type": "bert"}', "is of model_type 'bert'"),
         ('{"model_type": "llama"}', "has no hidden_size that is a whole number"),
         ('{"model_type": "llama", "hidden_size": true}', "has no hidden_size that is a whole number"),
-        ('{"model_type": "mistral", "num_local_experts": 8}', "has num_local_experts 8, and experts are not counted"),
+        ('{"model_type": "llama", "kv_lora_rank": 512}', "has kv_lora_rank 512, and such attention is not counted"),
         ("{", "cannot"),
         ("[" * 100_000, "cannot"),
     ],

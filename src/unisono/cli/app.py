@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from unisono.cli import bench, chaos, checkpoint, inference, looking, membership, runs
+from unisono.cli import bench, chaos, checkpoint, inference, looking, membership, planning, runs
 from unisono.cli.options import INTERRUPTED
 from unisono.errors import UnisonoError
 
@@ -31,7 +31,7 @@ app.command()(membership.witness)
 app.command()(membership.fence)
 app.command()(runs.verify)
 app.command()(chaos.chaos)
-app.command()(looking.plan)
+app.command()(planning.plan)
 app.command()(looking.doctor)
 app.command()(looking.report)
 app.add_typer(checkpoint_app, name="checkpoint")

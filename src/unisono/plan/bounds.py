@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from unisono.events import readable
-from unisono.plan.division import STATE_BYTES
 from unisono.plan.hardware import Cluster
 from unisono.plan.transformer import BACKWARD, Transformer
+from unisono.plan.usage import STATE_BYTES
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,10 +85,15 @@ DEVICES: Mapping[str, Device] = {
         Device("A100-40", 40 * GIB, 1.555 * TB, 312 * TERA, 0, "nvlink3", "NVIDIA A100 data sheet (SXM4)"),
         Device("A100-80", 80 * GIB, 2.039 * TB, 312 * TERA, 0, "nvlink3", "NVIDIA A100 data sheet (SXM4)"),
         Device("H100", 80 * GIB, 3.35 * TB, 989.4 * TERA, 1978.9 * TERA, "nvlink4", "NVIDIA H100 data sheet (SXM5)"),
+        Device(
+            "H100-96", 96 * GIB, 2.4 * TB, 989.4 * TERA, 1978.9 * TERA, "nvlink4", "as torchtitan's benchmarks have it"
+        ),
         Device("H100-PCIe", 80 * GIB, 2.0 * TB, 756 * TERA, 1513 * TERA, "pcie5", "NVIDIA H100 data sheet (PCIe)"),
         Device("H200", 141 * GIB, 4.8 * TB, 989.4 * TERA, 1978.9 * TERA, "nvlink4", "NVIDIA H200 data sheet (SXM)"),
         Device("B200", 180 * GIB, 8.0 * TB, 2250 * TERA, 4500 * TERA, "nvlink5", "NVIDIA DGX B200 data sheet, of 8"),
         Device("GB200", 186 * GIB, 8.0 * TB, 2500 * TERA, 5000 * TERA, "nvlink5", "NVIDIA GB200 NVL72", 72),
+        Device("B300", 288 * GIB, 8.0 * TB, 2250 * TERA, 4500 * TERA, "nvlink5", "NVIDIA DGX B300 data sheet, of 8"),
+        Device("GB300", 288 * GIB, 8.0 * TB, 2500 * TERA, 5000 * TERA, "nvlink5", "NVIDIA GB300 NVL72", 72),
         Device("MI250", 128 * GIB, 3.2768 * TB, 362.1 * TERA, 0, "infinity3", "AMD Instinct MI250 data sheet"),
         Device(
             "MI300X", 192 * GIB, 5.3 * TB, 1307.4 * TERA, 2614.9 * TERA, "infinity4", "AMD Instinct MI300X data sheet"
@@ -128,6 +133,11 @@ class Cluster:
         nodes = f"{self.nodes} nodes of {self.node}" if self.nodes > 1 else "one node"
         over = f", {self.between.name} between them" if self.nodes > 1 else ""
         return f"{self.devices} x {self.device.name} in {nodes} ({self.within.name} inside{over})"
+
+
+def alone(device: Device) -> Cluster:
+    """One of them."""
+    return Cluster(device, 1, 1, LINKS[device.link], LINKS[FABRIC])
 
 
 FABRIC = "ib400"

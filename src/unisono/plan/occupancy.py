@@ -1,13 +1,16 @@
-"""What a transformer's division over devices takes of their memory, stage by stage, and whether they have it."""
+"""What a transformer's division over devices takes of their memory, stage by stage, whatever the devices are."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from unisono.errors import ConfigurationError
+import numpy as np
+
 from unisono.events import readable
-from unisono.plan.division import Division, refuse_impossible, stage_bytes
-from unisono.plan.hardware import Cluster
+from unisono.plan.division import Division, refuse_impossible
+from unisono.plan.hardware import DEVICES, alone
+from unisono.plan.jobs import Job, columns
 from unisono.plan.transformer import Transformer
+from unisono.plan.usage import stage_bytes
 
 MOST_LINES = 8
 """Of stages."""
@@ -19,14 +22,12 @@ class Occupancy:
 
     Attributes:
         tokens: of a sequence.
-        cluster: whose devices they are; None where that is not known.
         stages: of each, the bytes of a device, by kind.
     """
 
     model: Transformer
     tokens: int
     division: Division
-    cluster: Cluster | None
     stages: tuple[dict[str, float], ...]
 
     @property
@@ -34,16 +35,10 @@ class Occupancy:
         """Of the fullest device."""
         return round(max(sum(kinds.values()) for kinds in self.stages))
 
-    @property
-    def fits(self) -> bool | None:
-        """Whether the fullest device holds it."""
-        return None if self.cluster is None else self.most_bytes <= self.cluster.device.memory_bytes
-
     def as_dict(self) -> dict[str, Any]:
         """As data."""
         stages = [{kind: round(size) for kind, size in kinds.items()} for kinds in self.stages]
-        known = {"division": asdict(self.division), "stages": stages}
-        return {**known, "most_bytes": self.most_bytes, "fits": self.fits}
+        return {"division": asdict(self.division), "stages": stages, "most_bytes": self.most_bytes}
 
     def as_text(self) -> str:
         """For a reader: stages that are alike stand once, and of many the first ones and the last."""
@@ -58,25 +53,18 @@ class Occupancy:
             first = stage + 1
         if len(lines) > MOST_LINES:
             lines = [*lines[: MOST_LINES // 2], "  ...", lines[-1]]
-        lines = [f"each of {self.division.devices} devices needs, in sequences of {self.tokens}:", *lines]
-        if self.cluster is not None:
-            device, holds = self.cluster.device, "holds" if self.fits else "does not hold"
-            room = readable(device.memory_bytes)
-            lines.append(f"the fullest needs {readable(self.most_bytes)}, which {device.name} with {room} {holds}")
-        return "\n".join(lines)
+        return "\n".join([f"each of {self.division.devices} devices needs, in sequences of {self.tokens}:", *lines])
 
 
-def occupancy(model: Transformer, tokens: int, division: Division, cluster: Cluster | None) -> Occupancy:
-    """That of a division.
+def occupancy(model: Transformer, tokens: int, division: Division) -> Occupancy:
+    """That of a division, by the formulas alone: what a framework takes besides is not in it.
 
     Raises:
-        ConfigurationError: where it cannot be, or the cluster has other devices.
+        ConfigurationError: where it cannot be.
     """
     refuse_impossible(model, division)
-    if cluster is not None and cluster.devices != division.devices:
-        raise ConfigurationError(
-            f"tensor x pipeline x data is {division.devices}, and the cluster has {cluster.devices} devices; give "
-            "numbers whose product that is"
-        )
-    stages = tuple(stage_bytes(model, tokens, division, stage) for stage in range(division.pipeline))
-    return Occupancy(model, tokens, division, cluster, stages)
+    job = columns([Job(model, tokens, division, alone(next(iter(DEVICES.values()))))])  # whatever the device is
+    kinds = stage_bytes(job, np.arange(division.pipeline, dtype=float))
+    sizes = {kind: np.broadcast_to(size, division.pipeline) for kind, size in kinds.items()}
+    stages = tuple({kind: float(size[i]) for kind, size in sizes.items()} for i in range(division.pipeline))
+    return Occupancy(model, tokens, division, stages)

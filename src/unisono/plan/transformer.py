@@ -33,6 +33,10 @@ class Transformer:
         positions: learned ones; 0 where positions are computed.
         head_width: of a head; default: what the heads share out of ``hidden``.
         dropout: after attention, inside it, and after the MLP.
+        experts: MLPs of a layer, of which each token passes ``chosen``; 0 where there is one MLP.
+        expert_ffn: width inside an expert.
+        shared_ffn: of the MLP that all tokens pass beside their experts.
+        dense_layers: how many of the layers have one MLP, of ``ffn``, all the same.
     """
 
     name: str
@@ -48,6 +52,11 @@ class Transformer:
     positions: int = 0
     head_width: int = 0
     dropout: bool = False
+    experts: int = 0
+    chosen: int = 0
+    expert_ffn: int = 0
+    shared_ffn: int = 0
+    dense_layers: int = 0
 
     @property
     def query_width(self) -> int:
@@ -60,21 +69,39 @@ class Transformer:
         return self.query_width // self.heads * self.kv_heads
 
     @property
-    def matrix_elements(self) -> int:
-        """Elements of the matrices of a layer: queries, keys, values, output, and the MLP's."""
-        attention = self.hidden * (2 * self.query_width + 2 * self.kv_width)
-        return attention + (3 if self.gated else 2) * self.hidden * self.ffn
+    def attention_elements(self) -> int:
+        """Elements of a layer's matrices for queries, keys, values and output."""
+        return self.hidden * (2 * self.query_width + 2 * self.kv_width)
+
+    @property
+    def mlp_matrices(self) -> int:
+        """Of one MLP."""
+        return 3 if self.gated else 2
+
+    @property
+    def passed_widths(self) -> int:
+        """Of all MLPs that a token passes, layer after layer."""
+        sparse = self.layers - self.dense_layers if self.experts else 0
+        return (self.layers - sparse) * self.ffn + sparse * (self.chosen * self.expert_ffn + self.shared_ffn)
+
+    @property
+    def held_widths(self) -> int:
+        """Of all MLPs."""
+        sparse = self.layers - self.dense_layers if self.experts else 0
+        return (self.layers - sparse) * self.ffn + sparse * (self.experts * self.expert_ffn + self.shared_ffn)
 
     @property
     def layer_parameters(self) -> int:
-        """All of a layer.
+        """All of a layer, on average where layers have unequal MLPs.
 
         >>> named("llama3:8b").layer_parameters
         218112000
         """
         norms = 2 * self.hidden * (2 if self.biased else 1)
         wide = self.query_width + 2 * self.kv_width + self.hidden + (2 if self.gated else 1) * self.ffn + self.hidden
-        return self.matrix_elements + norms + (wide if self.biased else 0)
+        mlps = self.mlp_matrices * self.hidden * self.held_widths // self.layers
+        routers = self.experts * self.hidden * (self.layers - self.dense_layers) // self.layers
+        return self.attention_elements + mlps + routers + norms + (wide if self.biased else 0)
 
     @property
     def parameters(self) -> int:
@@ -82,6 +109,8 @@ class Transformer:
 
         >>> named("llama3:8b").parameters, named("llama3:405b").parameters
         (8030261248, 405853388800)
+        >>> round(named("mixtral:8x7b").parameters / 1e9, 2)
+        46.7
         """
         embeddings = self.vocab * self.hidden * (1 if self.tied else 2) + self.positions * self.hidden
         return self.layers * self.layer_parameters + embeddings + self.hidden * (2 if self.biased else 1)
@@ -92,8 +121,8 @@ class Transformer:
         >>> round(named("gpt:175b").forward_flops(2048) / 2048 / 1e9, 1)  # about twice its parameters
         358.8
         """
-        matrices = 2 * tokens * (self.layers * self.matrix_elements + self.hidden * self.vocab)
-        return matrices + self.attention_flops(tokens)
+        passed = self.layers * self.attention_elements + self.mlp_matrices * self.hidden * self.passed_widths
+        return 2 * tokens * (passed + self.hidden * self.vocab) + self.attention_flops(tokens)
 
     def attention_flops(self, tokens: int) -> int:
         """Of that, attention's."""
@@ -136,6 +165,11 @@ def _llama(name: str, layers: int, hidden: int, heads: int, kv_heads: int, ffn: 
     return Transformer(name, layers, hidden, heads, kv_heads, ffn, vocab)
 
 
+def _mixtral(name: str, layers: int, hidden: int, heads: int, ffn: int, vocab: int) -> Transformer:
+    dense = Transformer(name, layers, hidden, heads, 8, ffn, vocab)
+    return replace(dense, experts=8, chosen=2, expert_ffn=ffn)
+
+
 NAMED: Mapping[str, Transformer] = {
     model.name: model
     for model in (
@@ -160,6 +194,9 @@ NAMED: Mapping[str, Transformer] = {
         _llama("llama3:8b", 32, 4096, 32, 8, 14336, 128_256),
         _llama("llama3:70b", 80, 8192, 64, 8, 28672, 128_256),
         _llama("llama3:405b", 126, 16384, 128, 8, 53248, 128_256),
+        # Jiang et al., "Mixtral of experts", 2024, table 1, and the configuration of 8x22B
+        _mixtral("mixtral:8x7b", 32, 4096, 32, 14336, 32_000),
+        _mixtral("mixtral:8x22b", 56, 6144, 48, 16384, 32_768),
     )
 }
 """By name."""
@@ -255,14 +292,14 @@ class _Kind:
 
 
 _KINDS: Mapping[str, _Kind] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3"), _Kind()),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3", "mixtral", "qwen2_moe", "qwen3_moe"), _Kind()),
     "gemma": _Kind(tied=True),
     **dict.fromkeys(("gpt2", "gpt_bigcode"), _Kind(gated=False, tied=True, biased=True, learned=True)),
     "opt": _Kind(gated=False, tied=True, biased=True, learned=True, further=2),
     "gpt_neox": _Kind(gated=False, biased=True),
 }
 """By model_type."""
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "kv_lora_rank")
+_LATENT = "kv_lora_rank"  # keys and values through a narrow layer, whose widths are not described here
 
 
 def _of_file(path: Path) -> Transformer:
@@ -278,8 +315,8 @@ def _of_file(path: Path) -> Transformer:
         raise ConfigurationError(
             f"{path} is of model_type {kind!r}; decoders that are known: {', '.join(_KINDS)}; give numbers"
         )
-    if experts := next((key for key in _EXPERTS if (found.get(key) or 0) > 1), None):
-        raise ConfigurationError(f"{path} has {experts} {found[experts]}, and experts are not counted yet")
+    if found.get(_LATENT):
+        raise ConfigurationError(f"{path} has {_LATENT} {found[_LATENT]}, and such attention is not counted yet")
     known = _KINDS[kind]
 
     def number(*names: str, default: int | None = None) -> int:
@@ -305,6 +342,10 @@ def _of_file(path: Path) -> Transformer:
             positions=number("n_positions", "max_position_embeddings") + known.further if known.learned else 0,
             head_width=number("head_dim", default=0),
             dropout=any(bool(found.get(key)) for key in ("resid_pdrop", "attn_pdrop", "hidden_dropout", "dropout")),
+            experts=(experts := number("num_local_experts", "num_experts", default=0)),
+            chosen=number("num_experts_per_tok", default=0) if experts else 0,
+            expert_ffn=number("moe_intermediate_size", "intermediate_size", default=0) if experts else 0,
+            shared_ffn=number("shared_expert_intermediate_size", default=0) if experts else 0,
         )
     )
 
@@ -322,6 +363,12 @@ def _checked(model: Transformer) -> Transformer:
         )
     if not model.head_width and model.hidden % model.heads:
         raise ConfigurationError(f"{model.heads} heads cannot share {model.hidden} evenly; give head_width, or others")
+    if model.experts and not (1 <= model.chosen <= model.experts and model.expert_ffn):
+        raise ConfigurationError(
+            f"{model.name} has {model.experts} experts; give chosen, from 1 to {model.experts}, and expert_ffn"
+        )
+    if model.dense_layers > model.layers or (not model.experts and (model.chosen or model.shared_ffn)):
+        raise ConfigurationError(f"{model.name}: chosen, shared_ffn and dense_layers are for layers with experts")
     if model.heads % model.kv_heads:
         raise ConfigurationError(f"{model.heads} heads cannot share {model.kv_heads} of keys and values evenly")
     return model

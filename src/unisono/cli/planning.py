@@ -1,0 +1,196 @@
+"""Commands that decide before anything is trained: ``plan`` and ``simulate``."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from unisono.cli.options import JsonOption, Overrides, WorkersOption
+from unisono.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from unisono.plan.constants import Known
+
+TOKENS = 4096
+"""Of a sequence, where nothing is said."""
+
+
+def plan(
+    config: Annotated[
+        str,
+        typer.Argument(
+            metavar="CONFIG.yaml, MODEL or predict",
+            help="A configuration; or a model: llama3:70b, layers=32,hidden=4096,heads=32,vocab=50000, or the "
+            "config.json of Hugging Face Transformers; or predict, with --rows.",
+            show_default=False,
+        ),
+    ],
+    overrides: Overrides = None,
+    workers: WorkersOption = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="For a model: the devices, COUNTxDEVICE[:OF A NODE][,LINK], 64xH100:8,ib400.")
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=1, max=10**9, help="For a model: of a sequence; default: 4096, or what it can take."),
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="For a model: sequences of a step; default: 4 million tokens or more.")
+    ] = None,
+    framework: Annotated[
+        str, typer.Option(help="For a model: whose constants are used: nanotron, llm-foundry, torchtitan, ...")
+    ] = "default",
+    price: Annotated[
+        float | None, typer.Option(min=0, help="For a model: of a device for an hour; says what tokens cost.")
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="For a model: draw memory and a step's timeline into this file (.png, .svg).")
+    ] = None,
+    rows: Annotated[
+        Path | None,
+        typer.Option(help="For predict: a JSON file of runs, in the schema of data/published-runs.json.gz."),
+    ] = None,
+    calibrate: Annotated[
+        Path | None, typer.Option(help="A JSON file of a few runs of yours with iter_time_s: times are scaled to them.")
+    ] = None,
+    with_profile: Annotated[
+        bool, typer.Option("--profile", help="Show parameters, operations and activations, module by module.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Choose a layout before anything is trained: what fits, how fast, where the time goes, what would help.
+
+    Of a configuration: its layout's stages, how long workers wait, and the memory of each. Of a model by its name or
+    numbers, on a --cluster: the best divisions of all; what KEY=VALUE give (tensor, pipeline, data, context, expert,
+    zero, shard, micro_batch, micro_batches, sequence, recompute, attention, virtual, schedule, period) stays as given.
+    predict judges runs that are rows of a file.
+
+    Example: unisono plan configs/lm.yaml layout.pipeline=2 layout.data=2 layout.recompute=full --profile
+
+    Example: unisono plan llama3:405b --cluster 16384xH100:8 --tokens 8192
+
+    Example: unisono plan gpt:22b tensor=8 recompute=selective sequence=true --cluster 8xA100-80
+
+    Example: unisono plan predict --rows rows.json --json
+    """
+    is_file = config.endswith((".yaml", ".yml"))
+    of_model = {"--cluster": cluster, "--tokens": tokens, "--batch": batch, "--price": price, "--picture": picture}
+    if config == "predict":
+        _refuse({**of_model, "--workers": workers, "--profile": with_profile or None}, "a model or a configuration")
+        _predict(rows, calibrate, as_json)
+    elif is_file:
+        _refuse({**of_model, "--rows": rows, "--calibrate": calibrate}, "a model by its name or numbers, or predict")
+        _say_of_configuration(Path(config), overrides or [], workers, with_profile, as_json)
+    else:
+        _refuse({"--workers": workers, "--profile": with_profile or None, "--rows": rows}, "a configuration or predict")
+        asked = _Asked(cluster, tokens, batch, framework, price, picture, calibrate)
+        _say_of_model(config, overrides or [], asked, as_json)
+
+
+def _refuse(options: dict[str, object], whose: str) -> None:
+    if wrong := [name for name, value in options.items() if value is not None]:
+        raise ConfigurationError(f"{wrong[0]} is for {whose}; leave it out here")
+
+
+def _say_of_configuration(
+    config: Path, overrides: list[str], workers: int | None, with_profile: bool, as_json: bool
+) -> None:
+    from unisono.check.plan import plan as make
+    from unisono.check.plan import prepared_without_values, profile, profile_as_text
+    from unisono.config import load
+    from unisono.launch.runs import choose_workers
+
+    settings = load(config, overrides)
+    prepared, found = prepared_without_values(settings, choose_workers(settings, workers))
+    made = make(prepared, found, settings)
+    rows = profile(prepared, found) if with_profile else None
+    if as_json:
+        typer.echo(json.dumps({**made.as_dict(), **({"profile": rows} if rows is not None else {})}))
+        return
+    if rows is not None:
+        typer.echo(profile_as_text(rows))
+    typer.echo(made.as_text())
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What was asked of a model, as it was written."""
+
+    cluster: str | None
+    tokens: int | None
+    batch: int | None
+    framework: str
+    price: float | None
+    picture: Path | None
+    calibrate: Path | None
+
+
+def _say_of_model(text: str, words: list[str], asked: _Asked, as_json: bool) -> None:
+    from unisono.plan.bounds import Bounds
+    from unisono.plan.division import Division, given
+    from unisono.plan.hardware import cluster
+    from unisono.plan.occupancy import Occupancy, occupancy
+    from unisono.plan.transformer import transformer
+
+    model, devices = transformer(text), cluster(asked.cluster) if asked.cluster is not None else None
+    tokens = asked.tokens or min(TOKENS, model.positions or TOKENS)
+    if model.positions and tokens > model.positions:
+        raise ConfigurationError(f"--tokens is {tokens}, and {model.name} has {model.positions} positions; give fewer")
+    bounds = Bounds(model, tokens, devices)
+    if devices is None:
+        _refuse({"--batch": asked.batch, "--price": asked.price, "--picture": asked.picture}, "a --cluster")
+        parts: list[Bounds | Occupancy] = [bounds]
+        parts += [occupancy(model, tokens, Division.read(words))] if words else []
+        if as_json:
+            typer.echo(json.dumps({key: value for part in parts for key, value in part.as_dict().items()}))
+        else:
+            typer.echo("\n".join(part.as_text() for part in parts))
+        return
+    from unisono.plan.answer import as_dict, as_text
+    from unisono.plan.constants import calibration
+    from unisono.plan.planner import Question, default_sequences
+    from unisono.plan.planner import plan as make
+
+    known = calibration(_known(asked.calibrate), asked.framework, devices.device.name)
+    sequences = asked.batch or default_sequences(devices, tokens)
+    made = make(Question(model, tokens, devices, sequences, known, given(words)))
+    if asked.picture is not None:
+        from unisono.plan.picture import draw
+
+        draw(made, asked.picture)
+    if as_json:
+        typer.echo(json.dumps({**bounds.as_dict(), **as_dict(made, asked.price)}))
+        return
+    typer.echo(f"{bounds.as_text()}\n{as_text(made, asked.price)}")
+    if asked.picture is not None:
+        typer.echo(f"picture: {asked.picture}")
+
+
+def _known(own: Path | None) -> "Known":
+    from unisono.plan.constants import frozen
+    from unisono.plan.predict import rescaled
+
+    return frozen() if own is None else rescaled(_rows(own), frozen())
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """Runs of a file: a list, or a mapping with rows."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigurationError(f"cannot read rows from {path}: {error}") from error
+    rows = found.get("rows") if isinstance(found, dict) else found
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ConfigurationError(f'{path} holds no rows; give a JSON list of objects, or {{"rows": [...]}}')
+    return rows
+
+
+def _predict(rows: Path | None, calibrate: Path | None, as_json: bool) -> None:
+    from unisono.plan.predict import as_text, predict
+
+    if rows is None:
+        raise ConfigurationError("plan predict needs --rows FILE: a JSON list of runs to judge")
+    answers = predict(_rows(rows), _known(calibrate))
+    typer.echo(json.dumps({"rows": answers}) if as_json else as_text(answers))

@@ -1,0 +1,89 @@
+"""Runs, as rows of the published ones' schema, and what the cost model says of each: seconds, bytes, does it fit."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from unisono.errors import ConfigurationError
+from unisono.plan.constants import Calibration, Known, calibration
+from unisono.plan.cost import cost
+from unisono.plan.hardware import GIB
+from unisono.plan.jobs import columns
+from unisono.plan.published import Run, run
+from unisono.plan.usage import fullest_bytes, total_bytes
+
+MEASURED = ("iter_time_s", "derived_iter_time_s")
+FEWEST = 3
+"""Rows from which a scalar is refitted."""
+
+
+def predict(rows: Sequence[Mapping[str, Any]], known: Known) -> list[dict[str, Any]]:
+    """An answer for each row; of one that cannot be judged, the reason."""
+    return [_answer(row, known) for row in rows]
+
+
+def rescaled(rows: Sequence[Mapping[str, Any]], known: Known) -> Known:
+    """Calibrations whose times fit a handful of a user's own rows: one scalar for each framework and device.
+
+    Raises:
+        ConfigurationError: where too few rows have a time and can be judged.
+    """
+    ratios: dict[str, list[float]] = {}
+    for row in rows:
+        judged, measured = run(row), next((row[name] for name in MEASURED if row.get(name)), None)
+        if isinstance(judged, Run) and isinstance(measured, (int, float)) and measured > 0:
+            own = _calibration(judged, known)
+            seconds = cost(columns([judged.job]), own).seconds[0]
+            ratios.setdefault(own.name, []).append(float(measured / seconds))
+    many = {name: values for name, values in ratios.items() if len(values) >= FEWEST}
+    if not many:
+        raise ConfigurationError(
+            f"of {len(rows)} rows, {sum(map(len, ratios.values()))} have iter_time_s and can be judged; give at least "
+            f"{FEWEST} of one framework and device"
+        )
+    scales = {name: float(np.median(values)) for name, values in many.items()}
+    return {name: replace(own, scale=own.scale * scales.get(own.name, 1.0)) for name, own in known.items()}
+
+
+def _calibration(judged: Run, known: Known) -> Calibration:
+    return calibration(known, judged.framework, judged.job.cluster.device.name)
+
+
+def _answer(row: Mapping[str, Any], known: Known) -> dict[str, Any]:
+    judged = run(row)
+    if not isinstance(judged, Run):
+        return {"id": row.get("id"), "reason": judged}
+    jobs, own = columns([judged.job]), _calibration(judged, known)
+    found, kinds = cost(jobs, own), fullest_bytes(jobs, own.habits)
+    seconds, needed = float(found.seconds[0]), float(total_bytes(kinds)[0])
+    division = judged.job.division
+    tokens = division.sequences * judged.job.tokens
+    return {
+        "id": row.get("id"),
+        "iter_time_s": seconds,
+        "tokens_per_s_per_gpu": tokens / seconds / division.devices,
+        "mfu": float(jobs.model_flops[0] / seconds / division.devices / jobs.slow_flops[0]),
+        "mem_gib": needed / GIB,
+        "fits": bool(needed <= own.habits.usable * jobs.memory_bytes[0]),
+        "breakdown": {reason: float(column[0]) for reason, column in found.reasons.items()},
+        "memory": {kind: float(column[0]) / GIB for kind, column in kinds.items()},
+        "calibration": own.name,
+        "assumed": list(judged.assumed),
+    }
+
+
+def as_text(answers: Sequence[Mapping[str, Any]]) -> str:
+    """For a reader: a line for each."""
+    lines = []
+    for answer in answers:
+        if "reason" in answer:
+            lines.append(f"{answer['id']}: cannot be judged: {answer['reason']}")
+            continue
+        fits = "fits" if answer["fits"] else "DOES NOT FIT"
+        lines.append(
+            f"{answer['id']}: {answer['iter_time_s']:.4g} s a step, {answer['tokens_per_s_per_gpu']:,.0f} tokens a "
+            f"second and device, MFU {answer['mfu']:.1%}, {answer['mem_gib']:.1f} GiB, {fits}"
+        )
+    return "\n".join(lines)

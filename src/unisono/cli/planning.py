@@ -12,6 +12,9 @@ from unisono.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from unisono.plan.constants import Known
+    from unisono.plan.hardware import Cluster
+    from unisono.plan.planner import Question
+    from unisono.plan.transformer import Transformer
 
 TOKENS = 4096
 """Of a sequence, where nothing is said."""
@@ -129,33 +132,19 @@ class _Asked:
 
 def _say_of_model(text: str, words: list[str], asked: _Asked, as_json: bool) -> None:
     from unisono.plan.bounds import Bounds
-    from unisono.plan.division import Division, given
     from unisono.plan.hardware import cluster
-    from unisono.plan.occupancy import Occupancy, occupancy
-    from unisono.plan.transformer import transformer
 
-    model, devices = transformer(text), cluster(asked.cluster) if asked.cluster is not None else None
-    tokens = asked.tokens or min(TOKENS, model.positions or TOKENS)
-    if model.positions and tokens > model.positions:
-        raise ConfigurationError(f"--tokens is {tokens}, and {model.name} has {model.positions} positions; give fewer")
-    bounds = Bounds(model, tokens, devices)
-    if devices is None:
+    if asked.cluster is None:
         _refuse({"--batch": asked.batch, "--price": asked.price, "--picture": asked.picture}, "a --cluster")
-        parts: list[Bounds | Occupancy] = [bounds]
-        parts += [occupancy(model, tokens, Division.read(words))] if words else []
-        if as_json:
-            typer.echo(json.dumps({key: value for part in parts for key, value in part.as_dict().items()}))
-        else:
-            typer.echo("\n".join(part.as_text() for part in parts))
+        _say_without_devices(text, words, asked.tokens, as_json)
         return
     from unisono.plan.answer import as_dict, as_text
-    from unisono.plan.constants import calibration
-    from unisono.plan.planner import Question, default_sequences
     from unisono.plan.planner import plan as make
 
-    known = calibration(_known(asked.calibrate), asked.framework, devices.device.name)
-    sequences = asked.batch or default_sequences(devices, tokens)
-    made = make(Question(model, tokens, devices, sequences, known, given(words)))
+    question = _question(
+        text, words, cluster(asked.cluster), asked.tokens, asked.batch, asked.framework, asked.calibrate
+    )
+    made, bounds = make(question), Bounds(question.model, question.tokens, question.cluster)
     if asked.picture is not None:
         from unisono.plan.picture import draw
 
@@ -166,6 +155,154 @@ def _say_of_model(text: str, words: list[str], asked: _Asked, as_json: bool) -> 
     typer.echo(f"{bounds.as_text()}\n{as_text(made, asked.price)}")
     if asked.picture is not None:
         typer.echo(f"picture: {asked.picture}")
+
+
+def _say_without_devices(text: str, words: list[str], wanted: int | None, as_json: bool) -> None:
+    """What is known of a model, and of a division of it, whatever the devices."""
+    from unisono.plan.bounds import Bounds
+    from unisono.plan.division import Division
+    from unisono.plan.occupancy import Occupancy, occupancy
+    from unisono.plan.transformer import transformer
+
+    model = transformer(text)
+    tokens = _tokens(model, wanted)
+    parts: list[Bounds | Occupancy] = [Bounds(model, tokens, None)]
+    parts += [occupancy(model, tokens, Division.read(words))] if words else []
+    if as_json:
+        typer.echo(json.dumps({key: value for part in parts for key, value in part.as_dict().items()}))
+    else:
+        typer.echo("\n".join(part.as_text() for part in parts))
+
+
+def simulate(
+    model: Annotated[
+        str, typer.Argument(help="As in unisono plan: llama3:70b, numbers, a config.json.", show_default=False)
+    ],
+    division: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Parts of the division; the best of the rest.")
+    ] = None,
+    cluster: Annotated[str, typer.Option(help="The devices: 16384xH100:8,ib400.", show_default=False)] = "",
+    tokens: Annotated[int | None, typer.Option(min=1, max=10**9, help="Of a sequence; default: 4096.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Sequences of a step; default: 4 million tokens or more.")
+    ] = None,
+    framework: Annotated[str, typer.Option(help="Whose constants are used.")] = "default",
+    slow: Annotated[
+        list[str] | None, typer.Option(help="RANK=FACTOR: that rank computes so many times longer; may be repeated.")
+    ] = None,
+    jitter: Annotated[
+        float, typer.Option(min=0, max=2, help="Deviation of each action's logarithm, 0.05 for 5%.")
+    ] = 0.0,
+    ports: Annotated[
+        int | None, typer.Option(min=1, help="Ports of a node, which its devices share; default: one each.")
+    ] = None,
+    oversubscribed: Annotated[
+        float, typer.Option(min=1, help="How many times less the spine carries than all ports.")
+    ] = 1.0,
+    weeks: Annotated[float | None, typer.Option(min=0, help="Simulate so many weeks with failures, too.")] = None,
+    mtbf: Annotated[float, typer.Option(help="Of a device, mean hours between failures.")] = 50_000.0,
+    every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: as many as cost least.")] = 0,
+    checkpoint_s: Annotated[float, typer.Option(min=0, help="Seconds that a checkpoint holds up training.")] = 30.0,
+    restart_s: Annotated[float, typer.Option(min=0, help="Seconds from a failure until all compute again.")] = 300.0,
+    repair: Annotated[float, typer.Option(min=0, help="Mean hours until a failed device is back.")] = 12.0,
+    spares: Annotated[int, typer.Option(min=0, help="Devices that stand by.")] = 0,
+    elastic: Annotated[bool, typer.Option("--elastic", help="Go on with the replicas that are whole.")] = False,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write the step into this file, for Perfetto (ui.perfetto.dev).")
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw the step's timetable into this file (.png, .svg).")] = None,
+    seed: Annotated[int, typer.Option(help="Of jitter and failures.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Let a step happen on every rank, event by event; and, with --weeks, a run with its failures.
+
+    Example: unisono simulate llama3:405b --cluster 16384xH100:8 --tokens 8192 --slow 17=1.3 --trace trace.json
+
+    Example: unisono simulate llama3:70b tensor=8 pipeline=4 --cluster 512xH100:8 --weeks 8 --spares 8
+    """
+    from unisono.plan.goodput import Campaign
+    from unisono.plan.hardware import cluster as described
+    from unisono.plan.planner import plan as make
+    from unisono.plan.simulator import Trouble
+    from unisono.plan.staging import wires_of, work_of
+    from unisono.plan.telling import Simulated
+
+    if not cluster:
+        raise ConfigurationError("simulate needs --cluster: the devices, for example 64xH100:8,ib400")
+    devices = described(cluster)
+    question = _question(model, division or [], devices, tokens, batch, framework, None)
+    chosen = make(question, advised=False).best[0]
+    work = work_of(question.model, question.tokens, chosen.division, devices, question.known)
+    wires = wires_of(devices, question.known, ports, oversubscribed)
+    made = Simulated.of(question, chosen, work, wires, Trouble(_slow(slow or []), jitter, seed))
+    if weeks is not None:
+        campaign = Campaign(
+            devices.devices,
+            chosen.division.data,
+            made.step.seconds,
+            mtbf,
+            checkpoint_s,
+            every,
+            restart_s,
+            repair,
+            spares,
+            elastic,
+            weeks,
+        )
+        made = made.through(campaign, seed)
+    if trace is not None:
+        from unisono.plan.trace import write
+
+        write(made.step, work, trace)
+    if picture is not None:
+        from unisono.plan.picture import draw_step
+
+        draw_step(made.step, made.title, picture)
+    typer.echo(json.dumps(made.as_dict()) if as_json else made.as_text())
+    for what, path in (("trace", trace), ("picture", picture)):
+        if path is not None and not as_json:
+            typer.echo(f"{what}: {path}")
+
+
+def _slow(words: list[str]) -> dict[int, float]:
+    """Ranks and how many times slower they are."""
+    found: dict[int, float] = {}
+    for word in words:
+        rank, _, factor = word.partition("=")
+        try:
+            found[int(rank)] = float(factor)
+        except ValueError:
+            raise ConfigurationError(f"--slow is {word!r}; give RANK=FACTOR, for example 17=1.3") from None
+    return found
+
+
+def _question(
+    text: str,
+    words: list[str],
+    devices: "Cluster",
+    given_tokens: int | None,
+    batch: int | None,
+    framework: str,
+    own: Path | None,
+) -> "Question":
+    """What is to be trained, on what."""
+    from unisono.plan.constants import calibration
+    from unisono.plan.division import given
+    from unisono.plan.planner import Question, default_sequences
+    from unisono.plan.transformer import transformer
+
+    model = transformer(text)
+    tokens = _tokens(model, given_tokens)
+    known = calibration(_known(own), framework, devices.device.name)
+    return Question(model, tokens, devices, batch or default_sequences(devices, tokens), known, given(words))
+
+
+def _tokens(model: "Transformer", wanted: int | None) -> int:
+    """Of a sequence."""
+    tokens = wanted or min(TOKENS, model.positions or TOKENS)
+    if model.positions and tokens > model.positions:
+        raise ConfigurationError(f"--tokens is {tokens}, and {model.name} has {model.positions} positions; give fewer")
+    return tokens
 
 
 def _known(own: Path | None) -> "Known":

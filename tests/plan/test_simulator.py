@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -150,7 +151,7 @@ def test_flows_get_equal_parts_for_as_long_as_they_last() -> None:
     "words", ["tensor=8 pipeline=4 data=2 zero=1 micro_batches=16 sequence=true", "data=64 zero=3"]
 )
 def test_a_simulated_step_is_the_cost_models(words: str) -> None:
-    """Of one machine: what is simulated, and what is reckoned; messages that hide, and uneven ends, are the difference."""
+    """Of one machine: what is simulated, and what is reckoned; hidden messages and uneven ends are the difference."""
     devices = cluster("64xH100")
     division = Division.read(words.split())
     known = calibration(frozen(), "default", "H100")
@@ -170,7 +171,7 @@ def test_a_trace_has_every_action_of_the_replicas_that_were_simulated() -> None:
     assert len(bars) == 4 * 6 * 3 + 4
     assert max(e["ts"] + e["dur"] for e in bars) == pytest.approx(1e6 * found.seconds)
     by_worker = sorted((e["tid"], e["ts"], e["dur"]) for e in bars)
-    for (tid, ts, dur), (other, later, _) in zip(by_worker, by_worker[1:], strict=False):
+    for (tid, ts, dur), (other, later, _) in pairwise(by_worker):
         assert tid != other or later >= ts + dur - 1e-3
 
 

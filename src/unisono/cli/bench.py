@@ -128,6 +128,29 @@ def memory(
             typer.echo(json.dumps(found))
 
 
+def plan(
+    models: Annotated[
+        str, typer.Option(help="gpt, wide, three, digits, large; several, with commas.")
+    ] = "gpt,wide,three,digits",
+    workers: Annotated[int, typer.Option("-n", "--workers", min=1, help="Of the largest layouts.")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 3,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare what is predicted of layouts on this machine with what they take: 8 minutes.
+
+    Example: unisono bench plan --models gpt --rounds 1
+    """
+    with launcher_here() as launcher:
+        from unisono.bench.prospects import CASES, bench
+
+        names = models.split(",")
+        if unknown := [name for name in names if name not in CASES]:
+            raise ConfigurationError(f"--models names {unknown[0]!r}; there are {', '.join(CASES)}")
+        found = bench(launcher, names, rounds, workers, None if as_json else typer.echo)
+        if as_json:
+            typer.echo(json.dumps(found))
+
+
 def network(
     rate: Annotated[str, typer.Option(help="Of the link between two hosts, as tc writes it.")] = "100mbit",
     steps: Annotated[int, typer.Option(min=20, help="Steps of DDP, and of what loses nothing.")] = 60,

@@ -9,15 +9,25 @@ import typer
 from unisono.cli.options import JsonOption, launcher_here
 
 
-def doctor(as_json: JsonOption = False) -> None:
+def doctor(
+    measured: Annotated[
+        bool, typer.Option("--measure", help="Time products, memory and links too, and store them for unisono plan.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
     """Say what this machine offers, and whether two workers agree on it.
 
-    Example: unisono doctor
+    Example: unisono doctor --measure
     """
     with launcher_here() as launcher:
         from unisono.check.doctor import examine
 
         findings = examine(launcher)
+        if measured:
+            from unisono.check.machine import measure
+            from unisono.plan.described import profile_path
+
+            findings += measure(launcher, profile_path())
         if as_json:
             typer.echo(
                 json.dumps({"healthy": all(f.good for f in findings), "findings": [f.as_dict() for f in findings]})

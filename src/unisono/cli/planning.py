@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unisono.cli.options import JsonOption, Overrides, WorkersOption
+from unisono.cli.options import JsonOption, Overrides, WorkersOption, launcher_here
 from unisono.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -22,14 +22,14 @@ TOKENS = 4096
 
 def plan(
     config: Annotated[
-        str,
+        str | None,
         typer.Argument(
             metavar="CONFIG.yaml, MODEL or predict",
             help="A configuration; or a model: llama3:70b, layers=32,hidden=4096,heads=32,vocab=50000, or the "
             "config.json of Hugging Face Transformers; or predict, with --rows.",
             show_default=False,
         ),
-    ],
+    ] = None,
     overrides: Overrides = None,
     workers: WorkersOption = None,
     cluster: Annotated[
@@ -61,6 +61,13 @@ def plan(
     with_profile: Annotated[
         bool, typer.Option("--profile", help="Show parameters, operations and activations, module by module.")
     ] = False,
+    with_times: Annotated[
+        bool,
+        typer.Option("--measure", help="For a configuration: measure micro-batches here, and predict every layout."),
+    ] = False,
+    compare: Annotated[
+        Path | None, typer.Option(help="The directory of a run: what is predicted of its layout beside what it took.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Choose a layout before anything is trained: what fits, how fast, where the time goes, what would help.
@@ -77,17 +84,31 @@ def plan(
     Example: unisono plan gpt:22b tensor=8 recompute=selective sequence=true --cluster 8xA100-80
 
     Example: unisono plan predict --rows rows.json --json
+
+    Example: unisono plan configs/lm.yaml --measure
     """
-    is_file = config.endswith((".yaml", ".yml"))
     of_model = {"--cluster": cluster, "--tokens": tokens, "--batch": batch, "--price": price, "--picture": picture}
+    if compare is not None:
+        others = {"--workers": workers, "--profile": with_profile or None, "--measure": with_times or None}
+        _refuse({**of_model, **others, "--rows": rows, "CONFIG.yaml": config}, "a plan without --compare")
+        _compare(compare, as_json)
+        return
+    if config is None:
+        raise ConfigurationError("plan needs CONFIG.yaml, a model, predict, or --compare RUN_DIR")
     if config == "predict":
-        _refuse({**of_model, "--workers": workers, "--profile": with_profile or None}, "a model or a configuration")
+        of_configuration = {"--workers": workers, "--profile": with_profile or None, "--measure": with_times or None}
+        _refuse({**of_model, **of_configuration}, "a model or a configuration")
         _predict(rows, calibrate, as_json)
-    elif is_file:
+    elif config.endswith((".yaml", ".yml")):
         _refuse({**of_model, "--rows": rows, "--calibrate": calibrate}, "a model by its name or numbers, or predict")
+        if with_times:
+            _refuse({"--profile": with_profile or None}, "a plan without --measure")
+            _say_of_times(Path(config), overrides or [], workers, as_json)
+            return
         _say_of_configuration(Path(config), overrides or [], workers, with_profile, as_json)
     else:
-        _refuse({"--workers": workers, "--profile": with_profile or None, "--rows": rows}, "a configuration or predict")
+        of_configuration = {"--workers": workers, "--profile": with_profile or None, "--measure": with_times or None}
+        _refuse({**of_configuration, "--rows": rows}, "a configuration or predict")
         asked = _Asked(cluster, tokens, batch, framework, price, picture, calibrate)
         _say_of_model(config, overrides or [], asked, as_json)
 
@@ -117,6 +138,31 @@ def _say_of_configuration(
     typer.echo(made.as_text())
 
 
+def _say_of_times(config: Path, overrides: list[str], workers: int | None, as_json: bool) -> None:
+    """What steps take here, in every layout."""
+    from unisono.config import load
+
+    settings = load(config, overrides)
+    with launcher_here() as launcher:
+        from unisono.check.choosing import choose, most_workers
+
+        say = None if as_json else typer.echo
+        best, found = choose(launcher, settings, workers or most_workers(settings), say)
+    if as_json:
+        typer.echo(json.dumps({"best": best.as_dict(), "layouts": [one.as_dict() for one in found]}))
+    else:
+        typer.echo("\n".join(one.as_text() for one in found))
+
+
+def _compare(run_dir: Path, as_json: bool) -> None:
+    """What is predicted of a run beside what it took."""
+    with launcher_here() as launcher:
+        from unisono.check.comparing import compare
+
+        found = compare(launcher, run_dir)
+    typer.echo(json.dumps(found.as_dict()) if as_json else found.as_text())
+
+
 @dataclass(frozen=True, slots=True)
 class _Asked:
     """What was asked of a model, as it was written."""
@@ -132,7 +178,7 @@ class _Asked:
 
 def _say_of_model(text: str, words: list[str], asked: _Asked, as_json: bool) -> None:
     from unisono.plan.bounds import Bounds
-    from unisono.plan.hardware import cluster
+    from unisono.plan.described import read_cluster
 
     if asked.cluster is None:
         _refuse({"--batch": asked.batch, "--price": asked.price, "--picture": asked.picture}, "a --cluster")
@@ -142,7 +188,7 @@ def _say_of_model(text: str, words: list[str], asked: _Asked, as_json: bool) -> 
     from unisono.plan.planner import plan as make
 
     question = _question(
-        text, words, cluster(asked.cluster), asked.tokens, asked.batch, asked.framework, asked.calibrate
+        text, words, read_cluster(asked.cluster), asked.tokens, asked.batch, asked.framework, asked.calibrate
     )
     made, bounds = make(question), Bounds(question.model, question.tokens, question.cluster)
     if asked.picture is not None:
@@ -220,8 +266,8 @@ def simulate(
 
     Example: unisono simulate llama3:70b tensor=8 pipeline=4 --cluster 512xH100:8 --weeks 8 --spares 8
     """
+    from unisono.plan.described import read_cluster
     from unisono.plan.goodput import Campaign
-    from unisono.plan.hardware import cluster as described
     from unisono.plan.planner import plan as make
     from unisono.plan.simulator import Trouble
     from unisono.plan.staging import wires_of, work_of
@@ -229,7 +275,7 @@ def simulate(
 
     if not cluster:
         raise ConfigurationError("simulate needs --cluster: the devices, for example 64xH100:8,ib400")
-    devices = described(cluster)
+    devices = read_cluster(cluster)
     question = _question(model, division or [], devices, tokens, batch, framework, None)
     chosen = make(question, advised=False).best[0]
     work = work_of(question.model, question.tokens, chosen.division, devices, question.known)

@@ -69,6 +69,13 @@ def train(
         settings = load(config, overrides or [])
         launcher = here.launcher
         wanted, bounds = workers_range(workers)
+        if settings.layout.auto:
+            if here.nodes > 1 or bounds is not None or spares:
+                raise ConfigurationError("layout: auto is for a number of workers on one host, so far; give a layout")
+            from unisono.check.choosing import settled
+
+            settings = settled(launcher, settings, wanted, None if as_json else typer.echo)
+            wanted = None
         elastic = None
         if here.nodes > 1:
             if bounds is not None or spares:

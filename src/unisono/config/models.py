@@ -14,8 +14,13 @@ Schedule = Literal["gpipe", "1f1b", "interleaved", "zb_h1", "zb_v"]
 
 
 class Layout(Section):
-    """Where the run is computed; it never changes the result."""
+    """Where the run is computed; it never changes the result. ``auto`` in its place: see there."""
 
+    auto: bool = Field(
+        False,
+        description="The fastest on this machine is chosen when training begins, from a few measured steps; "
+        "`layout: auto` says the same. Of the other keys it goes with memory_gib alone.",
+    )
     data: int | None = Field(
         None, ge=1, description="Replicas that share the micro-batches; default: as many as there are workers for."
     )
@@ -61,6 +66,18 @@ class Layout(Section):
         default_factory=list,
         description="Modules in front of which the model is cut into stages; default: where the slowest is fastest.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto_in_a_word(cls, found: Any) -> Any:
+        return {"auto": True} if found == "auto" else found
+
+    @model_validator(mode="after")
+    def _auto_is_free(self) -> Self:
+        given = {name for name in self.model_fields_set if getattr(self, name) != type(self).model_fields[name].default}
+        if self.auto and (others := sorted(given - {"auto", "memory_gib"})):
+            raise ValueError(f"auto chooses {others[0]} too; leave {others[0]} out, or auto")
+        return self
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> Self:

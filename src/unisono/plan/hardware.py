@@ -116,6 +116,7 @@ class Cluster:
         devices: how many there are.
         node: devices of a node.
         within, between: the ways inside a node and from node to node.
+        idle: further devices, of nodes that are smaller or larger than the others.
     """
 
     device: Device
@@ -123,6 +124,7 @@ class Cluster:
     node: int
     within: Link
     between: Link
+    idle: int = 0
 
     @property
     def nodes(self) -> int:
@@ -132,7 +134,8 @@ class Cluster:
     def __str__(self) -> str:
         nodes = f"{self.nodes} nodes of {self.node}" if self.nodes > 1 else "one node"
         over = f", {self.between.name} between them" if self.nodes > 1 else ""
-        return f"{self.devices} x {self.device.name} in {nodes} ({self.within.name} inside{over})"
+        idle = f", {self.idle} idle" if self.idle else ""
+        return f"{self.devices} x {self.device.name} in {nodes} ({self.within.name} inside{over}{idle})"
 
 
 def alone(device: Device) -> Cluster:
@@ -145,13 +148,16 @@ FABRIC = "ib400"
 _FORM = re.compile(r"\s*([0-9]{1,9})\s*x\s*([\w.-]+?)\s*(?::\s*([0-9]{1,9}))?\s*(?:,\s*([\w.-]+))?\s*")
 
 
-def cluster(text: str) -> Cluster:
+def cluster(text: str, more: Mapping[str, Device] | None = None) -> Cluster:
     """A cluster in words: ``128xH100``, ``64xA100-80:4``, ``16xV100-32:8,ethernet25``.
 
     >>> str(cluster("128xH100:8, ib400"))
     '128 x H100 in 16 nodes of 8 (nvlink4 inside, ib400 between them)'
     >>> str(cluster("4xL4"))
     '4 x L4 in one node (pcie4 inside)'
+
+    Arguments:
+        more: further devices by name.
 
     Raises:
         ConfigurationError: for words of another form, what is not known, or devices that make no whole nodes.
@@ -162,13 +168,31 @@ def cluster(text: str) -> Cluster:
             f"the cluster is {text!r}; write COUNTxDEVICE[:DEVICES OF A NODE][,LINK BETWEEN NODES], for example "
             "64xH100:8,ib400"
         )
-    device = _known(found[2], DEVICES, "device")
+    own = device(found[2], more)
     count = int(found[1])
-    node = int(found[3]) if found[3] else min(device.node, count)
-    between = _known(found[4] or FABRIC, LINKS, "link")
+    node = int(found[3]) if found[3] else min(own.node, count)
+    between = link(found[4] or FABRIC)
     if count < 1 or node < 1 or count % node:
         raise ConfigurationError(f"{count} devices make no whole nodes of {node}; give other numbers")
-    return Cluster(device, count, node, LINKS[device.link], between)
+    return Cluster(own, count, node, LINKS[own.link], between)
+
+
+def device(name: str, more: Mapping[str, Device] | None = None) -> Device:
+    """One of `DEVICES`, or of others.
+
+    Raises:
+        ConfigurationError: where there is none.
+    """
+    return _known(name, {**DEVICES, **(more or {})}, "device")
+
+
+def link(name: str) -> Link:
+    """One of `LINKS`.
+
+    Raises:
+        ConfigurationError: where there is none.
+    """
+    return _known(name, LINKS, "link")
 
 
 def _known(name: str, known: Mapping[str, T], what: str) -> T:

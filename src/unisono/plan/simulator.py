@@ -7,7 +7,7 @@ alike are simulated once and count for all: those whose ranks are equally fast a
 import heapq
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from unisono.errors import ConfigurationError
 from unisono.plan.fabric import Fabric, Flow, Link
 from unisono.plan.schedule import Action, Kind, Timetable, timetable
 
-SPINE = "spine"
+SPINE, CORES = "spine", "cores"
 MOST_EVENTS = 20_000_000
 """After which a simulation would take minutes."""
 
@@ -68,6 +68,7 @@ class Wires:
         port: bytes a second of each rank between nodes.
         ports: of a node, which its ranks share; default: one a rank.
         spine: bytes a second that all messages between nodes share; None: as much as all ports.
+        cores: of a node, which its ranks share as they compute; None: each rank has a device of its own.
     """
 
     node: int
@@ -75,6 +76,7 @@ class Wires:
     port: float
     ports: int | None = None
     spine: float | None = None
+    cores: int | None = None
 
     @property
     def node_rate(self) -> float:
@@ -212,8 +214,11 @@ class _Run:
         nodes = -(-work.ranks // wires.node)
         rates: dict[Link, float] = {(way, n): wires.node_rate for way in ("out", "in") for n in range(nodes)}
         rates[SPINE] = wires.spine if wires.spine is not None else float("inf")
+        if wires.cores is not None:
+            rates |= {(CORES, n): float(wires.cores) for n in range(nodes)}
+            rates |= {(CORES, *key): 1.0 for key in self.factors}
         self.fabric = Fabric(rates)
-        self.arriving: dict[int, tuple[Flow, int, Action, int]] = {}
+        self.under_way: dict[int, tuple[int, tuple[Any, ...]]] = {}
         self.missing: dict[tuple[int, Action], int] = {}
 
     def _factors(self, replica: int, worker: int) -> NDArray[np.float64]:
@@ -266,7 +271,13 @@ class _Run:
             return
         self.is_busy[key] = True
         took = self.work.seconds[action.kind, action.stage] * float(self.factors[key][at])
-        self._push(now + took, _COMPUTED, (replica, worker, action, now))
+        what = (replica, worker, action, now)
+        if self.wires.cores is None:
+            self._push(now + took, _COMPUTED, what)
+            return
+        shared = (CORES, self._node(replica, worker, 0))
+        flow = Flow((shared, (CORES, *key)), {shared: self.work.team}, took, now)  # seconds of a core, not bytes
+        self._let(now, flow, _COMPUTED, what)
 
     def _computed(self, now: float, replica: int, worker: int, action: Action, begin: float) -> None:
         key = (replica, worker)
@@ -301,8 +312,12 @@ class _Run:
             links: tuple[Link, ...] = (("out", a), ("in", b), SPINE) if self.wires.spine else (("out", a), ("in", b))
             weights = {link: alike * (self.counts[replica] if link == SPINE else 1) for link in links}
             flow = Flow(links, weights, self.work.message_bytes, now)
-            self.arriving[id(flow)] = (flow, replica, action, there)
-            self._reschedule(self.fabric.begin(now, flow))
+            self._let(now, flow, _PARTLY, (replica, action, there))
+
+    def _let(self, now: float, flow: Flow, kind: int, what: tuple[Any, ...]) -> None:
+        """A flow begins; when it ends, that happens."""
+        self.under_way[id(flow)] = (kind, what)
+        self._reschedule(self.fabric.begin(now, flow))
 
     def _node(self, replica: int, worker: int, member: int) -> int:
         return self.work.rank(replica, worker, member) // self.wires.node
@@ -312,10 +327,14 @@ class _Run:
             self._push(flow.since + flow.left / flow.rate, _FLOWED, (flow, flow.version))
 
     def _flowed(self, now: float, flow: Flow, version: int) -> None:
-        if flow.version != version or id(flow) not in self.arriving:
+        if flow.version != version or id(flow) not in self.under_way:
             return
-        _, replica, action, there = self.arriving.pop(id(flow))
+        kind, what = self.under_way.pop(id(flow))
         self._reschedule(self.fabric.end(now, flow))
+        if kind == _COMPUTED:
+            self._computed(now, *what)
+            return
+        replica, action, there = what
         self.missing[replica, action] -= 1
         if not self.missing[replica, action]:
             self._arrived(now, replica, action, there)
@@ -347,4 +366,4 @@ class _Run:
         )
 
 
-_COMPUTED, _HANDED, _FLOWED = range(3)
+_COMPUTED, _HANDED, _FLOWED, _PARTLY = range(4)

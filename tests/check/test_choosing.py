@@ -35,7 +35,7 @@ def sounding(settings: Config, *, dearer: dict[str, float] | None = None) -> Sou
     found = outline_of(settings)
     n = len(found.units)
     compute = {(1, "none"): 0.003 * n, (1, "full"): 0.004 * n, (2, "none"): 0.002 * n}
-    return Sounding(found, [0.001] * n, [0.002] * n, compute, 0.0, 0.0, dearer or {})
+    return Sounding(found, [0.001] * n, [0.002] * n, compute, 0.0, {}, dearer or {})
 
 
 def test_steps_follow_from_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,11 +35,11 @@ CASES: Mapping[str, dict[str, Any]] = {
     },
     "digits": {
         "task": "images",
-        "options": {"width": 32, "dropout": 0.2},
+        "options": {"width": 64, "dropout": 0.2},
         "optimizer": {"name": "SGD", "lr": 0.05, "options": {"momentum": 0.9}},
         "steps": 100,
-        "global_batch_size": 112,
-        "micro_batch_size": 16,
+        "global_batch_size": 448,
+        "micro_batch_size": 64,
     },
     "large": {
         **_GPT,

@@ -42,7 +42,7 @@ class Sounding:
         forward, backward: seconds of a micro-batch, unit by unit.
         compute_s: of a micro-batch as the engine computes it, by (tensor, recompute).
         data_s: of loading one.
-        rest_s: of a step beside its micro-batches.
+        rest_s: of a step beside its micro-batches, by the way that workers work ("alone", or as in ``dearer``).
         dearer: how much longer workers take than one alone does for the same, by the way that they work: together on
             this machine's cores, as stages, and as stages whose backwards come in two parts.
     """
@@ -52,7 +52,7 @@ class Sounding:
     backward: list[float]
     compute_s: dict[tuple[int, str], float]
     data_s: float
-    rest_s: float
+    rest_s: dict[str, float]
     dearer: dict[str, float]
 
 
@@ -115,23 +115,28 @@ def sound(launcher: Launcher, config: Config, layouts: Iterable[Layout]) -> Soun
             compute[key] = _steps(launcher, config, alone, layout.tensor)["compute"] / config.micro_batches
     data_s = first["data"] / config.micro_batches
     rest = max(0.0, first["step"] - first["compute"] - first["data"])
-    known = Sounding(found, unit["forward"], unit["backward"], compute, data_s, rest, {})
-    examples = {way: layout for layout in reversed(wanted) if (way := way_of(layout)) is not None}
+    known = Sounding(found, unit["forward"], unit["backward"], compute, data_s, {ALONE: rest}, {})
+    examples = {way: layout for layout in reversed(wanted) if (way := way_of(layout)) != ALONE}
     for way, layout in examples.items():
         like = layout.model_copy(
             update={"recompute": "none", "tensor": 1, "data": 1 if layout.pipeline > 1 else layout.data}
         )
         workers = (like.data or 1) * like.pipeline
-        computed = _steps(launcher, config, like, workers)["compute"]
-        known.dearer[way] = max(1.0, computed / _busiest(config, like, known))
+        own = _steps(launcher, config, like, workers)
+        known.dearer[way] = max(1.0, own["compute"] / _busiest(config, like, known))
+        known.rest_s[way] = 0.0
+        known.rest_s[way] = max(0.0, own["step"] - prospect(config, like, known).step_s)
     return known
 
 
-def way_of(layout: Layout) -> str | None:
-    """How a layout's workers work; None for one alone."""
+ALONE = "alone"
+
+
+def way_of(layout: Layout) -> str:
+    """How a layout's workers work."""
     if layout.pipeline > 1:
         return "split" if layout.schedule.startswith("zb") else "stages"
-    return "together" if (layout.data or 1) > 1 else None
+    return "together" if (layout.data or 1) > 1 else ALONE
 
 
 def _busiest(config: Config, layout: Layout, known: Sounding) -> float:
@@ -164,7 +169,7 @@ def prospect(config: Config, layout: Layout, known: Sounding, workers: int | Non
     work = _work(config, layout, known, prepared)
     wires = Wires(count, MESSAGE_BYTES_PER_S, 1.0, cores=most_workers(config))
     computed = simulate(work, wires).computed_s
-    step = computed + work.micro_batches * known.data_s + known.rest_s
+    step = computed + work.micro_batches * known.data_s + known.rest_s.get(way_of(layout), 0.0)
     limit = memory_bytes(layout)
     return Prospect(layout, count, step, made.total_bytes, made.total_bytes <= limit)
 
@@ -178,7 +183,7 @@ def _work(config: Config, layout: Layout, known: Sounding, prepared: Prepared) -
     whole = sum(known.forward) + sum(known.backward)
     took = known.compute_s[layout.tensor, layout.recompute]
     once = min(took, known.compute_s.get((layout.tensor, "none"), took))
-    dearer = known.dearer.get(way_of(layout) or "", 1.0)
+    dearer = known.dearer.get(way_of(layout), 1.0)
     scale, again = dearer * once / whole, dearer * (took - once)  # again: what recomputation takes of a micro-batch
     seconds: dict[tuple[Kind, int], float] = {}
     for stage, span in enumerate(spans):

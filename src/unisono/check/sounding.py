@@ -23,10 +23,12 @@ from unisono.trainer import Trainer
 WARM = 2
 """Steps and repetitions that are not counted."""
 REPEATED = 4
+ENOUGH_S, MOST = 0.5, 500
+"""Seconds that steps are to take together, and steps at the most."""
 
 
 def steps(config: Mapping[str, Any], count: int) -> dict[str, float] | None:
-    """Train a few steps without records; on the first worker, medians: seconds of a step, and of its phases.
+    """Train a few steps, half a second or more, without records; on the first worker, medians: of steps, and of phases.
 
     ``compute`` is of the worker that computes most, for one of its micro-batches.
 
@@ -41,8 +43,11 @@ def steps(config: Mapping[str, Any], count: int) -> dict[str, float] | None:
     def note(event: Event) -> None:
         if isinstance(event, StepFinished):
             seen.append(event)
+            if len(seen) >= count + WARM and sum(one.seconds for one in seen) >= ENOUGH_S:
+                trainer.stop()
 
-    Trainer.from_config(objects, settings, callbacks=[note]).fit(count + WARM)
+    trainer = Trainer.from_config(objects, settings, callbacks=[note])
+    trainer.fit(MOST)
     own = seen[WARM:]
     if not own:
         return None

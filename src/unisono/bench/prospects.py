@@ -1,7 +1,5 @@
 """``unisono bench plan``: what is predicted of layouts here, beside what they take; and whether the best was chosen."""
 
-import gc
-import time
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
@@ -57,17 +55,14 @@ BESIDE = (
     Layout(data=2, zero=0),
 )
 """Layouts that nobody would choose here, and that are predicted all the same."""
-STEPS, REST_S = 8, 0.1
+STEPS = 8
 
 
 def peak(config: Mapping[str, Any], count: int) -> int:
-    """Bytes that this worker's memory grows by at the most as it trains some steps; shared pages count by share."""
-    gc.collect()
-    with PeakMemory(on=True) as before:
-        time.sleep(REST_S)
+    """Bytes of this worker at the most as it trains some steps; shared pages count by share."""
     with PeakMemory(on=True) as most:
         sounding.steps(config, count)
-    return most.peak_bytes - before.peak_bytes
+    return most.peak_bytes
 
 
 def bench(
@@ -84,7 +79,7 @@ def bench(
                 seconds[i].append(_run(launcher, config, one, "unisono.check.sounding:steps")[0]["step"])
         own = []
         for i, one in enumerate(found):
-            grown = sum(_run(launcher, config, one, "unisono.bench.prospects:peak"))
+            found_bytes = sum(_run(launcher, config, one, "unisono.bench.prospects:peak"))
             measured = median(seconds[i])
             own.append(
                 {
@@ -92,8 +87,8 @@ def bench(
                     **one.as_dict(),
                     "measured_s": measured,
                     "time_ratio": round(one.step_s / measured, 3),
-                    "measured_bytes": grown,
-                    "memory_ratio": round(one.memory_bytes / grown, 3),
+                    "measured_bytes": found_bytes,
+                    "memory_ratio": round(one.memory_bytes / found_bytes, 3),
                 }
             )
             if say is not None:

@@ -322,10 +322,12 @@ def left_out(runs: Runs, start: Calibration) -> dict[str, Any]:
         if others.measured.size < FEWEST or own.measured.size < FEWEST:
             continue
         predicted = cost(own.jobs, fitted(others, start)).seconds
-        scale = np.median((own.measured / predicted)[:: max(1, own.measured.size // 5)][:5])
+        five = np.arange(own.measured.size)[:: max(1, own.measured.size // 5)][:5]
+        rest = np.setdiff1d(np.arange(own.measured.size), five)
+        scale = np.median((own.measured / predicted)[five])
         report[source] = {
             "alone": summary(predicted, own.measured),
-            "after_one_scalar": summary(predicted * scale, own.measured),
+            "after_one_scalar": summary(predicted[rest] * scale, own.measured[rest]),
         }
     return report
 
@@ -378,13 +380,19 @@ def table(report: dict[str, Any]) -> str:
         flat = f"{own['one_mfu']['median']:.1%}" if own["one_mfu"]["n"] else ""
         poor = cells(own["held_out_below_20_mfu"])
         lines.append(f"| {name} | {own['runs']} | {cells(own['held_out'])} | {flat} | {poor} |")
-    lines += ["", "| source left out whole | framework / device | n | median | p90 | after one scalar from 5 rows |"]
+    lines += [
+        "",
+        "| source left out whole | framework / device | n | median | p90 | the others after one scalar from 5 rows |",
+    ]
     lines += ["|---|---|---|---|---|---|"]
     for name, own in report["times"].items():
         for source, left in own["sources_left_out"].items():
-            after = f"{left['after_one_scalar']['median']:.1%}"
+            after = f"{left['after_one_scalar']['median']:.1%}" if left["after_one_scalar"]["n"] else ""
             lines.append(f"| {source} | {name} | {cells(left['alone'])} | {after} |")
-    lines += ["", "| memory | n | median | p90 | accepted of those that worked | refused of those that failed |"]
+    lines += [
+        "",
+        "| memory | n | median | p90 | accepted of those that worked (fitted) | refused of those that failed |",
+    ]
     lines += ["|---|---|---|---|---|---|"]
     for name, own in report["memory"].items():
         shares = [own.get(key) for key in ("accepted_of_worked", "refused_of_failed")]

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from unisono.plan.collectives import group, ring_bytes, sum_seconds
 from unisono.plan.constants import Calibration, Constants
-from unisono.plan.cost import REASONS, cost, hidden_behind
+from unisono.plan.cost import REASONS, cost, hidden_behind, waits
 from unisono.plan.division import Division
 from unisono.plan.hardware import cluster
 from unisono.plan.jobs import Job, Jobs, columns
 from unisono.plan.transformer import NAMED
-from unisono.plan.usage import Habits
+from unisono.plan.usage import Habits, fullest_bytes, stage_bytes, total_bytes
 
 PEAK = Constants(
     matmul=1.0,
@@ -174,3 +174,40 @@ def test_balanced_stages_are_cut_as_nanotron_cuts_them() -> None:
         job = columns([Job(model, TOKENS, Division(pipeline=p), cluster(f"{p}xH100"))])
         layers = stage_layers(job, np.arange(p, dtype=float), Habits(balances_output=True))
         assert (layers[0], layers[-1], layers.sum()) == (first, last, 32)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "virtual"), [("1f1b", 1), ("interleaved", 2), ("interleaved", 4), ("zb_h1", 1), ("zb_v", 2)]
+)
+@pytest.mark.parametrize("p", [2, 4, 8])
+def test_waits_are_those_of_the_timetables_with_few_micro_batches_too(schedule: str, virtual: int, p: int) -> None:
+    """Fewer micro-batches than stages: what is simulated; ZB-V, which has no closed form, to a unit of work."""
+    from tests.plan.test_simulator import INSTANT, work
+    from unisono.plan.simulator import simulate
+
+    for m in range(1, 2 * p + 1):
+        if m > p and m % p and schedule in ("interleaved", "zb_v"):
+            continue  # uneven turns
+        division = Division(pipeline=p, micro_batches=m, schedule=schedule, virtual=virtual)  # type: ignore[arg-type]
+        job = columns([Job(replace(MODEL, layers=64), TOKENS, division, cluster(f"{p}xA100-80"))])
+        slots = simulate(work(schedule, virtual, p, 1, 1, m), INSTANT).computed_s / 0.036 - m
+        assert float(waits(job)[0]) == pytest.approx(slots, abs=0.7 if schedule == "zb_v" else 1e-9)
+
+
+def test_experts_that_are_held_once_are_not_exchanged() -> None:
+    """Of 8 experts on 8 devices each is on one: what all have is summed, and nothing of them."""
+    one = seconds(Division(data=8, expert=8), "8xA100-80:8", name="mixtral:8x7b")["gradients"]
+    all_ = seconds(Division(data=8), "8xA100-80:8", name="mixtral:8x7b")["gradients"]
+    model = NAMED["mixtral:8x7b"]
+    experts = model.layers * 3 * model.hidden * 8 * model.expert_ffn
+    assert all_ - one == pytest.approx(float(ring_bytes(8, 2 * experts)) / 300e9, rel=1e-6)
+
+
+def test_the_fullest_device_is_found_among_all() -> None:
+    """18 layers in 8 stages: the fourth has three of them, one more than the first three."""
+    model = replace(NAMED["llama2:7b"], layers=18, vocab=1000)
+    for p, m in ((8, 32), (7, 5), (5, 64)):
+        job = columns([Job(model, 4096, Division(pipeline=p, micro_batches=m), cluster(f"{p}xH100"))])
+        kinds = stage_bytes(job, np.arange(p, dtype=float))
+        every = np.sum([np.broadcast_to(size, p) for size in kinds.values()], axis=0)
+        assert float(total_bytes(fullest_bytes(job))[0]) == pytest.approx(float(every.max()), rel=0.02)

@@ -18,8 +18,10 @@ from unisono.plan.constants import Calibration, calibration, frozen
 from unisono.plan.division import Division, refuse_impossible
 from unisono.plan.hardware import cluster
 from unisono.plan.planner import Question, candidate, default_sequences, plan, words
+from unisono.plan.simulator import simulate
 from unisono.plan.space import division_of, divisors, space
-from unisono.plan.transformer import NAMED
+from unisono.plan.staging import wires_of, work_of
+from unisono.plan.transformer import NAMED, transformer
 
 KNOWN = frozen()
 
@@ -101,6 +103,46 @@ def test_twice_the_memory_never_slows_down() -> None:
     assert plan(wide, advised=False).best[0].step_s <= plan(asked, advised=False).best[0].step_s
 
 
+@pytest.mark.parametrize(
+    ("name", "devices", "fixed"),
+    [
+        ("llama2:7b", "8xH100", {"schedule": "zb_v"}),
+        ("llama2:7b", "8xH100", {"schedule": "interleaved", "virtual": 4}),
+        ("llama2:7b", "8xH100", {"schedule": "gpipe", "pipeline": 2}),
+        ("mixtral:8x7b", "16xH100", {"expert": 8}),
+        ("mixtral:8x7b", "16xH100", {"expert": 2, "pipeline": 4}),
+        ("llama3:8b", "16xH100", {"zero": 3, "shard": 4}),
+        ("llama3:8b", "16xH100", {"period": 50}),
+        ("llama3:8b", "12xH100:4", {}),
+        ("gpt:1.7b", "7xH100:7", {}),
+        ("layers=2,hidden=64,heads=4,vocab=100", "1xH100", {}),
+    ],
+)
+def test_parts_that_are_given_are_in_all_answers(name: str, devices: str, fixed: dict[str, Any]) -> None:
+    asked = question("gpt:1.7b", devices, 2048, **fixed)
+    asked = replace(asked, model=transformer(name), sequences=8 * asked.cluster.devices)
+    found = plan(asked, advised=False)
+    for one in found.best:
+        assert {key: getattr(one.division, key) for key in fixed} == fixed
+
+
+def test_pruning_keeps_selective_recomputation_where_it_saves_memory() -> None:
+    asked = question("llama2:13b", "8xA100-40", 8192)
+    asked = replace(asked, known=calibration(KNOWN, "torchtitan", "A100-40"))
+    whole, pruned = (plan(asked, pruned=which, advised=False).best[0] for which in (False, True))
+    assert pruned.step_s == pytest.approx(whole.step_s) and whole.division.recompute == "selective"
+
+
+@pytest.mark.parametrize("sequences", [8, 16, 64])
+def test_what_is_planned_is_what_is_simulated(sequences: int) -> None:
+    """With few micro-batches too, where stages wait most."""
+    asked = replace(question("llama3:70b", "64xH100", 4096), sequences=sequences)
+    for one in plan(asked, advised=False).best:
+        work = work_of(asked.model, asked.tokens, one.division, asked.cluster, asked.known)
+        found = simulate(work, wires_of(asked.cluster, asked.known))
+        assert found.seconds == pytest.approx(one.step_s, rel=0.15)
+
+
 def test_what_fits_nowhere_says_the_least_change_with_which_it_would() -> None:
     with pytest.raises(ConfigurationError, match=r"llama3:405b fits nowhere on 8 x H100 .* it fits on \d+ of them"):
         plan(question("llama3:405b", "8xH100", 8192))
@@ -173,6 +215,9 @@ def test_the_command_plans(tmp_path: Path) -> None:
         (["predict", "--rows", "nowhere.json"], "cannot read rows from nowhere.json"),
         (["llama3:8b", "--cluster", "8xH100", "--picture", "x.gif"], "give a name that ends with .png, .svg, .pdf"),
         (["llama3:405b", "--cluster", "8xT4"], "fits nowhere on 8 x T4"),
+        (["llama3:8b", "--cluster", "8xH100", "--framework", "nanotrn"], "did you mean nanotron"),
+        (["llama3:8b", "zero=0", "tensor=1", "pipeline=1", "--cluster", "8xA100-40"], "fits nowhere on 8 x A100-40"),
+        (["predict", "tensor=8", "--rows", "x"], "tensor=8 is for a model or a configuration"),
         (["llama3:8b", "tensor=3", "--cluster", "8xH100"], "no division of llama3:8b over 8 devices"),
     ],
 )

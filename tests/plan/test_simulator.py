@@ -66,7 +66,7 @@ def test_times_are_those_of_the_executors_timetables(schedule: str, virtual: int
     st.sampled_from(SCHEDULES),
     st.sampled_from([1, 2, 4]),
     st.sampled_from([1, 2, 4, 8]),
-    st.sampled_from([1, 2, 8, 16]),
+    st.sampled_from([1, 2, 3, 6, 8, 12, 16]),
     st.integers(1, 9),
     st.sampled_from([0.0, 1e6, 1e9]),
     st.sampled_from([None, 1, 4]),

@@ -93,7 +93,8 @@ def bench(
             )
             if say is not None:
                 say(as_text(own[-1]))
-        chosen, best = own[0], min(own, key=lambda row: row["measured_s"])
+        chosen = next(row for row in own if row["fits"])
+        best = min(own, key=lambda row: row["measured_s"])
         choices.append(
             {
                 "model": name,

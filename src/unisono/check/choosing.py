@@ -19,7 +19,7 @@ from unisono.launch.runs import cores
 from unisono.launch.task import STANDARD_ERROR
 from unisono.plan.assignment import micro_batches
 from unisono.plan.outline import Outline
-from unisono.plan.schedule import Kind, placement, timetable
+from unisono.plan.schedule import Kind, timetable, virtual
 from unisono.plan.simulator import Wires, Work, simulate
 from unisono.plan.space import divisors
 from unisono.preparation import Prepared
@@ -193,11 +193,9 @@ def _work(config: Config, layout: Layout, known: Sounding, prepared: Prepared) -
         seconds[Kind.FORWARD, stage], seconds[Kind.BACKWARD, stage] = forward, backward
         seconds[Kind.INPUT, stage] = seconds[Kind.WEIGHT, stage] = backward / 2
     sizes = [known.outline.units[span.start].moved_bytes for span in spans[1:]]
-    number = layout.virtual_stages if layout.schedule == "interleaved" else 1
-    number = max(number, 2) if layout.schedule == "interleaved" else number
     return Work(
         layout.schedule,
-        number,
+        virtual(layout.schedule, layout.virtual_stages) if layout.schedule == "interleaved" else 1,
         layout.tensor,
         layout.pipeline,
         replicas,
@@ -212,30 +210,19 @@ def _work(config: Config, layout: Layout, known: Sounding, prepared: Prepared) -
 def candidates(config: Config, most: int) -> list[Layout]:
     """Layouts that so many workers can have, or fewer; recomputation comes in where none fits without."""
     found = []
-    for count in divisors_up_to(most):
+    for count in numbers_of_workers(most):
         for tensor in divisors(count):
             for pipeline in divisors(count // tensor):
                 data = count // tensor // pipeline
                 if data > config.micro_batches:
                     continue
                 for schedule in SCHEDULES if pipeline > 1 else ("1f1b",):
-                    stages = len(placement(schedule, pipeline, 2 if schedule == "interleaved" else 1))
-                    if stages >= pipeline:
-                        found.append(
-                            config.layout.model_copy(
-                                update={
-                                    "auto": False,
-                                    "data": data,
-                                    "tensor": tensor,
-                                    "pipeline": pipeline,
-                                    "schedule": schedule,
-                                }
-                            )
-                        )
+                    parts = {"data": data, "tensor": tensor, "pipeline": pipeline, "schedule": schedule}
+                    found.append(config.layout.model_copy(update={"auto": False, **parts}))
     return found
 
 
-def divisors_up_to(most: int) -> list[int]:
+def numbers_of_workers(most: int) -> list[int]:
     """Numbers of workers: all up to four, then powers of two, and the most."""
     return sorted({n for n in range(1, most + 1) if n <= 4 or n & (n - 1) == 0 or n == most})
 
@@ -248,12 +235,7 @@ def choose(
     Raises:
         ConfigurationError: where none fits, or what is to be trained cannot be measured so.
     """
-    if config.device != "cpu":
-        raise ConfigurationError(f"layouts are measured on processors, and device is {config.device}; give a layout")
-    if config.sync.mode != "every_step":
-        raise ConfigurationError(
-            f"layouts are measured of exact runs, and sync.mode is {config.sync.mode}; give a layout"
-        )
+    refuse_what_is_not_measured(config)
     possible = [layout for layout in candidates(config, most) if is_possible(config, layout)]
     for recompute in ("none", "selective", "full"):
         tried = [layout.model_copy(update={"recompute": recompute}) for layout in possible]
@@ -269,6 +251,20 @@ def choose(
         f"no layout of {most} workers fits: the smallest needs {readable(least.memory_bytes)}, and there are "
         f"{readable(memory_bytes(config.layout))}; use a smaller micro_batch_size, or more hosts with layout.zero=3"
     )
+
+
+def refuse_what_is_not_measured(config: Config) -> None:
+    """Check that a configuration's steps can be predicted.
+
+    Raises:
+        ConfigurationError: for runs on devices, and runs whose replicas do not agree at each step.
+    """
+    if config.device != "cpu":
+        raise ConfigurationError(f"steps are predicted on processors, and device is {config.device}; give a layout")
+    if config.sync.mode != "every_step":
+        raise ConfigurationError(
+            f"steps are predicted of exact runs, and sync.mode is {config.sync.mode}; give a layout"
+        )
 
 
 def most_workers(config: Config) -> int:

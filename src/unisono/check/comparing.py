@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from unisono.check.choosing import Prospect, prospect, sound
+from unisono.check.choosing import Prospect, prospect, refuse_what_is_not_measured, sound
 from unisono.config import load
 from unisono.errors import ConfigurationError
 from unisono.launch.launcher import Launcher
@@ -64,6 +64,7 @@ def compare(launcher: Launcher, run_dir: Path) -> Comparison:
     steps = _steps(run_dir)
     workers = len(steps[-1]["phases"])
     config = load(run_dir / "config.yaml")
+    refuse_what_is_not_measured(config)
     layout = config.layout.model_copy(update={"data": workers // config.layout.model_workers})
     predicted = prospect(config, layout, sound(launcher, config, [layout]), workers)
     names = steps[-1]["phases"][0]

@@ -30,7 +30,7 @@ ENOUGH_S, MOST = 0.5, 500
 def steps(config: Mapping[str, Any], count: int) -> dict[str, float] | None:
     """Train a few steps, half a second or more, without records; on the first worker, medians: of steps, and of phases.
 
-    ``compute`` is of the worker that computes most, for one of its micro-batches.
+    Phases are those of the worker that takes longest.
 
     Arguments:
         config: a `Config`, as data.

@@ -97,7 +97,9 @@ def plan(
         raise ConfigurationError("plan needs CONFIG.yaml, a model, predict, or --compare RUN_DIR")
     if config == "predict":
         of_configuration = {"--workers": workers, "--profile": with_profile or None, "--measure": with_times or None}
-        _refuse({**of_model, **of_configuration}, "a model or a configuration")
+        own = framework if framework != "default" else None
+        _refuse({**of_model, **of_configuration, "--framework": own}, "a model or a configuration")
+        _refuse({word: word for word in overrides or []}, "a model or a configuration")
         _predict(rows, calibrate, as_json)
     elif config.endswith((".yaml", ".yml")):
         _refuse({**of_model, "--rows": rows, "--calibrate": calibrate}, "a model by its name or numbers, or predict")
@@ -181,7 +183,8 @@ def _say_of_model(text: str, words: list[str], asked: _Asked, as_json: bool) -> 
     from unisono.plan.described import read_cluster
 
     if asked.cluster is None:
-        _refuse({"--batch": asked.batch, "--price": asked.price, "--picture": asked.picture}, "a --cluster")
+        of_devices = {"--batch": asked.batch, "--price": asked.price, "--picture": asked.picture}
+        _refuse({**of_devices, "--calibrate": asked.calibrate}, "a --cluster")
         _say_without_devices(text, words, asked.tokens, as_json)
         return
     from unisono.plan.answer import as_dict, as_text
@@ -257,7 +260,7 @@ def simulate(
         Path | None, typer.Option(help="Write the step into this file, for Perfetto (ui.perfetto.dev).")
     ] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw the step's timetable into this file (.png, .svg).")] = None,
-    seed: Annotated[int, typer.Option(help="Of jitter and failures.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of jitter and failures.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Let a step happen on every rank, event by event; and, with --weeks, a run with its failures.
@@ -332,14 +335,20 @@ def _question(
     own: Path | None,
 ) -> "Question":
     """What is to be trained, on what."""
-    from unisono.plan.constants import calibration
+    from unisono.plan.constants import calibration, frozen, refuse_unknown
     from unisono.plan.division import given
     from unisono.plan.planner import Question, default_sequences
     from unisono.plan.transformer import transformer
 
     model = transformer(text)
     tokens = _tokens(model, given_tokens)
-    known = calibration(_known(own), framework, devices.device.name)
+    before, after = frozen(), _known(own)
+    refuse_unknown(before, framework)
+    known, plain = (calibration(which, framework, devices.device.name) for which in (after, before))
+    if own is not None and known.scale == plain.scale:
+        raise ConfigurationError(
+            f"the rows of {own} are not of {plain.name}, whose constants are used; give --framework as they have it"
+        )
     return Question(model, tokens, devices, batch or default_sequences(devices, tokens), known, given(words))
 
 

@@ -132,11 +132,11 @@ def _why(best: Candidate) -> list[str]:
         share = seconds / best.step_s
         if share >= 0.001:
             lines.append(f"  {reason:<10} {share:6.1%}  {'#' * round(BAR * share)}")
-    return [*lines, f"limited by {_LIMITS[best.limit]}"]
+    return [*lines, f"beside computing, most goes to {_LIMITS[best.limit]}"]
 
 
 _LIMITS = {
-    "launch": "the launching of kernels: larger micro-batches, or fewer devices a layer, would fill the devices",
+    "launch": "launching kernels: larger micro-batches, or fewer devices a layer, would fill the devices",
     "tensor": "sums inside layers, over the links that join the devices of a layer",
     "context": "keys and values that go around the devices of a sequence",
     "expert": "tokens that travel to their experts and back",
@@ -199,7 +199,7 @@ def _paste(best: Candidate) -> list[str]:
         f"  micro_batch_size: {found['micro_batch_size']}",
         f"  layout: {{{inner}}}",
     ]
-    foreign = [name for name in ("context", "expert", "period") if getattr(best.division, name) > 1]
+    foreign = [name for name in ("context", "expert", "period", "shard") if getattr(best.division, name) > 1]
     if foreign:
         lines.append(
             f"  # {' and '.join(foreign)}: planned, not yet trained by this library; give {foreign[0]}=1 to leave out"

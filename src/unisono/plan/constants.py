@@ -3,9 +3,11 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from difflib import get_close_matches
 from importlib.resources import files
 from typing import Any
 
+from unisono.errors import ConfigurationError
 from unisono.plan.usage import Habits
 
 
@@ -51,7 +53,17 @@ FAR = 64
 """Nodes."""
 FROZEN = "constants.json"
 DEFAULT = "default"
-KIN = {"H200": "H100", "B200": "H100", "B300": "B200", "GB200": "B200", "GB300": "GB200", "V100": "A100"}
+MEASURED = "here"
+"""The device that ``unisono doctor --measure`` stores: its rates are not peaks."""
+KIN = {
+    "H200": "H100",
+    "H100-PCIe": "H100",
+    "B200": "H100",
+    "B300": "B200",
+    "GB200": "B200",
+    "GB300": "GB200",
+    "V100": "A100",
+}
 """Devices by the one whose constants are nearest, where their own are unknown."""
 
 
@@ -106,6 +118,19 @@ def frozen() -> Known:
     return {name: Calibration.from_dict(known) for name, known in found.items()}
 
 
+def refuse_unknown(known: Known, framework: str) -> None:
+    """Check a framework's name.
+
+    Raises:
+        ConfigurationError: where nothing is known of it.
+    """
+    names = sorted({name.split("/")[0] for name in known})
+    if framework not in names:
+        near = get_close_matches(framework, names, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigurationError(f"no framework is known as {framework!r}{hint}; use one of {', '.join(names)}")
+
+
 def calibration(known: Known, framework: str, device: str) -> Calibration:
     """What is known of a framework on a device; where that is nothing, of kin devices, then of all frameworks."""
     for name in (framework, DEFAULT):
@@ -114,6 +139,8 @@ def calibration(known: Known, framework: str, device: str) -> Calibration:
             if f"{name}/{kin}" in known:
                 return known[f"{name}/{kin}"]
             kin = KIN.get(kin)
-        if name != DEFAULT and (others := [key for key in sorted(known) if key.startswith(f"{name}/")]):
-            return known[others[0]]
-    return known[f"{DEFAULT}/H100"]
+        others = [key for key in sorted(known) if key.startswith(f"{name}/")]
+        if name != DEFAULT and others:
+            return known[max(others)]  # the newest by name: H100 rather than A100
+    plain = known[f"{DEFAULT}/H100"]
+    return plain.but(matmul=1.0) if device == MEASURED else plain  # what was measured is what is reached

@@ -31,10 +31,8 @@ REASONS = (
 """Why a step takes its time."""
 SHARPNESS = 4
 """Of the greater of two times that do not quite exclude each other."""
-ENDS = 2
+ENDS_LAUNCHES = 2
 """Launches of embedding, output and loss, in those of a layer."""
-BUBBLE = {"1f1b": 1.0, "gpipe": 1.0, "interleaved": 1.0, "zb_h1": 1 / 3, "zb_v": 1 / 6}
-"""Times (p - 1) slots; interleaved, stages of a device divide it: Narayanan et al., 2021; Qi et al., 2024."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +67,13 @@ class Cost:
     Attributes:
         reasons: by `REASONS`, of the stage that has most to do.
         layer: of which it is made.
-        stage: seconds of a stage for one micro-batch, and of the last one.
+        stage: seconds of a stage for one micro-batch, and of the output, where there is one.
     """
 
     reasons: dict[str, Column]
     layer: Layer
     stage: Column
-    last_stage: Column
+    output: Column
 
     @property
     def seconds(self) -> Column:
@@ -88,13 +86,10 @@ def cost(jobs: Jobs, known: Calibration) -> Cost:
     constants = known.constants
     layer = layer_cost(jobs, known)
     passed = _passing(jobs, constants)
-    output = _output(jobs, constants)
-    layers, output = _slowest(jobs, known, layer.seconds, output)
+    whole_output = _output(jobs, constants)
+    layers, output = _slowest(jobs, known, layer.seconds, whole_output)
     stage = layers * layer.seconds + passed
-    last = stage + output
     m, p = jobs.micro_batches, jobs.pipeline
-    waits = np.choose(jobs.schedule.astype(int), [BUBBLE[name] + 0 * jobs.virtual for name in SCHEDULES])
-    waits = np.where(jobs.schedule == SCHEDULES.index("interleaved"), waits / jobs.virtual, waits)
     reasons = {
         "compute": m * (layers * layer.compute + output),
         "launch": m * layers * layer.launch,
@@ -102,7 +97,7 @@ def cost(jobs: Jobs, known: Calibration) -> Cost:
         "context": m * layers * layer.context,
         "expert": m * layers * layer.expert,
         "gather": m * layers * layer.gather,
-        "bubble": (p - 1) * (stage + output / np.maximum(1, p)) * waits,
+        "bubble": waits(jobs) * (stage + output / np.maximum(1, p)),
         "stages": m * passed,
         "gradients": _gradients(jobs, known, layers * layer.seconds),
         "optimizer": _update(jobs, known),
@@ -110,7 +105,25 @@ def cost(jobs: Jobs, known: Calibration) -> Cost:
     }
     every = 0 * jobs.devices + 0 * stage
     scaled = {reason: known.scale * seconds + every for reason, seconds in reasons.items()}
-    return Cost(scaled, layer, stage + every, last + every)
+    return Cost(scaled, layer, stage + every, whole_output + every)
+
+
+def waits(jobs: Jobs) -> Column:
+    """Slots of a stage in which it waits, by the timetable; equal stages, and a backward's parts as long as a forward.
+
+    Narayanan et al., 2021; Qi et al., 2024, where micro-batches are as many as stages or more; where fewer, what the
+    timetables of `plan.schedule` give: one alone passes all stages there and back.
+    """
+    p, m, v = jobs.pipeline, np.minimum(jobs.micro_batches, jobs.pipeline), jobs.virtual
+    most = np.where(p > 1, (4 * p - 5) / 6, 0)
+    by_name = {
+        "1f1b": p - 1,
+        "gpipe": p - 1,
+        "interleaved": p - m + (m - 1) / v,
+        "zb_h1": (2 * p - m - 1) / 3,
+        "zb_v": np.maximum(most - (m - 1) * 2 / 3, (p - 1) / 6 + (p - m) / 3),
+    }
+    return np.choose(jobs.schedule.astype(int), [by_name[name] + 0.0 * v for name in SCHEDULES])
 
 
 def _slowest(jobs: Jobs, known: Calibration, layer: Column, output: Column) -> tuple[Column, Column]:
@@ -169,8 +182,9 @@ def _products(jobs: Jobs, constants: Constants) -> Column:
     seconds = seconds + of(n, h, wide * jobs.common / t) + of(n, jobs.common / t, h)
     is_sparse = jobs.routed > 0
     width = np.where(is_sparse, jobs.passed / np.maximum(1, jobs.routed), 0)
-    local = np.where(is_sparse, np.maximum(1, jobs.experts / np.maximum(1, width) / jobs.expert), 1)
-    rows = n * jobs.routed / jobs.tensor / local  # of each of a device's experts
+    local = np.where(is_sparse, np.maximum(1, jobs.choices / jobs.expert), 1)
+    width = np.where(jobs.expert > 1, width, width / t)  # tensor's devices divide experts that nobody else does
+    rows = n * jobs.routed / np.where(jobs.expert > 1, t, 1) / local  # of each of a device's experts
     experts = local * (of(rows, h, wide * width) + of(rows, width, h))
     return seconds + np.where(is_sparse, experts, 0)
 
@@ -195,7 +209,7 @@ def _output(jobs: Jobs, constants: Constants) -> Column:
     n, share = jobs.own_tokens, jobs.vocab / jobs.tensor
     product = product_seconds(jobs, constants, n, jobs.hidden, share, jobs.slow_flops)
     busy = 3 * product + constants.output_bytes * n * share / jobs.memory_bytes_per_s
-    return (busy**SHARPNESS + (ENDS * constants.launch_s) ** SHARPNESS) ** (1 / SHARPNESS)
+    return (busy**SHARPNESS + (ENDS_LAUNCHES * constants.launch_s) ** SHARPNESS) ** (1 / SHARPNESS)
 
 
 def hidden_behind(computing: Column, exchange: Column, overlap: float) -> Column:
@@ -227,11 +241,26 @@ def _replicas(jobs: Jobs, size: Column) -> Group:
 
 def _gathers(jobs: Jobs, known: Calibration, compute: Column) -> Column:
     """ZeRO-3: a layer's parameters are gathered twice, its gradients scattered, beside its neighbours' computation."""
-    shard = np.maximum(1, np.minimum(jobs.shard, jobs.data * jobs.context))
-    elements = jobs.layer_elements / jobs.tensor + jobs.expert_elements / jobs.expert_ways
-    moved = (2 * HALF + known.habits.exchanged_bytes) * elements
-    seconds = sum_seconds(jobs, known.constants, _replicas(jobs, shard), moved) / 2
+    shard, shard_of_experts = _shards(jobs)
+    moved = 2 * HALF + known.habits.exchanged_bytes
+
+    def of(elements: Column, members: Column) -> Column:
+        return sum_seconds(jobs, known.constants, _replicas(jobs, members), moved * elements) / 2
+
+    seconds = of(jobs.layer_elements / jobs.tensor, shard)
+    seconds = seconds + of(jobs.expert_elements / jobs.expert_ways, shard_of_experts)
     return np.where((jobs.zero == 3) & (shard > 1), hidden_behind(compute, seconds, known.constants.overlap), 0)
+
+
+def _alike(jobs: Jobs) -> Column:
+    """Devices that have the same experts."""
+    return np.maximum(1, jobs.data * jobs.context * jobs.tensor / jobs.expert_ways)
+
+
+def _shards(jobs: Jobs) -> tuple[Column, Column]:
+    """Devices that divide a state, and those that divide that of experts."""
+    shard = np.maximum(1, np.minimum(jobs.shard, jobs.data * jobs.context))
+    return shard, np.minimum(shard, _alike(jobs))
 
 
 def _passing(jobs: Jobs, constants: Constants) -> Column:
@@ -248,28 +277,34 @@ def _gradients(jobs: Jobs, known: Calibration, slot: Column) -> Column:
     With ZeRO-2 gradients are scattered after each micro-batch; with ZeRO-3 that is a layer's matter, but for groups of
     shards, which sum among them.
     """
-    own, habits = _first_elements(jobs, known.habits), known.habits
-    every = jobs.data * jobs.context
+    habits, every = known.habits, jobs.data * jobs.context
+    own, experts = _first_elements(jobs, habits)
+    seconds = _replicated(jobs, known, own, every) + _replicated(jobs, known, experts, _alike(jobs))
     scatters = np.where(jobs.zero == 2, jobs.micro_batches, 1)
-    sent = habits.exchanged_bytes * scatters + np.where(jobs.zero > 0, HALF, habits.exchanged_bytes)
-    whole = sum_seconds(jobs, known.constants, _replicas(jobs, every), sent / 2 * own)
-    shard = np.maximum(1, np.minimum(jobs.shard, every))
-    alike = group(jobs, every / shard, jobs.tensor * shard)
-    across = sum_seconds(jobs, known.constants, alike, habits.exchanged_bytes * own / shard)
-    seconds = np.where(jobs.zero == 3, across, whole) / jobs.period
     hidden = np.zeros(4)
     hidden[list(habits.hides_gradients)] = known.constants.overlap
     left = np.maximum(0, seconds - hidden[jobs.zero.astype(int)] * slot * scatters * 2 / 3)
     return np.where(every > 1, left, 0)
 
 
+def _replicated(jobs: Jobs, known: Calibration, elements: Column, replicas: Column) -> Column:
+    """Of the exchange of so many parameters among those who have them."""
+    each = known.habits.exchanged_bytes
+    sent = each * np.where(jobs.zero == 2, jobs.micro_batches, 1) + np.where(jobs.zero > 0, HALF, each)
+    whole = sum_seconds(jobs, known.constants, _replicas(jobs, replicas), sent / 2 * elements)
+    shard = np.maximum(1, np.minimum(jobs.shard, replicas))
+    groups = group(jobs, replicas / shard, jobs.tensor * shard)
+    across = sum_seconds(jobs, known.constants, groups, each * elements / shard)
+    return np.where(replicas > 1, np.where(jobs.zero == 3, across, whole) / jobs.period, 0)
+
+
 def _update(jobs: Jobs, known: Calibration) -> Column:
-    shard = np.maximum(1, np.minimum(jobs.shard, jobs.data * jobs.context))
-    moved = known.constants.update_bytes * _first_elements(jobs, known.habits) / np.where(jobs.zero > 0, shard, 1)
-    return moved / jobs.memory_bytes_per_s
+    (own, experts), (shard, shard_of_experts) = _first_elements(jobs, known.habits), _shards(jobs)
+    share = np.where(jobs.zero > 0, own / shard + experts / shard_of_experts, own + experts)
+    return known.constants.update_bytes * share / jobs.memory_bytes_per_s
 
 
-def _first_elements(jobs: Jobs, habits: Habits) -> Column:
-    """Parameters of a device of the first stage, which has the embedding."""
+def _first_elements(jobs: Jobs, habits: Habits) -> tuple[Column, Column]:
+    """Parameters of a device of the first stage, which has the embedding; and of its experts."""
     stage = 0 * jobs.pipeline
-    return own_elements(jobs, stage, habits) + expert_share(jobs, stage, habits)
+    return own_elements(jobs, stage, habits), expert_share(jobs, stage, habits)

@@ -1,6 +1,7 @@
 """Clusters that a YAML file describes, uneven ones too, and the machine that was measured here."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -104,6 +105,6 @@ def _link(found: object, path: Path) -> Link:
 
 def _positive(found: Mapping[str, Any], key: str, where: str) -> float:
     value = found.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise ConfigurationError(f"{where}: {key} is {value!r}; give a number above 0")
     return float(value)

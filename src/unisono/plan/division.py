@@ -152,6 +152,14 @@ def refuse_impossible(model: Transformer, division: Division) -> None:
         )
     if division.sequence and division.tensor == 1:
         raise ConfigurationError("sequence is true, and one device computes a layer; give tensor, or leave it out")
+    if division.period > 1 and (division.zero in (1, 2) or (division.zero == 3 and not division.shard)):
+        raise ConfigurationError(
+            f"period is {division.period} and zero {division.zero}; replicas that train on their own have states of "
+            "their own: give zero=0, or zero=3 with shard"
+        )
+    experts = model.expert_ffn if model.experts and division.expert == 1 else 0
+    if experts % division.tensor:
+        raise ConfigurationError(f"tensor is {division.tensor}, which does not divide experts of {experts}; use expert")
     if model.heads % division.tensor or model.ffn % division.tensor:
         raise ConfigurationError(
             f"tensor is {division.tensor}, which does not divide the {model.heads} heads and {model.ffn} wide MLPs of "

@@ -15,6 +15,8 @@ from unisono.errors import ConfigurationError
 
 HOUR_S = 3600.0
 WEEK_S = 7 * 24 * HOUR_S
+MOST_MEANS = 500
+"""Mean times between failures that pass without one so rarely that nothing gets done."""
 KINDS = ("useful", "saving", "lost", "restarting", "waiting", "slower")
 
 
@@ -95,6 +97,8 @@ def expected(campaign: Campaign) -> float:
     failures at random, work of ``w`` seconds and its checkpoint take M e^(R/M) (e^((w + d)/M) - 1).
     """
     mean, work = campaign.failure_s, campaign.steps * campaign.step_s
+    if campaign.restart_s + work + campaign.checkpoint_s > MOST_MEANS * mean:
+        return 0.0
     wall = mean * math.exp(campaign.restart_s / mean) * math.expm1((work + campaign.checkpoint_s) / mean)
     return work / wall
 

@@ -21,6 +21,10 @@ SHOWN = 6
 LEAST_BATCH = 1 << 22
 TOKENS_EACH = 1 << 10
 """Tokens of a step where nothing is said: this many, or so many a device."""
+FACTORS = (2, 4, 8, 16, 32, 64)
+"""Of devices, among which the fewest are looked for on which something fits."""
+MOST_USED = 0.97
+"""Of a device's memory, at the most, whatever a framework's runs are said to have needed."""
 FASTER = 1.2
 SLOW_BYTES_PER_S = 25e9 / 8
 """Of links between nodes over which replicas had better not meet at each step."""
@@ -47,7 +51,15 @@ class Question:
 
     def space(self, *, pruned: bool = True) -> Jobs:
         """Its divisions."""
-        return space(self.model, self.tokens, self.cluster, self.sequences, self.fixed, pruned=pruned)
+        saves = self.known.habits.selective_kept < 1
+        return space(
+            self.model, self.tokens, self.cluster, self.sequences, self.fixed, pruned=pruned, selective_saves=saves
+        )
+
+    @property
+    def room_bytes(self) -> float:
+        """Of a device's memory, what a division may need."""
+        return min(MOST_USED, self.known.habits.usable) * self.cluster.device.memory_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +129,7 @@ def plan(question: Question, *, pruned: bool = True, advised: bool = True) -> Pl
     """
     jobs = question.space(pruned=pruned)
     needed, seconds = _judged(jobs, question.known)
-    fits = needed <= question.known.habits.usable * jobs.memory_bytes
+    fits = needed <= question.room_bytes
     if not fits.any():
         raise ConfigurationError(_fits_nowhere(question, jobs, needed))
     if pruned:
@@ -224,24 +236,24 @@ def _twice(link: Link) -> Link:
 def _fits_nowhere(question: Question, jobs: Jobs, needed: Column) -> str:
     """What is lacking, and the least change with which it would fit."""
     least = int(np.argmin(needed))
-    room = question.known.habits.usable * float(np.ravel(jobs.memory_bytes)[0])
+    room = question.room_bytes
     device = question.cluster.device
     best = division_of(jobs, least, _attention(question))
     asked = f"{question.model.name} fits nowhere on {question.cluster}: its smallest division needs "
     asked += f"{needed[least] / GIB:.1f} GiB a device, and {room / GIB:.1f} of {device.name} can be used"
-    for factor in (2, 4, 8, 16, 32, 64):
+    for factor in FACTORS:
         cluster = replace(question.cluster, devices=factor * question.cluster.devices)
-        wider = replace(question, cluster=cluster, sequences=max(question.sequences, cluster.devices))
+        open_ = {name: value for name, value in question.fixed.items() if name not in ("data", "micro_batches")}
+        wider = replace(question, cluster=cluster, sequences=max(question.sequences, cluster.devices), fixed=open_)
         try:
-            more = plan(replace(wider, fixed=_without_size(question.fixed)), advised=False)
+            others = wider.space()
         except ConfigurationError:
             continue
-        return f"{asked}; it fits on {cluster.devices} of them ({words(more.best[0].division)})"
+        needs = _judged(others, question.known)[0]
+        if needs.min() <= room:
+            smallest = division_of(others, int(np.argmin(needs)), _attention(question))
+            return f"{asked}; it fits on {cluster.devices} of them ({words(smallest)})"
     return f"{asked} ({words(best)}); use shorter sequences, or devices with more memory"
-
-
-def _without_size(fixed: Fixed) -> Fixed:
-    return {name: value for name, value in fixed.items() if name not in ("data", "micro_batches")}
 
 
 def words(division: Division) -> str:

@@ -77,7 +77,8 @@ class _Row:
                 raise _Missing(f"{name} is missing")
             self.assumed.append(f"{name}={default}")
             return default
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value) or value < 1:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not is_number or value != int(value) or value < 1:
             raise _Missing(f"{name} is {value!r}; give a whole number from 1")
         return int(value)
 
@@ -254,9 +255,10 @@ def _division(row: _Row, cluster: Cluster, model: Transformer) -> Division:
     if row.number("num_microbatches", micro_batches) != micro_batches:
         raise _Missing(f"num_microbatches is {row.values['num_microbatches']}, and gbs / dp / mbs is {micro_batches}")
     virtual = row.number("vpp", 1) if pipeline > 1 else 1
-    virtual = virtual if pipeline * virtual <= model.layers else 1
     replicas = data * context
     shard = row.number("shard_group", 1) if row.values.get("shard_group") is not None else 0
+    if shard > 1 and replicas % shard:
+        raise _Missing(f"shard_group is {shard}, which does not divide dp x cp, {replicas}; correct one")
     return Division(
         tensor=tensor,
         pipeline=pipeline,
@@ -264,7 +266,7 @@ def _division(row: _Row, cluster: Cluster, model: Transformer) -> Division:
         context=context,
         expert=row.number("ep", 1),
         zero=_zero(row) if replicas > 1 else 0,
-        shard=shard if shard > 1 and replicas % shard == 0 else 0,
+        shard=shard if shard > 1 else 0,
         micro_batch=micro_batch,
         micro_batches=micro_batches,
         sequence=tensor > 1 and row.flag("sequence_parallel", False),

@@ -5,6 +5,7 @@ alike are simulated once and count for all: those whose ranks are equally fast a
 """
 
 import heapq
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -164,7 +165,7 @@ def simulate(work: Work, wires: Wires, trouble: Trouble | None = None, *, collap
 def _refuse(work: Work, wires: Wires, trouble: Trouble) -> None:
     if unknown := [rank for rank in trouble.slow if not 0 <= rank < work.ranks]:
         raise ConfigurationError(f"rank {unknown[0]} is slow, and the job has ranks 0 to {work.ranks - 1}")
-    if wrong := [factor for factor in trouble.slow.values() if factor <= 0]:
+    if wrong := [factor for factor in trouble.slow.values() if not 0 < factor < math.inf]:
         raise ConfigurationError(f"a rank is {wrong[0]:g} times slower; give a factor above 0")
     if min(wires.within, wires.port, wires.node_rate, wires.spine or 1.0) <= 0:
         raise ConfigurationError("a link carries 0 bytes a second; give a rate above 0")
@@ -174,7 +175,7 @@ def _refuse(work: Work, wires: Wires, trouble: Trouble) -> None:
 
 def _alike(work: Work, wires: Wires, trouble: Trouble) -> dict[int, int]:
     """Replicas to simulate, and how many each stands for: of those that share nodes, all are."""
-    together = max(1, wires.node // work.team)
+    together = math.lcm(wires.node, work.team) // work.team
     if trouble.jitter > 0 or work.replicas % together or (work.replicas * work.team) % wires.node:
         return dict.fromkeys(range(work.replicas), 1)
     slow = {rank: factor for rank, factor in trouble.slow.items() if factor != 1}
@@ -247,6 +248,8 @@ class _Run:
                 self._computed(now, *what)  # type: ignore[misc]
             elif kind == _HANDED:
                 self._arrived(now, *what)  # type: ignore[misc]
+            elif kind == _PARTLY:
+                self._partly(now, *what)  # type: ignore[misc]
             else:
                 self._flowed(now, *what)  # type: ignore[misc]
         return self._finish()
@@ -306,8 +309,11 @@ class _Run:
         groups: dict[tuple[int, int], int] = {}
         for way in ways:
             groups[way] = groups.get(way, 0) + 1
-        flows = [(way, 1) for way in ways] if self.separately else list(groups.items())
-        self.missing[replica, action] = len(flows)
+        between = [(way, count) for way, count in groups.items() if way[0] != way[1]]
+        flows = [(way, 1) for way, count in between for _ in range(count)] if self.separately else between
+        self.missing[replica, action] = len(flows) + (len(between) < len(groups))
+        if len(between) < len(groups):
+            self._push(now + self.work.message_bytes / self.wires.within, _PARTLY, (replica, action, there))
         for (a, b), alike in flows:
             links: tuple[Link, ...] = (("out", a), ("in", b), SPINE) if self.wires.spine else (("out", a), ("in", b))
             weights = {link: alike * (self.counts[replica] if link == SPINE else 1) for link in links}
@@ -334,7 +340,10 @@ class _Run:
         if kind == _COMPUTED:
             self._computed(now, *what)
             return
-        replica, action, there = what
+        self._partly(now, *what)
+
+    def _partly(self, now: float, replica: int, action: Action, there: int) -> None:
+        """What some members of a team were to get is there."""
         self.missing[replica, action] -= 1
         if not self.missing[replica, action]:
             self._arrived(now, replica, action, there)

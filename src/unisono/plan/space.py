@@ -38,9 +38,9 @@ def divisors(number: int, most: int | None = None) -> list[int]:
 
 def _meshes(model: Transformer, tokens: int, devices: int, fixed: Fixed) -> Iterator[tuple[int, int, int, int]]:
     """Tensor, pipeline, context, data."""
-    for t in _of("tensor", divisors(np.gcd(model.heads, model.ffn), devices), fixed):
+    for t in _of("tensor", divisors(int(np.gcd(model.heads, model.ffn)), devices), fixed):
         for p in _of("pipeline", divisors(devices // t if devices % t == 0 else 0, model.layers), fixed):
-            for c in _of("context", [c for c in divisors(tokens // SHORTEST_PART) if c == 1 or model.kv_heads], fixed):
+            for c in _of("context", divisors(tokens, tokens // SHORTEST_PART or 1), fixed):
                 if devices % (t * p * c) == 0 and fixed.get("data", d := devices // (t * p * c)) == d:
                     yield t, p, c, d
 
@@ -57,8 +57,11 @@ def _timetables(model: Transformer, p: int, fixed: Fixed, pruned: bool) -> list[
         found = [("1f1b", 1), ("zb_h1", 1), *([] if pruned else [("gpipe", 1)])]
         found += [("interleaved", v) for v in range(2, MOST_VIRTUAL + 1) if p * v <= model.layers + ENDS]
         found += [("zb_v", 2)] if model.layers >= 2 * p else []
-    if "schedule" in fixed and fixed["schedule"] not in (name for name, _ in found):
-        found.append((fixed["schedule"], fixed.get("virtual", 1)))
+    if fixed.get("schedule") == "gpipe" and pruned and p > 1:
+        found.append(("gpipe", 1))
+    several = fixed.get("virtual", 1)
+    if several > MOST_VIRTUAL and p > 1 and p * several <= model.layers + ENDS:
+        found.append(("interleaved", several))
     return [
         (SCHEDULES.index(name), v)
         for name, v in found
@@ -67,14 +70,19 @@ def _timetables(model: Transformer, p: int, fixed: Fixed, pruned: bool) -> list[
 
 
 def _shardings(data: int, node: int, t: int, fixed: Fixed) -> list[tuple[int, int]]:
-    """Levels of ZeRO and sizes of groups; groups of a node beside groups of all."""
-    if data == 1:
-        return [(0, 1)]
-    inside = max(1, node // t)
-    groups = {data, *([inside] if 1 < inside < data and data % inside == 0 else [])}
-    found = [(0, data), (1, data), (2, data), *((3, size) for size in sorted(groups))]
-    shard = fixed.get("shard") or None
-    return [(z, size) for z, size in found if fixed.get("zero", z) == z and shard in (None, size)]
+    """Levels of ZeRO and sizes of groups; groups of a node beside groups of all, or those that are given."""
+    inside, given = max(1, node // t), fixed.get("shard") or 0
+    groups = {given} if given else {data, *([inside] if 1 < inside < data and data % inside == 0 else [])}
+    found = [(0, data)]
+    if data > 1:
+        found += [
+            (z, size) for z in (1, 2, 3) for size in sorted(groups) if data % size == 0 and (z == 3 or size == data)
+        ]
+    if given:
+        found = [(z, size) for z, size in found if size == given and z > 0]
+    if fixed.get("period", 1) > 1:  # replicas that train on their own have states of their own
+        found = [(z, size) for z, size in found if z == 0 or (z == 3 and size < data)]
+    return [(z, size) for z, size in found if fixed.get("zero", z) == z]
 
 
 def space(
@@ -85,8 +93,13 @@ def space(
     fixed: Fixed,
     *,
     pruned: bool = True,
+    selective_saves: bool = False,
 ) -> Jobs:
     """All divisions of so many sequences a step over all devices.
+
+    Arguments:
+        pruned: leave out what cannot be best.
+        selective_saves: selective recomputation saves memory though attention keeps no scores.
 
     Raises:
         ConfigurationError: where there is none.
@@ -94,7 +107,7 @@ def space(
     parts: list[np.ndarray[Any, np.dtype[np.float64]]] = []
     recompute = [RECOMPUTE.index(name) for name in RECOMPUTE if fixed.get("recompute", name) == name]
     unfused = fixed.get("attention", "flash") == "unfused"
-    if pruned and not unfused and len(recompute) > 1:
+    if pruned and not unfused and not selective_saves and len(recompute) > 1:
         recompute.remove(RECOMPUTE.index("selective"))
     for t, p, c, d in _meshes(model, tokens, cluster.devices, fixed):
         if sequences % d:
@@ -104,10 +117,11 @@ def space(
         micro = [b for b in micro if count in (None, sequences // (d * b))]
         experts = [e for e in divisors(model.experts) if (t * c * d) % e == 0] if model.experts else [1]
         even = [False] if t == 1 else [True] if pruned else [True, False]
-        even = [fixed["sequence"]] if "sequence" in fixed and t > 1 else even
+        if "sequence" in fixed:
+            even = [fixed["sequence"]] if t > 1 or not fixed["sequence"] else []
         tables, shards = _timetables(model, p, fixed, pruned), _shardings(d * c, cluster.node, t, fixed)
-        chosen = _of("expert", experts, fixed)
-        if micro and tables and shards:
+        chosen = [e for e in experts if fixed.get("expert", e) == e and (e > 1 or model.expert_ffn % t == 0)]
+        if micro and tables and shards and chosen and even:
             parts.append(_product((t, p, c, d), np.array(micro), tables, shards, chosen, even, recompute))
     if not parts:
         words = " ".join(f"{key}={value}" for key, value in fixed.items())

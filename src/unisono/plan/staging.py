@@ -21,7 +21,7 @@ def work_of(model: Transformer, tokens: int, division: Division, cluster: Cluste
     job = columns([Job(model, tokens, division, cluster)])
     found = cost(job, known)
     layer, forward = known.scale * found.layer.seconds[0], known.scale * found.layer.forward[0]
-    output = known.scale * float(found.last_stage[0] - found.stage[0])
+    output = known.scale * float(found.output[0])
     places = placement(division.schedule, division.pipeline, division.virtual)
     layers = chunk_layers(model, division, known.habits)
     seconds: dict[tuple[Kind, int], float] = {}

@@ -84,7 +84,8 @@ class Simulated:
             f"{self.work.ranks} ranks: {self.work.replicas} replicas of {self.work.stages} stages of {self.work.team}; "
             f"{len(step.counts)} replicas simulated, {step.events:,} events",
             f"a step takes {step.seconds:.4g} s (the cost model says {self.chosen.step_s:.4g}); stages wait "
-            f"{step.bubble:.1%} of it, {readable(round(step.sent_bytes))} go from node to node between stages",
+            f"{step.bubble:.1%} of their timetable, {readable(round(step.sent_bytes))} go from node to node between "
+            "stages",
         ]
         if step is not plain:
             longer = step.seconds / plain.seconds

@@ -42,9 +42,9 @@ def events(step: Step, work: Work) -> list[dict[str, Any]]:
                 "args": {"micro_batch": i, "stage": stage},
             }
         )
-    begins: dict[int, float] = {}
+    ends: dict[int, float] = {}
     for span in step.spans:
-        begins[span.worker] = max(begins.get(span.worker, 0.0), span.end)
+        ends[span.worker] = max(ends.get(span.worker, 0.0), span.end)
     for replica, worker in sorted({(span.replica, span.worker) for span in step.spans}):
         found.append(
             {
@@ -53,7 +53,7 @@ def events(step: Step, work: Work) -> list[dict[str, Any]]:
                 "ph": "X",
                 "pid": replica,
                 "tid": worker,
-                "ts": begins[worker] * MICROSECONDS,
+                "ts": ends[worker] * MICROSECONDS,
                 "dur": work.exchange_s[worker] * MICROSECONDS,
             }
         )

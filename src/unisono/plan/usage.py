@@ -109,7 +109,8 @@ TINY = 1e-9
 def in_flight(jobs: Jobs, stage: Column) -> Column:
     """Micro-batches whose activations a stage's device keeps, of all its layers."""
     p, m, v = jobs.pipeline, jobs.micro_batches, jobs.virtual
-    kept = [p - stage, m, (2 * (p - stage - 1) + (v - 1) * p + 1) / v, p + 0 * stage, p + 0 * stage]
+    turn = np.ceil(m / np.maximum(1, np.floor(m / p)))  # micro-batches that pass a stage before the device's next one
+    kept = [p - stage, m, (2 * (p - stage - 1) + (v - 1) * turn + 1) / v, p + 0 * stage, p + 0 * stage]
     assert len(kept) == len(SCHEDULES)
     return np.asarray(np.minimum(m, np.choose(jobs.schedule.astype(int), kept)))
 
@@ -169,9 +170,12 @@ def total_bytes(kinds: Mapping[str, Column]) -> Column:
 
 
 def fullest_bytes(jobs: Jobs, habits: Habits = PLAIN) -> dict[str, Column]:
-    """Of the device that needs most: of the first stage, a middle one or the last."""
+    """Of the device that needs most: of the first stage, the second, the first one with a layer more, or the last."""
     last = jobs.pipeline - 1
-    stages = [stage_bytes(jobs, np.minimum(last, stage), habits) for stage in (0 * last, 1 + 0 * last, last)]
+    part = np.mod(jobs.layers / jobs.pipeline, 1)
+    longer = np.where(part > TINY, np.ceil(1 / np.maximum(part, TINY) - TINY) - 1, 0)
+    looked_at = (0 * last, 1 + 0 * last, longer, last)
+    stages = [stage_bytes(jobs, np.minimum(last, stage), habits) for stage in looked_at]
     totals = np.stack([total_bytes(kinds) + 0 * jobs.devices for kinds in stages])
     most = np.argmax(totals, axis=0)
     return {kind: np.choose(most, [kinds[kind] + 0 * jobs.devices for kinds in stages]) for kind in stages[0]}

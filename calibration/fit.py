@@ -63,8 +63,12 @@ torchtitan's selective recomputation drops every other matrix product too (``act
 NEAR = {"crowd_s": 2e-3, "stall_s": 0.3}
 """Where constants that are 0 for all begin, for those frameworks that have them."""
 COMMON = [f.name for f in fields(Constants) if f.name not in ("crowd_s", "stall_s", "hop_s")]
-FITTED = {"nanotron": [f.name for f in fields(Constants) if f.name not in ("attention", "overlap", "sum_s")]}
-"""Twelve: with nanotron's one length of sequence, attention cannot be told apart, and it hides all that it hides."""
+FITTED = {
+    "nanotron": [f.name for f in fields(Constants) if f.name not in ("attention", "overlap", "sum_s")],
+    DEFAULT: [name for name in COMMON if name not in ("within", "sum_s", "update_bytes", "output_bytes")],
+}
+"""Twelve at the most: with nanotron's one length of sequence, attention cannot be told apart, and it hides all that it
+hides; where most runs divide no layers, links inside nodes, updates and outputs cannot be told from what FSDP hides."""
 FIXED = {"nanotron": {"overlap": 1.0}}
 BOUNDS = {
     "matmul": (0.3, 0.95),
@@ -94,6 +98,8 @@ POOLED = {"H100": ("llm-foundry", "torchtitan", "megatron-bridge"), "A100": ("ll
 """Frameworks of today, of which a default is made."""
 PLANNED = Habits(gradient_bytes=4, kept=1.3, logit_bytes=10, base_bytes=1.5 * GIB, slack=0.05, usable=0.92)
 """What a default takes of memory: gradients in 32 bits, and room for what a framework may do."""
+LEAN = Habits(gradient_bytes=2, kept=1.0, logit_bytes=6, base_bytes=0.5 * GIB)
+"""Where runs worked that would not fit with that: as little as can be."""
 
 Numbers = NDArray[np.float64]
 
@@ -272,13 +278,18 @@ def habits_of(framework: str, pairs: Sequence[tuple[Run, dict[str, Any]]]) -> Ha
     """
     start = HABITS.get(framework, Habits())
     runs = gathered(pairs, bytes_of)
-    planned = {name: getattr(PLANNED, name) for name in MEMORY}
-    found = fitted_habits(runs, start) if runs.measured.size >= FEWEST else replace(start, **planned)
-    worked = [known.job for known, row in pairs if row["status"] == "ok"]
-    if not worked:
-        return found
-    needed = needs(columns(worked), found)
-    return replace(found, usable=round(max(LEAST_USABLE, float(np.quantile(needed, ACCEPTED))), 3))
+    worked = [known.ways[-1] for known, row in pairs if row["status"] == "ok"]
+
+    def asked(habits: Habits) -> float:
+        """The part of a device's memory that nearly all that worked are said to need."""
+        return float(np.quantile(needs(columns(worked), habits), ACCEPTED)) if worked else 0.0
+
+    if runs.measured.size >= FEWEST:
+        found = fitted_habits(runs, start)
+    else:
+        plans = [replace(start, **{name: getattr(plan, name) for name in MEMORY}) for plan in (PLANNED, LEAN)]
+        found = plans[0] if asked(plans[0]) <= 1 else plans[1]
+    return replace(found, usable=round(min(1.0, max(LEAST_USABLE, asked(found))), 3))
 
 
 def needs(jobs: Jobs, habits: Habits) -> Numbers:
@@ -431,7 +442,7 @@ def memory_report(named: dict[str, list[tuple[Run, dict[str, Any]]]]) -> dict[st
         worked = [known for known, row in pairs if row["status"] == "ok"]
         for label, chosen in (("accepted_of_worked", worked), ("refused_of_failed", failed)):
             if chosen:
-                fits = needs(columns([known.job for known in chosen]), habits) <= habits.usable
+                fits = needs(columns([known.ways[-1] for known in chosen]), habits) <= habits.usable
                 share = np.mean(fits if label.startswith("accepted") else ~fits)
                 report[framework][label] = {"n": len(chosen), "share": round(float(share), 4)}
     return report

@@ -1,5 +1,6 @@
 """Commands that decide before anything is trained: ``plan`` and ``simulate``."""
 
+import gzip
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -367,14 +368,15 @@ def _known(own: Path | None) -> "Known":
     return frozen() if own is None else rescaled(_rows(own), frozen())
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _rows(path: Path) -> list[Any]:
     """Runs of a file: a list, or a mapping with rows."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        found = json.loads(content)
+    except (OSError, EOFError, ValueError, RecursionError) as error:
         raise ConfigurationError(f"cannot read rows from {path}: {error}") from error
     rows = found.get("rows") if isinstance(found, dict) else found
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+    if not isinstance(rows, list) or not rows:
         raise ConfigurationError(f'{path} holds no rows; give a JSON list of objects, or {{"rows": [...]}}')
     return rows
 

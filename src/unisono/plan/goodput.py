@@ -115,10 +115,10 @@ def live(campaign: Campaign, seed: int = 0) -> Outcome:
 
 def _refuse(campaign: Campaign) -> None:
     for name in ("devices", "replicas", "step_s", "mtbf_h", "weeks"):
-        if getattr(campaign, name) <= 0:
+        if not 0 < getattr(campaign, name) < math.inf:
             raise ConfigurationError(f"{name} is {getattr(campaign, name):g}; give a number above 0")
     for name in ("checkpoint_s", "restart_s", "repair_h", "spares", "every"):
-        if getattr(campaign, name) < 0:
+        if not 0 <= getattr(campaign, name) < math.inf:
             raise ConfigurationError(f"{name} is {getattr(campaign, name):g}; give 0 or more")
 
 

@@ -21,7 +21,8 @@ FEWEST = 3
 
 def predict(rows: Sequence[Mapping[str, Any]], known: Known) -> list[dict[str, Any]]:
     """An answer for each row; of one that cannot be judged, the reason."""
-    return [_answer(row, known) for row in rows]
+    whole = [row if isinstance(row, Mapping) else {} for row in rows]
+    return [_answer(row, known) for row in whole]
 
 
 def rescaled(rows: Sequence[Mapping[str, Any]], known: Known) -> Known:
@@ -31,7 +32,7 @@ def rescaled(rows: Sequence[Mapping[str, Any]], known: Known) -> Known:
         ConfigurationError: where too few rows have a time and can be judged.
     """
     ratios: dict[str, list[float]] = {}
-    for row in rows:
+    for row in (row for row in rows if isinstance(row, Mapping)):
         judged, measured = run(row), next((row[name] for name in MEASURED if row.get(name)), None)
         if isinstance(judged, Run) and isinstance(measured, (int, float)) and measured > 0:
             own = _calibration(judged, known)
@@ -39,9 +40,10 @@ def rescaled(rows: Sequence[Mapping[str, Any]], known: Known) -> Known:
             ratios.setdefault(own.name, []).append(float(measured / seconds))
     many = {name: values for name, values in ratios.items() if len(values) >= FEWEST}
     if not many:
+        most = max(map(len, ratios.values()), default=0)
         raise ConfigurationError(
-            f"of {len(rows)} rows, {sum(map(len, ratios.values()))} have iter_time_s and can be judged; give at least "
-            f"{FEWEST} of one framework and device"
+            f"of {len(rows)} rows, at most {most} of one framework and device have iter_time_s and can be judged; give "
+            f"{FEWEST} or more"
         )
     scales = {name: float(np.median(values)) for name, values in many.items()}
     return {name: replace(own, scale=own.scale * scales.get(own.name, 1.0)) for name, own in known.items()}
@@ -55,9 +57,13 @@ def _answer(row: Mapping[str, Any], known: Known) -> dict[str, Any]:
     judged = run(row)
     if not isinstance(judged, Run):
         return {"id": row.get("id"), "reason": judged}
-    jobs, own = columns([judged.job]), _calibration(judged, known)
-    found, kinds = cost(jobs, own), fullest_bytes(jobs, own.habits)
-    seconds, needed = float(found.seconds[0]), float(total_bytes(kinds)[0])
+    own, ways = _calibration(judged, known), columns(judged.ways)
+    jobs, kinds = columns([judged.job]), fullest_bytes(ways, own.habits)
+    room = own.habits.usable * float(jobs.memory_bytes[0])
+    fitting = np.flatnonzero(total_bytes(kinds) <= room)
+    way = int(fitting[0]) if fitting.size else len(judged.ways) - 1
+    found, needed = cost(jobs, own), float(total_bytes(kinds)[way])
+    seconds = float(found.seconds[0])
     division = judged.job.division
     tokens = division.sequences * judged.job.tokens
     return {
@@ -66,9 +72,9 @@ def _answer(row: Mapping[str, Any], known: Known) -> dict[str, Any]:
         "tokens_per_s_per_gpu": tokens / seconds / division.devices,
         "mfu": float(jobs.model_flops[0] / seconds / division.devices / jobs.slow_flops[0]),
         "mem_gib": needed / GIB,
-        "fits": bool(needed <= own.habits.usable * jobs.memory_bytes[0]),
+        "fits": needed <= room,
         "breakdown": {reason: float(column[0]) for reason, column in found.reasons.items()},
-        "memory": {kind: float(column[0]) / GIB for kind, column in kinds.items()},
+        "memory": {kind: float(column[way]) / GIB for kind, column in kinds.items()},
         "calibration": own.name,
         "assumed": list(judged.assumed),
     }

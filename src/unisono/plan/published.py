@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from unisono.errors import ConfigurationError
-from unisono.plan.division import Division, Pipelining, Recompute, refuse_impossible
+from unisono.plan.division import RECOMPUTE, Division, Pipelining, Recompute, refuse_impossible
 from unisono.plan.hardware import DEVICES, GB, LINKS, Cluster, Device, Link
 from unisono.plan.jobs import Job
 from unisono.plan.transformer import NAMED, Transformer
@@ -19,6 +19,8 @@ from unisono.plan.transformer import NAMED, Transformer
 GIGABIT = GB / 8
 """A gigabit, in bytes."""
 HEAD_WIDTH = 128
+SILENT = "recompute=none"
+"""Assumed of a row's time; its memory is that of the least recomputation that fits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,13 @@ class Run:
     job: Job
     framework: str
     assumed: tuple[str, ...]
+
+    @property
+    def ways(self) -> tuple[Job, ...]:
+        """The job; where the row does not say what is computed again, with more of that, too."""
+        if SILENT not in self.assumed:
+            return (self.job,)
+        return tuple(replace(self.job, division=replace(self.job.division, recompute=level)) for level in RECOMPUTE)
 
 
 FRAMEWORKS = (
@@ -120,6 +129,8 @@ _KNOWN_SHAPES: Mapping[str, Transformer] = {
 
 def _model(row: _Row) -> Transformer:
     name = row.text("model")
+    if "lora" in name:
+        raise _Missing("fine-tuning with adapters is not modelled; give a run that trains all parameters")
     if (row.values.get("moe") or row.number("ep", 1) > 1) and not isinstance(row.values.get("moe"), Mapping):
         raise _Missing("the experts' numbers are missing (moe: experts, chosen, expert_ffn)")
     known = _KNOWN_SHAPES.get(name)
@@ -142,8 +153,8 @@ def _model(row: _Row) -> Transformer:
         biased=not gated,
         dropout=not gated and "unfused" in row.text("attention"),
     )
-    if hidden % heads:
-        raise _Missing(f"{heads} heads cannot share hidden {hidden}; correct one")
+    if hidden % heads or heads % model.kv_heads:
+        raise _Missing(f"{heads} heads cannot share hidden {hidden} and kv_heads {model.kv_heads}; correct one")
     moe = row.values.get("moe")
     if isinstance(moe, Mapping):
         try:
@@ -291,7 +302,7 @@ def _zero(row: _Row) -> int:
 def _recompute(row: _Row) -> Recompute:
     text = row.text("recompute")
     if not text:
-        row.assumed.append("recompute=none")
+        row.assumed.append(SILENT)
         return "none"
     known: tuple[Recompute, ...] = ("full", "selective", "none")
     found = next((name for name in known if text.startswith(name)), None)
@@ -306,6 +317,8 @@ def _schedule(row: _Row, virtual: int) -> Pipelining:
         return "zb_v" if virtual > 1 else "zb_h1"
     if virtual > 1:
         return "interleaved"
+    if text and not re.match(r"1f1b|none|zb|gpipe|interleaved", text):
+        raise _Missing(f"schedule is {text!r}; give 1f1b, gpipe, interleaved_1f1b, zb or zbv")
     return "zb_h1" if text.startswith("zb") else "gpipe" if text.startswith("gpipe") else "1f1b"
 
 

@@ -44,6 +44,9 @@ def test_as_many_devices_as_make_equal_nodes(nodes: str, used: int, node: int, i
         ("device: {memory: 80}\nnodes: [8]", "'memory' is no figure of a device"),
         ("device: H100\nnodes: [8]\nbetween: {gb_per_s: 0}", "gb_per_s is 0; give a number above 0"),
         ("device: H100\nnodes: [8]\nbetween: string", "no link is known as 'string'"),
+        ("nodes: [8]", "device is missing; give a name such as H100, or name, memory_gib"),
+        ("device: {memory_gib: .nan, memory_gb_per_s: 1, tflops: 1}\nnodes: [8]", "memory_gib is nan; give a number"),
+        ("device: H100\nnodes: [8]\nbetween: {gbps: 5}", "'gbps' is no figure of a link; use gb_per_s"),
         ("a: [", "cannot read the cluster in"),
     ],
 )
@@ -60,9 +63,10 @@ def test_a_measured_machine_is_a_device(tmp_path: Path, monkeypatch: pytest.Monk
         measured()
     device = {"name": "here", "memory_gib": 12.0, "memory_gb_per_s": 10.0, "tflops": 0.1, "link": "pcie4"}
     profile_path().parent.mkdir()
-    profile_path().write_text(json.dumps({"device": device}))
+    profile_path().write_text(json.dumps({"device": device | {"node": 2}, "between_bytes_per_s": 4e9}))
     found = read_cluster("2xhere")
-    assert found.devices == 2 and found.device.half_flops == pytest.approx(0.1 * TERA)
+    assert (found.devices, found.node, found.within.bytes_per_s) == (2, 2, 4e9)
+    assert found.device.half_flops == pytest.approx(0.1 * TERA)
     profile_path().write_text("{}")
     with pytest.raises(ConfigurationError, match="holds no measured machine"):
         read_cluster("2xhere")

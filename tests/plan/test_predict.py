@@ -78,12 +78,29 @@ def test_an_answer_says_where_its_numbers_come_from() -> None:
         ({"inter_node": "0 Gb/s per gpu"}, "give a rate above 0"),
         ({"gated_mlp": "yes"}, "gated_mlp is 'yes'; give true or false"),
         ({"sharding": "some"}, "sharding is 'some'; give none, zero1, zero2 or zero3"),
+        ({"seq": float("nan")}, "seq is nan; give a whole number from 1"),
+        ({"kv_heads": 5}, "cannot share hidden"),
+        ({"schedule": "foo"}, "schedule is 'foo'; give 1f1b"),
+        ({"model": "llama2-70b (LoRA)"}, "fine-tuning with adapters is not modelled"),
+        ({"shard_group": 3}, "shard_group is 3, which does not divide dp x cp"),
         ({"recompute": "half"}, "recompute is 'half'; give none, selective or full"),
     ],
 )
 def test_what_cannot_be_judged_is_answered_with_the_reason(changes: dict[str, Any], reason: str) -> None:
     (answer,) = predict([row(**changes)], KNOWN)
     assert set(answer) == {"id", "reason"} and reason in answer["reason"]
+
+
+def test_what_is_no_row_is_answered_too() -> None:
+    found = predict([row(), 5], KNOWN)  # type: ignore[list-item]
+    assert found[0]["iter_time_s"] > 0 and "missing" in found[1]["reason"]
+
+
+def test_memory_is_that_of_the_least_recomputation_that_fits_where_a_row_does_not_say_it() -> None:
+    small = {"tp": 1, "pp": 1, "dp": 16, "mbs": 16, "gbs": 256, "num_microbatches": 1, "sharding": "zero1"}
+    (silent,), (said,) = (predict([row(**small, recompute=value)], KNOWN) for value in (..., "none"))
+    assert silent["iter_time_s"] == said["iter_time_s"]
+    assert silent["mem_gib"] < said["mem_gib"] and not said["fits"]
 
 
 def test_experts_that_are_described_are_judged() -> None:

@@ -26,13 +26,13 @@ PASSES = 6
 
 def measure(launcher: Launcher, path: Path) -> list[Finding]:
     """Measure, and store what was found."""
-    workers = cores() if shares_memory() else 1
+    workers = cores() if shares_memory() and not torch.cuda.is_available() else 1
     target = {"call": "unisono.check.machine:rates", "arguments": {}}
     found = launcher.run(target, workers, output=STANDARD_ERROR).results
     one = found[0]
     best = max(one["products"], key=lambda product: product["tflops"])
     on_device = one["device"] != "cpu"
-    passed = _between(launcher) if shares_memory() else None
+    passed = _between(launcher) if shares_memory() and not on_device else None
     memory = one["memory_bytes"] if on_device else machine_bytes() // workers
     device = {
         "name": "here",
@@ -40,6 +40,7 @@ def measure(launcher: Launcher, path: Path) -> list[Finding]:
         "memory_gb_per_s": one["copied_bytes_per_s"] / 1e9,
         "tflops": best["tflops"],
         "link": "pcie4",
+        "node": torch.cuda.device_count() if on_device else workers,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
@@ -53,7 +54,7 @@ def measure(launcher: Launcher, path: Path) -> list[Finding]:
     ]
     if passed is not None:
         findings.append(Finding("between", True, f"{passed / 1e9:.1f} GB/s from one worker to another"))
-    return [*findings, Finding("stored", True, f"{path}; --cluster {workers}xhere is this machine")]
+    return [*findings, Finding("stored", True, f"{path}; --cluster {device['node']}xhere is this machine")]
 
 
 def rates() -> dict[str, Any]:

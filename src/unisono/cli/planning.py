@@ -34,7 +34,10 @@ def plan(
     overrides: Overrides = None,
     workers: WorkersOption = None,
     cluster: Annotated[
-        str | None, typer.Option(help="For a model: the devices, COUNTxDEVICE[:OF A NODE][,LINK], 64xH100:8,ib400.")
+        str | None,
+        typer.Option(
+            help="For a model: the devices, COUNTxDEVICE[:OF A NODE][,LINK], 64xH100:8,ib400; or a YAML file."
+        ),
     ] = None,
     tokens: Annotated[
         int | None,
@@ -231,7 +234,9 @@ def simulate(
     division: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Parts of the division; the best of the rest.")
     ] = None,
-    cluster: Annotated[str, typer.Option(help="The devices: 16384xH100:8,ib400.", show_default=False)] = "",
+    cluster: Annotated[
+        str, typer.Option(help="The devices: 16384xH100:8,ib400; or a YAML file.", show_default=False)
+    ] = "",
     tokens: Annotated[int | None, typer.Option(min=1, max=10**9, help="Of a sequence; default: 4096.")] = None,
     batch: Annotated[
         int | None, typer.Option(min=1, help="Sequences of a step; default: 4 million tokens or more.")
@@ -249,7 +254,9 @@ def simulate(
     oversubscribed: Annotated[
         float, typer.Option(min=1, help="How many times less the spine carries than all ports.")
     ] = 1.0,
-    weeks: Annotated[float | None, typer.Option(min=0, help="Simulate so many weeks with failures, too.")] = None,
+    weeks: Annotated[
+        float | None, typer.Option(min=0, max=1000, help="Simulate so many weeks with failures, too.")
+    ] = None,
     mtbf: Annotated[float, typer.Option(help="Of a device, mean hours between failures.")] = 50_000.0,
     every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: as many as cost least.")] = 0,
     checkpoint_s: Annotated[float, typer.Option(min=0, help="Seconds that a checkpoint holds up training.")] = 30.0,
@@ -279,6 +286,8 @@ def simulate(
 
     if not cluster:
         raise ConfigurationError("simulate needs --cluster: the devices, for example 64xH100:8,ib400")
+    if weeks is None and (elastic or spares):
+        raise ConfigurationError(f"{'--elastic' if elastic else '--spares'} is for a run of weeks; give --weeks too")
     devices = read_cluster(cluster)
     question = _question(model, division or [], devices, tokens, batch, framework, None)
     chosen = make(question, advised=False).best[0]

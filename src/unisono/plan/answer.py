@@ -7,6 +7,8 @@ from unisono.plan.division import Division
 from unisono.plan.hardware import GIB
 from unisono.plan.planner import FASTER, Candidate, Plan, words
 
+NOTICED = 0.001
+"""Of a step: smaller differences are not told."""
 BAR = 40
 """Characters of a whole bar."""
 TRILLION = 10**12
@@ -168,8 +170,9 @@ def _trades(plan: Plan) -> list[str]:
         more = max(shifts, key=lambda reason: shifts[reason])
         less = min(shifts, key=lambda reason: shifts[reason])
         said = [f"{one.step_s / best.step_s - 1:+.1%} time"]
-        said += [f"{more} {shifts[more]:+.3g} s"] if shifts[more] > 0 else []
-        said += [f"{less} {shifts[less]:+.3g} s"] if shifts[less] < 0 else []
+        least = NOTICED * best.step_s
+        said += [f"{more} {shifts[more]:+.3g} s"] if shifts[more] > least else []
+        said += [f"{less} {shifts[less]:+.3g} s"] if shifts[less] < -least else []
         room = (one.needed_bytes - best.needed_bytes) / GIB
         lines.append(f"  {number}: {', '.join(said)}, {room:+.1f} GiB")
     return lines

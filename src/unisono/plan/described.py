@@ -4,6 +4,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from unisono.plan.hardware import GB, GIB, LINKS, TERA, Cluster, Device, Link, c
 HERE = "here"
 """The device that ``unisono doctor --measure`` has stored."""
 KEYS = ("device", "nodes", "within", "between")
-DEVICE_KEYS = ("name", "memory_gib", "memory_gb_per_s", "tflops", "tflops_8bit", "link")
+DEVICE_KEYS = ("name", "memory_gib", "memory_gb_per_s", "tflops", "tflops_8bit", "link", "node")
+LINK_KEYS = ("gb_per_s",)
 
 
 def profile_path() -> Path:
@@ -33,20 +35,24 @@ def read_cluster(text: str) -> Cluster:
     if text.endswith((".yaml", ".yml")):
         return _of_file(Path(text))
     if f"x{HERE}" in text.replace(" ", ""):
-        return cluster(text, {HERE: measured()})
+        own, within = measured()
+        found = cluster(text, {HERE: own})
+        return replace(found, within=within or found.within)
     return cluster(text)
 
 
-def measured() -> Device:
-    """This machine, as it was measured.
+def measured() -> tuple[Device, Link | None]:
+    """This machine, as it was measured, and the way between two of its workers.
 
     Raises:
         ConfigurationError: where it has not been.
     """
     path = profile_path()
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["device"]
-        return _own_device(found, str(path))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        passed = found.get("between_bytes_per_s")
+        way = Link("shared memory", float(passed), str(path)) if passed else None
+        return _own_device(found["device"], str(path)), way
     except OSError as error:
         raise ConfigurationError(
             f"there is no measured machine at {path}; make one with unisono doctor --measure"
@@ -70,7 +76,8 @@ def _of_file(path: Path) -> Cluster:
     sizes: list[int] = [nodes] if isinstance(nodes, int) else nodes if isinstance(nodes, list) else []
     if not sizes or not all(type(size) is int and size > 0 for size in sizes):
         raise ConfigurationError(f"{path}: nodes is {nodes!r}; give the devices of each node, for example [8, 8, 4]")
-    given = found.get("device")
+    if (given := found.get("device")) is None:
+        raise ConfigurationError(f"{path}: device is missing; give a name such as H100, or {', '.join(DEVICE_KEYS)}")
     own = _own_device(given, str(path)) if isinstance(given, Mapping) else device(str(given))
     within = _link(found["within"], path) if "within" in found else LINKS[own.link]
     between = _link(found.get("between", "ib400"), path)
@@ -85,20 +92,15 @@ def _own_device(found: Mapping[str, Any], where: str) -> Device:
         raise ConfigurationError(f"{where}: {unknown[0]!r} is no figure of a device; use {', '.join(DEVICE_KEYS)}")
     memory, rate, tflops = (_positive(found, key, where) for key in ("memory_gib", "memory_gb_per_s", "tflops"))
     eighth = _positive(found, "tflops_8bit", where) if found.get("tflops_8bit") else 0.0
-    name = str(found.get("name", "own"))
-    return Device(
-        name,
-        round(memory * GIB),
-        rate * GB,
-        tflops * TERA,
-        eighth * TERA,
-        link(str(found.get("link", "pcie4"))).name,
-        where,
-    )
+    name, near = str(found.get("name", "own")), link(str(found.get("link", "pcie4"))).name
+    node = round(_positive(found, "node", where)) if "node" in found else 8
+    return Device(name, round(memory * GIB), rate * GB, tflops * TERA, eighth * TERA, near, where, node)
 
 
 def _link(found: object, path: Path) -> Link:
     if isinstance(found, Mapping):
+        if unknown := [key for key in found if key not in LINK_KEYS]:
+            raise ConfigurationError(f"{path}: {unknown[0]!r} is no figure of a link; use {', '.join(LINK_KEYS)}")
         return Link("described", _positive(found, "gb_per_s", str(path)) * GB, str(path))
     return link(str(found))
 

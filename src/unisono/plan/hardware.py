@@ -173,7 +173,10 @@ def cluster(text: str, more: Mapping[str, Device] | None = None) -> Cluster:
     node = int(found[3]) if found[3] else min(own.node, count)
     between = link(found[4] or FABRIC)
     if count < 1 or node < 1 or count % node:
-        raise ConfigurationError(f"{count} devices make no whole nodes of {node}; give other numbers")
+        raise ConfigurationError(
+            f"{count} devices make no whole nodes of {node}; say how many a node has, as in 12xH100:4, or describe "
+            "uneven nodes in a YAML file"
+        )
     return Cluster(own, count, node, LINKS[own.link], between)
 
 

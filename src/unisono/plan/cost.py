@@ -29,6 +29,9 @@ REASONS = (
     "other",
 )
 """Why a step takes its time."""
+ALIGNED, MISALIGNED = 8, 10
+"""Numbers of 16 bits that tensor cores take at once (NVIDIA, "Matrix multiplication background"), and how much longer
+products of other widths take: BLOOM's authors trained with heads of 104, 108 and 112 (chronicles, "NHEADs")."""
 SHARPNESS = 4
 """Of the greater of two times that do not quite exclude each other."""
 ENDS_LAUNCHES = 2
@@ -199,6 +202,8 @@ def _beside(jobs: Jobs, constants: Constants) -> Column:
 def _attention(jobs: Jobs, constants: Constants) -> Column:
     """Of a layer's forward: fused, half of the scores is never computed; unfused, they go through memory."""
     products = 4 * jobs.own_tokens * jobs.tokens * jobs.query / jobs.tensor
+    odd = np.mod(jobs.query / jobs.heads, ALIGNED) > 0  # unfused, such products miss the tensor cores
+    products = np.where((jobs.unfused > 0) & odd, MISALIGNED, 1) * products
     moved = HALF * 5 * jobs.heads * jobs.own_tokens * jobs.tokens / jobs.tensor
     unfused = products / (jobs.slow_flops * constants.matmul) + moved / (jobs.memory_bytes_per_s * constants.attention)
     return np.where(jobs.unfused > 0, unfused, products / 2 / (jobs.slow_flops * constants.attention))

@@ -167,11 +167,13 @@ def _model(row: _Row) -> Transformer:
 
 
 def _heads(hidden: int, tensor: int) -> int:
-    """As many as make heads of nearly `HEAD_WIDTH`, and can be divided.
+    """As many as GPT-3 has, where a model is as wide as that; else as many as make heads of nearly `HEAD_WIDTH`.
 
-    >>> _heads(14400, 8), _heads(4096, 1)
-    (120, 32)
+    >>> _heads(14400, 8), _heads(14336, 8), _heads(4096, 1)
+    (96, 112, 32)
     """
+    if hidden >= NAMED["gpt:175b"].hidden and hidden % (most := NAMED["gpt:175b"].heads) == 0 and most % tensor == 0:
+        return most
     fitting = [count for count in range(tensor, hidden + 1, tensor) if hidden % count == 0] or [1]
     return min(fitting, key=lambda count: abs(math.log(hidden / count / HEAD_WIDTH)))
 

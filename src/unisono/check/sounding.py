@@ -90,6 +90,7 @@ class _Watch:
         self._rounds: list[tuple[list[float], list[float]]] = []
         self._ahead: list[tuple[str, float]] = []
         self._back: list[tuple[str, float]] = []
+        self._turned = 0.0
         for path in set(self._paths):
             module = modules[path]
             module.register_forward_pre_hook(lambda _m, _i, path=path: self._ahead.append((path, time.perf_counter())))

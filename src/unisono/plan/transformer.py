@@ -132,16 +132,6 @@ class Transformer:
         """Of a forward that leaves out what causal attention masks: about half of it."""
         return self.forward_flops(tokens) - self.attention_flops(tokens) // 2
 
-    def step_flops(self, sequences: int, tokens: int, *, again: bool = False) -> int:
-        """Operations of a step over so many sequences.
-
-        Arguments:
-            again: layers are computed once more in the backward (full recomputation).
-        """
-        forward = self.forward_flops(tokens)
-        layers = forward - 2 * tokens * self.hidden * self.vocab
-        return sequences * ((1 + BACKWARD) * forward + (layers if again else 0))
-
 
 def _gpt(name: str, layers: int, hidden: int, heads: int) -> Transformer:
     """As Megatron trains it: learned positions, a vocabulary of a round number."""

@@ -134,4 +134,5 @@ def test_this_machine_is_measured(launcher: LocalLauncher, tmp_path: Path) -> No
     found = {finding.name: finding.text for finding in measure(launcher, tmp_path / "machine.json")}
     stored = json.loads((tmp_path / "machine.json").read_text())
     assert stored["device"]["tflops"] > 0 and stored["between_bytes_per_s"] > 0
+    assert stored["device"]["memory_gb_per_s"] > 0 and all(one["tflops"] > 0 for one in stored["measured"]["products"])
     assert "GB/s" in found["memory rate"] and "xhere is this machine" in found["stored"]

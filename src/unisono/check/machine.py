@@ -20,6 +20,7 @@ SHAPES = ((64, 512, 512), (256, 512, 512), (1024, 512, 512), (1024, 2048, 2048),
 """(rows, inner, outer); the last for devices alone."""
 ENOUGH_S = 0.3
 """Of repetitions of one thing."""
+REPEATED = 3
 COPIED_BYTES = 1 << 28
 PASSES = 6
 
@@ -82,9 +83,10 @@ def rates() -> dict[str, Any]:
 
 def _seconds(work: Callable[[], Tensor]) -> float:
     """Of one repetition, the least of many."""
-    least, until = float("inf"), time.monotonic() + ENOUGH_S
     work()
-    while time.monotonic() < until:
+    least, count, until = float("inf"), 0, time.monotonic() + ENOUGH_S
+    while count < REPEATED or time.monotonic() < until:
+        count += 1
         begin = time.perf_counter()
         work()
         if torch.cuda.is_available():

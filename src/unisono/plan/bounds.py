@@ -86,7 +86,7 @@ class Bounds:
                 f"the state alone takes {fewest} of them"
                 + ("" if self.fits else f": {self.cluster.devices} cannot train it, however they divide it"),
                 f"at most {self.tokens_per_s:,.0f} tokens a second, at the devices' peak of "
-                f"{device.half_flops / 1e12:.0f} TFLOP/s in 16 bits",
+                f"{device.half_flops / 1e12:.3g} TFLOP/s in 16 bits",
             ]
         return "\n".join(lines)
 

@@ -54,7 +54,9 @@ FAR = 64
 FROZEN = "constants.json"
 DEFAULT = "default"
 MEASURED = "here"
-"""The device that ``unisono doctor --measure`` stores: its rates are not peaks."""
+"""The device that ``unisono doctor --measure`` stores."""
+REACHED = {"matmul": 1.0, "launch_s": 2e-4, "step_s": 2e-3}
+"""Of such a device: its rates are what products reach, and a processor launches its kernels itself."""
 KIN = {
     "H200": "H100",
     "H100-PCIe": "H100",
@@ -143,4 +145,4 @@ def calibration(known: Known, framework: str, device: str) -> Calibration:
         if name != DEFAULT and others:
             return known[max(others)]  # the newest by name: H100 rather than A100
     plain = known[f"{DEFAULT}/H100"]
-    return plain.but(matmul=1.0) if device == MEASURED else plain  # what was measured is what is reached
+    return plain.but(**REACHED) if device == MEASURED else plain

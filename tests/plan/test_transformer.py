@@ -43,6 +43,13 @@ def test_a_named_gpt_is_as_large_as_its_paper_says(name: str, billions: float) -
     )  # as it prints them
 
 
+def test_models_with_experts_are_as_large_as_their_checkpoints_but_for_norms_of_heads() -> None:
+    """Qwen3 has two vectors of a head's width in each layer, which are not counted."""
+    for name, published in (("qwen3:30b-a3b", 30_532_122_624), ("qwen3:235b-a22b", 235_093_634_560)):
+        model = NAMED[name]
+        assert model.parameters + 2 * model.head_width * model.layers == published
+
+
 @given(st.integers(1, 128), st.integers(1, 64), st.integers(1, 16), st.integers(1, 100), st.integers(1, 2048))
 def test_operations_are_those_of_megatrons_formula(
     layers: int, width: int, sequences: int, vocab: int, tokens: int

@@ -160,6 +160,22 @@ def _mixtral(name: str, layers: int, hidden: int, heads: int, ffn: int, vocab: i
     return replace(dense, experts=8, chosen=2, expert_ffn=ffn)
 
 
+def _sparse(
+    name: str,
+    layers: int,
+    hidden: int,
+    heads: int,
+    kv_heads: int,
+    width: int,
+    experts: tuple[int, int, int],
+    vocab: int,
+) -> Transformer:
+    """With experts in all layers: how many, how many a token passes, and their width."""
+    count, chosen, ffn = experts
+    dense = Transformer(name, layers, hidden, heads, kv_heads, chosen * ffn, vocab, head_width=width)
+    return replace(dense, experts=count, chosen=chosen, expert_ffn=ffn)
+
+
 NAMED: Mapping[str, Transformer] = {
     model.name: model
     for model in (
@@ -187,6 +203,10 @@ NAMED: Mapping[str, Transformer] = {
         # Jiang et al., "Mixtral of experts", 2024, table 1, and the configuration of 8x22B
         _mixtral("mixtral:8x7b", 32, 4096, 32, 14336, 32_000),
         _mixtral("mixtral:8x22b", 56, 6144, 48, 16384, 32_768),
+        # Yang et al., "Qwen3 technical report", 2025, table 2, and the configurations; OpenAI, gpt-oss model card, 2025
+        _sparse("qwen3:30b-a3b", 48, 2048, 32, 4, 128, (128, 8, 768), 151_936),
+        _sparse("qwen3:235b-a22b", 94, 4096, 64, 4, 128, (128, 8, 1536), 151_936),
+        _sparse("gpt-oss:120b", 36, 2880, 64, 8, 64, (128, 4, 2880), 201_088),
     )
 }
 """By name."""

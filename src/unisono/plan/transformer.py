@@ -161,18 +161,16 @@ def _mixtral(name: str, layers: int, hidden: int, heads: int, ffn: int, vocab: i
 
 
 def _sparse(
-    name: str,
-    layers: int,
-    hidden: int,
-    heads: int,
-    kv_heads: int,
-    width: int,
-    experts: tuple[int, int, int],
-    vocab: int,
+    name: str, layers: int, hidden: int, heads: tuple[int, int, int], experts: tuple[int, int, int], vocab: int
 ) -> Transformer:
-    """With experts in all layers: how many, how many a token passes, and their width."""
-    count, chosen, ffn = experts
-    dense = Transformer(name, layers, hidden, heads, kv_heads, chosen * ffn, vocab, head_width=width)
+    """With experts in all layers.
+
+    Arguments:
+        heads: of queries, of keys and values, and their width.
+        experts: how many, how many of them a token passes, and their width.
+    """
+    (queries, keys, width), (count, chosen, ffn) = heads, experts
+    dense = Transformer(name, layers, hidden, queries, keys, chosen * ffn, vocab, head_width=width)
     return replace(dense, experts=count, chosen=chosen, expert_ffn=ffn)
 
 
@@ -204,9 +202,9 @@ NAMED: Mapping[str, Transformer] = {
         _mixtral("mixtral:8x7b", 32, 4096, 32, 14336, 32_000),
         _mixtral("mixtral:8x22b", 56, 6144, 48, 16384, 32_768),
         # Yang et al., "Qwen3 technical report", 2025, table 2, and the configurations; OpenAI, gpt-oss model card, 2025
-        _sparse("qwen3:30b-a3b", 48, 2048, 32, 4, 128, (128, 8, 768), 151_936),
-        _sparse("qwen3:235b-a22b", 94, 4096, 64, 4, 128, (128, 8, 1536), 151_936),
-        _sparse("gpt-oss:120b", 36, 2880, 64, 8, 64, (128, 4, 2880), 201_088),
+        _sparse("qwen3:30b-a3b", 48, 2048, (32, 4, 128), (128, 8, 768), 151_936),
+        _sparse("qwen3:235b-a22b", 94, 4096, (64, 4, 128), (128, 8, 1536), 151_936),
+        _sparse("gpt-oss:120b", 36, 2880, (64, 8, 64), (128, 4, 2880), 201_088),
     )
 }
 """By name."""

@@ -100,6 +100,13 @@ def test_a_layout_is_chosen_and_trained(launcher: LocalLauncher) -> None:
     assert said[-1].startswith("layout: auto") and "ms" in said[-1]
 
 
+def test_a_resumed_run_divides_layers_as_before(launcher: LocalLauncher) -> None:
+    found = settled(launcher, config(layout="auto"), 2, before=Layout(tensor=2))
+    assert found.layout.tensor == 2
+    with pytest.raises(ConfigurationError, match="no layout of 2 workers divides layers by 3, as the run did"):
+        settled(launcher, config(layout="auto"), 2, before=Layout(tensor=3))
+
+
 def test_no_layout_fits_a_small_machine(launcher: LocalLauncher) -> None:
     tight = config(layout={"auto": True, "memory_gib": 0.001})
     with pytest.raises(ConfigurationError, match=r"no layout of 1 workers fits: the smallest needs .* and there are"):

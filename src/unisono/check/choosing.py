@@ -228,15 +228,27 @@ def numbers_of_workers(most: int) -> list[int]:
 
 
 def choose(
-    launcher: Launcher, config: Config, most: int, say: Callable[[str], None] | None = None
+    launcher: Launcher,
+    config: Config,
+    most: int,
+    say: Callable[[str], None] | None = None,
+    tensor: int | None = None,
 ) -> tuple[Prospect, list[Prospect]]:
     """The fastest layout that fits this machine, and all that can be, the fastest first.
+
+    Arguments:
+        tensor: workers that divide each layer; None: any number.
 
     Raises:
         ConfigurationError: where none fits, or what is to be trained cannot be measured so.
     """
     refuse_what_is_not_measured(config)
-    possible = [layout for layout in candidates(config, most) if is_possible(config, layout)]
+    possible = [layout for layout in candidates(config, most) if tensor in (None, layout.tensor)]
+    possible = [layout for layout in possible if is_possible(config, layout)]
+    if not possible:
+        raise ConfigurationError(
+            f"no layout of {most} workers divides layers by {tensor}, as the run did; give a layout"
+        )
     for recompute in ("none", "selective", "full"):
         tried = [layout.model_copy(update={"recompute": recompute}) for layout in possible]
         if say is not None:
@@ -282,16 +294,25 @@ def is_possible(config: Config, layout: Layout) -> bool:
 
 
 def settled(
-    launcher: Launcher, config: Config, workers: int | None, say: Callable[[str], None] | None = None
+    launcher: Launcher,
+    config: Config,
+    workers: int | None,
+    say: Callable[[str], None] | None = None,
+    before: Layout | None = None,
 ) -> Config:
     """A configuration whose layout is chosen here, for as many workers as are given or there are cores for.
 
-    Any layout goes on with any checkpoint, so a run that is resumed may have another one.
+    Arguments:
+        before: of the run that is resumed: layers are divided among as many workers again, for the same bits.
 
     Raises:
         ConfigurationError: where a device is asked for, or no layout fits.
     """
-    best, found = choose(launcher, config, workers or most_workers(config), say)
+    best, found = choose(
+        launcher, config, workers or most_workers(config), say, None if before is None else before.tensor
+    )
     if say is not None:
         say("\n".join(["layout: auto", *(one.as_text() for one in found[:SHOWN]), ""]))
+        if best.layout.tensor > 1:
+            say(f"layers are divided: the bits are those of tensor={best.layout.tensor}, whatever else the layout is\n")
     return config.model_copy(update={"layout": best.layout})

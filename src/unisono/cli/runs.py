@@ -74,7 +74,10 @@ def train(
                 raise ConfigurationError("layout: auto is for a number of workers on one host, so far; give a layout")
             from unisono.check.choosing import settled
 
-            settings = settled(launcher, settings, wanted, None if as_json else typer.echo)
+            before = None
+            if resume:
+                before = load(next_run_dir(settings.run_dir, settings.task, resume=True) / "config.yaml").layout
+            settings = settled(launcher, settings, wanted, None if as_json else typer.echo, before)
             wanted = None
         elastic = None
         if here.nodes > 1:

@@ -105,8 +105,7 @@ def sound(launcher: Launcher, config: Config, layouts: Iterable[Layout]) -> Soun
     single, wanted = Layout(data=1), list(layouts)
     _, found = prepared_without_values(config.model_copy(update={"layout": single}), 1)
     base, first = bare(config, single), _steps(launcher, config, single, 1)
-    target = {"call": "unisono.check.sounding:units", "arguments": {"config": base}}
-    unit = launcher.run(target, 1, output=STANDARD_ERROR).results[0]
+    unit = _measured(launcher, "units", {"config": base}, 1)
     compute = {(1, "none"): first["compute"] / config.micro_batches}
     for layout in wanted:
         key = (layout.tensor, layout.recompute)
@@ -151,9 +150,16 @@ def _busiest(config: Config, layout: Layout, known: Sounding) -> float:
 
 
 def _steps(launcher: Launcher, config: Config, layout: Layout, workers: int) -> dict[str, float]:
-    arguments = {"config": bare(config, layout), "count": TRIED}
-    target = {"call": "unisono.check.sounding:steps", "arguments": arguments}
-    return dict(launcher.run(target, workers, output=STANDARD_ERROR).results[0])
+    return dict(_measured(launcher, "steps", {"config": bare(config, layout), "count": TRIED}, workers))
+
+
+def _measured(launcher: Launcher, what: str, arguments: dict[str, Any], workers: int) -> Any:
+    """What the first worker found; a measurement that is interrupted ends the command."""
+    target = {"call": f"unisono.check.sounding:{what}", "arguments": arguments}
+    ending = launcher.run(target, workers, output=STANDARD_ERROR)
+    if ending.interrupted or ending.preempted:
+        raise KeyboardInterrupt
+    return ending.results[0]
 
 
 def prospect(config: Config, layout: Layout, known: Sounding, workers: int | None = None) -> Prospect:

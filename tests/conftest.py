@@ -4,10 +4,14 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 from unisono.launch.local import LocalLauncher
+
+hypothesis.settings.register_profile("patient", deadline=None)  # other work on the machine is no defect
+hypothesis.settings.load_profile("patient")
 
 
 @pytest.fixture(autouse=True, scope="session")

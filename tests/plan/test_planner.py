@@ -32,7 +32,7 @@ def question(name: str, devices: str, tokens: int = 4096, **fixed: Any) -> Quest
     return Question(NAMED[name], tokens, found, default_sequences(found, tokens), known, fixed)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.sampled_from(["llama2:7b", "llama3:8b", "gpt:22b", "llama3:70b", "mixtral:8x7b", "gpt:175b"]),
     st.sampled_from(["8xH100", "64xH100", "256xA100-80", "32xA100-40:8,ethernet25", "1024xH100:8", "16xB200"]),

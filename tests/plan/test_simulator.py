@@ -61,7 +61,7 @@ def test_times_are_those_of_the_executors_timetables(schedule: str, virtual: int
     assert found.computed_s == pytest.approx(0.012 * timed.total)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     st.sampled_from(SCHEDULES),
     st.sampled_from([1, 2, 4]),

@@ -67,7 +67,7 @@ def test_states_are_divided_as_in_zero(zero: int, share: str) -> None:
 
 @given(st.sampled_from(sorted(NAMED)), st.integers(1, 24), st.sampled_from([1, 2, 4, 8]))
 def test_stages_have_all_parameters_between_them(name: str, pipeline: int, tensor: int) -> None:
-    """And tied ones twice, where the first and the last stage are two; keys and values as often as devices need them."""
+    """And tied ones twice, where first and last stage are two; keys and values as often as devices need them."""
     model, division = NAMED[name], Division(pipeline=pipeline, tensor=tensor)
     found = sum(stage_bytes(model, 1, division, stage)["parameters"] for stage in range(pipeline)) * tensor / 2
     twice = model.vocab * model.hidden if model.tied and pipeline > 1 else 0

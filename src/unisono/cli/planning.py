@@ -78,8 +78,9 @@ def plan(
 
     Of a configuration: its layout's stages, how long workers wait, and the memory of each. Of a model by its name or
     numbers, on a --cluster: the best divisions of all; what KEY=VALUE give (tensor, pipeline, data, context, expert,
-    zero, shard, micro_batch, micro_batches, sequence, recompute, attention, virtual, schedule, period) stays as given.
-    predict judges runs that are rows of a file.
+    zero, shard, micro_batch, micro_batches, sequence, recompute, attention, virtual, schedule, period) stays as given:
+    zero 0 to 3, sequence true or false, recompute none, selective or full, attention flash or unfused, schedule 1f1b,
+    gpipe, interleaved, zb_h1 or zb_v, numbers from 1 for the others. predict judges runs that are rows of a file.
 
     Example: unisono plan configs/lm.yaml layout.pipeline=2 layout.data=2 layout.recompute=full --profile
 

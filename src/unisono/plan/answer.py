@@ -13,8 +13,8 @@ BAR = 40
 """Characters of a whole bar."""
 TRILLION = 10**12
 HOUR_S = 3600.0
-OURS = ("data", "pipeline", "tensor", "zero", "schedule", "virtual", "recompute", "sequence")
-"""Parts of a division that a configuration of ours has."""
+OURS = ("pipeline", "tensor", "zero", "schedule", "virtual", "recompute", "sequence")
+"""Parts of a division that a configuration of ours has, beside data."""
 
 
 def as_dict(plan: Plan, price: float | None = None) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def layout(division: Division) -> dict[str, Any]:
     """
     found: dict[str, Any] = {"data": division.data}
     names = {"virtual": "virtual_stages", "sequence": "sequence_parallel"}
-    for name in OURS[1:]:
+    for name in OURS:
         value, plain = getattr(division, name), getattr(Division(), name)
         if value != plain and not (name == "virtual" and division.schedule == "zb_v"):
             found[names.get(name, name)] = value

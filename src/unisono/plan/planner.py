@@ -135,7 +135,7 @@ def plan(question: Question, *, pruned: bool = True, advised: bool = True) -> Pl
     if pruned:
         fits &= ~_needlessly_recomputing(jobs, fits)
     order = np.lexsort((_complexity(jobs), np.round(seconds, 9)))
-    rows = _different(jobs, order[fits[order]], seconds)
+    rows = _different(jobs, order[fits[order]])
     best = tuple(candidate(question, division_of(jobs, row, _attention(question))) for row in rows)
     changes = _changes(question, best[0].step_s) if advised else ()
     return Plan(question, best, len(jobs), int(fits.sum()), changes)
@@ -182,7 +182,7 @@ def _complexity(jobs: Jobs) -> Column:
     )
 
 
-def _different(jobs: Jobs, order: np.ndarray[Any, np.dtype[np.intp]], seconds: Column) -> list[int]:
+def _different(jobs: Jobs, order: np.ndarray[Any, np.dtype[np.intp]]) -> list[int]:
     """The first rows, of which each differs from those before in more than its timetable or how states are shared."""
     seen: set[tuple[float, ...]] = set()
     rows: list[int] = []

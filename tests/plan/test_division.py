@@ -137,6 +137,7 @@ def test_experts_are_divided_among_their_devices() -> None:
         (["tenser=8"], r"'tenser' is no part of a division; did you mean tensor\?"),
         (["tensor=0"], "tensor is '0'; give a number from 1"),
         (["zero=4"], "zero is '4'; give 0 to 3"),
+        (["shard=all"], "shard is 'all'; give a number, or 0 for all replicas"),
         (["recompute=some"], "recompute is 'some'; give none or selective or full"),
         (["sequence=1"], "sequence is '1'; give true or false"),
         (["tensor=7"], "tensor is 7, which does not divide the 64 heads"),

@@ -112,6 +112,7 @@ def test_twice_the_memory_never_slows_down() -> None:
         ("mixtral:8x7b", "16xH100", {"expert": 8}),
         ("mixtral:8x7b", "16xH100", {"expert": 2, "pipeline": 4}),
         ("llama3:8b", "16xH100", {"zero": 3, "shard": 4}),
+        ("llama3:8b", "64xH100:8", {"zero": 3, "shard": 0}),
         ("llama3:8b", "16xH100", {"period": 50}),
         ("llama3:8b", "12xH100:4", {}),
         ("gpt:1.7b", "7xH100:7", {}),

@@ -204,7 +204,6 @@ def _paste(best: Candidate) -> list[str]:
     ]
     foreign = [name for name in ("context", "expert", "period", "shard") if getattr(best.division, name) > 1]
     if foreign:
-        lines.append(
-            f"  # {' and '.join(foreign)}: planned, not yet trained by this library; give {foreign[0]}=1 to leave out"
-        )
+        without = " ".join(f"{name}={getattr(Division(), name)}" for name in foreign)
+        lines.append(f"  # {' and '.join(foreign)}: planned, not yet trained by this library; without: {without}")
     return lines

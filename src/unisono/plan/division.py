@@ -104,7 +104,8 @@ def given(words: Sequence[str]) -> dict[str, Any]:
                 raise ConfigurationError(f"{key} is {value!r}; give {' or '.join(_CHOICES[key])}")
             found[key] = value == "true" if key == "sequence" else value
         elif not is_number(value) or (int(value) > 3 if key == "zero" else int(value) < (key != "shard")):
-            raise ConfigurationError(f"{key} is {value!r}; give {'0 to 3' if key == 'zero' else 'a number from 1'}")
+            allowed = {"zero": "0 to 3", "shard": "a number, or 0 for all replicas"}.get(key, "a number from 1")
+            raise ConfigurationError(f"{key} is {value!r}; give {allowed}")
         else:
             found[key] = int(value)
     return found

@@ -71,8 +71,12 @@ def _timetables(model: Transformer, p: int, fixed: Fixed, pruned: bool) -> list[
 
 def _shardings(data: int, node: int, t: int, fixed: Fixed) -> list[tuple[int, int]]:
     """Levels of ZeRO and sizes of groups; groups of a node beside groups of all, or those that are given."""
-    inside, given = max(1, node // t), fixed.get("shard") or 0
-    groups = {given} if given else {data, *([inside] if 1 < inside < data and data % inside == 0 else [])}
+    inside, given = max(1, node // t), fixed.get("shard")
+    groups = (
+        {given or data}
+        if given is not None
+        else {data, *([inside] if 1 < inside < data and data % inside == 0 else [])}
+    )
     found = [(0, data)]
     if data > 1:
         found += [

@@ -13,7 +13,7 @@ from unisono.plan.collectives import Group, group, pass_seconds, sum_seconds
 from unisono.plan.constants import FAR, Calibration, Constants
 from unisono.plan.division import SCHEDULES
 from unisono.plan.jobs import Column, Jobs
-from unisono.plan.usage import HALF, Habits, expert_share, is_recomputing, own_elements, stage_layers
+from unisono.plan.usage import HALF, Habits, alike, expert_share, is_recomputing, own_elements, shards, stage_layers
 
 REASONS = (
     "compute",
@@ -246,7 +246,7 @@ def _replicas(jobs: Jobs, size: Column) -> Group:
 
 def _gathers(jobs: Jobs, known: Calibration, compute: Column) -> Column:
     """ZeRO-3: a layer's parameters are gathered twice, its gradients scattered, beside its neighbours' computation."""
-    shard, shard_of_experts = _shards(jobs)
+    shard, shard_of_experts = shards(jobs)
     moved = 2 * HALF + known.habits.exchanged_bytes
 
     def of(elements: Column, members: Column) -> Column:
@@ -255,17 +255,6 @@ def _gathers(jobs: Jobs, known: Calibration, compute: Column) -> Column:
     seconds = of(jobs.layer_elements / jobs.tensor, shard)
     seconds = seconds + of(jobs.expert_elements / jobs.expert_ways, shard_of_experts)
     return np.where((jobs.zero == 3) & (shard > 1), hidden_behind(compute, seconds, known.constants.overlap), 0)
-
-
-def _alike(jobs: Jobs) -> Column:
-    """Devices that have the same experts."""
-    return np.maximum(1, jobs.data * jobs.context * jobs.tensor / jobs.expert_ways)
-
-
-def _shards(jobs: Jobs) -> tuple[Column, Column]:
-    """Devices that divide a state, and those that divide that of experts."""
-    shard = np.maximum(1, np.minimum(jobs.shard, jobs.data * jobs.context))
-    return shard, np.minimum(shard, _alike(jobs))
 
 
 def _passing(jobs: Jobs, constants: Constants) -> Column:
@@ -284,7 +273,7 @@ def _gradients(jobs: Jobs, known: Calibration, slot: Column) -> Column:
     """
     habits, every = known.habits, jobs.data * jobs.context
     own, experts = _first_elements(jobs, habits)
-    seconds = _replicated(jobs, known, own, every) + _replicated(jobs, known, experts, _alike(jobs))
+    seconds = _replicated(jobs, known, own, every) + _replicated(jobs, known, experts, alike(jobs))
     scatters = np.where(jobs.zero == 2, jobs.micro_batches, 1)
     hidden = np.zeros(4)
     hidden[list(habits.hides_gradients)] = known.constants.overlap
@@ -304,7 +293,7 @@ def _replicated(jobs: Jobs, known: Calibration, elements: Column, replicas: Colu
 
 
 def _update(jobs: Jobs, known: Calibration) -> Column:
-    (own, experts), (shard, shard_of_experts) = _first_elements(jobs, known.habits), _shards(jobs)
+    (own, experts), (shard, shard_of_experts) = _first_elements(jobs, known.habits), shards(jobs)
     share = np.where(jobs.zero > 0, own / shard + experts / shard_of_experts, own + experts)
     return known.constants.update_bytes * share / jobs.memory_bytes_per_s
 

@@ -115,6 +115,17 @@ def in_flight(jobs: Jobs, stage: Column) -> Column:
     return np.asarray(np.minimum(m, np.choose(jobs.schedule.astype(int), kept)))
 
 
+def alike(jobs: Jobs) -> Column:
+    """Devices that have the same experts."""
+    return np.maximum(1, jobs.data * jobs.context * jobs.tensor / jobs.expert_ways)
+
+
+def shards(jobs: Jobs) -> tuple[Column, Column]:
+    """Devices that divide a state, and those that divide that of experts."""
+    shard = np.maximum(1, np.minimum(jobs.shard, jobs.data * jobs.context))
+    return shard, np.minimum(shard, alike(jobs))
+
+
 def own_elements(jobs: Jobs, stage: Column, habits: Habits = PLAIN) -> Column:
     """Parameters of a device of a stage (from 0), before replicas divide anything."""
     is_last: Mask = np.asarray(stage == jobs.pipeline - 1)
@@ -138,13 +149,13 @@ def stage_bytes(jobs: Jobs, stage: Column, habits: Habits = PLAIN) -> dict[str, 
     """Bytes of a device of a stage (from 0), by kind."""
     is_last = stage == jobs.pipeline - 1
     own, experts = own_elements(jobs, stage, habits), expert_share(jobs, stage, habits)
-    replicas = np.maximum(1, np.minimum(jobs.shard, jobs.data * jobs.context))
-    alike = np.maximum(1, jobs.tensor * jobs.context * jobs.data / jobs.expert_ways)  # devices with the same experts
+    shard, shard_of_experts = shards(jobs)
     kinds: dict[str, Column] = {}
     for level, (kind, size) in zip((3, 2, 1), STATE_BYTES.items(), strict=True):
         bytes_each = habits.gradient_bytes if kind == "gradients" else size
-        divided = own / np.where(jobs.zero >= level, replicas, 1)
-        kinds[kind] = bytes_each * (divided + experts / np.where(jobs.zero >= level, np.minimum(replicas, alike), 1))
+        is_divided = jobs.zero >= level
+        divided = own / np.where(is_divided, shard, 1)
+        kinds[kind] = bytes_each * (divided + experts / np.where(is_divided, shard_of_experts, 1))
     layer = layer_bytes(jobs, habits)
     kinds["activations"] = stage_layers(jobs, stage, habits) * layer * in_flight(jobs, stage)
     ends = (2 * HALF * jobs.hidden + habits.logit_bytes * jobs.vocab) / jobs.tensor

@@ -93,11 +93,22 @@ def launcher() -> Any:
         yield found
 
 
-def test_a_layout_is_chosen_and_trained(launcher: LocalLauncher) -> None:
+def digest(launcher: LocalLauncher, settings: Config, run_dir: Path) -> str:
+    """Of what its workers have trained."""
+    own = settings.model_copy(update={"run_dir": str(run_dir)})
+    workers = (own.layout.data or 1) * own.layout.model_workers
+    arguments = {"config": own.model_dump(mode="json")}
+    return str(launcher.run({"call": "unisono.tasks.job:train", "arguments": arguments}, workers).result["digest"])
+
+
+def test_a_layout_is_chosen_and_trained(launcher: LocalLauncher, tmp_path: Path) -> None:
+    """What is chosen gives the bits that another number of replicas gives."""
     said: list[str] = []
-    found = settled(launcher, config(layout="auto"), 2, said.append)
+    found = settled(launcher, config(layout="auto", observe={"progress": False}), 2, said.append)
     assert not found.layout.auto and found.layout.data in (1, 2)
     assert said[-1].startswith("layout: auto") and "ms" in said[-1]
+    other = found.model_copy(update={"layout": Layout(data=3 - found.layout.data, tensor=found.layout.tensor)})
+    assert digest(launcher, found, tmp_path / "chosen") == digest(launcher, other, tmp_path / "other")
 
 
 def test_a_resumed_run_divides_layers_as_before(launcher: LocalLauncher) -> None:

@@ -93,15 +93,14 @@ def plan(
     Example: unisono plan configs/lm.yaml --measure
     """
     of_model = {"--cluster": cluster, "--tokens": tokens, "--batch": batch, "--price": price, "--picture": picture}
+    of_configuration = {"--workers": workers, "--profile": with_profile or None, "--measure": with_times or None}
     if compare is not None:
-        others = {"--workers": workers, "--profile": with_profile or None, "--measure": with_times or None}
-        _refuse({**of_model, **others, "--rows": rows, "CONFIG.yaml": config}, "a plan without --compare")
+        _refuse({**of_model, **of_configuration, "--rows": rows, "CONFIG.yaml": config}, "a plan without --compare")
         _compare(compare, as_json)
         return
     if config is None:
         raise ConfigurationError("plan needs CONFIG.yaml, a model, predict, or --compare RUN_DIR")
     if config == "predict":
-        of_configuration = {"--workers": workers, "--profile": with_profile or None, "--measure": with_times or None}
         own = framework if framework != "default" else None
         _refuse({**of_model, **of_configuration, "--framework": own}, "a model or a configuration")
         _refuse({word: word for word in overrides or []}, "a model or a configuration")
@@ -114,7 +113,6 @@ def plan(
             return
         _say_of_configuration(Path(config), overrides or [], workers, with_profile, as_json)
     else:
-        of_configuration = {"--workers": workers, "--profile": with_profile or None, "--measure": with_times or None}
         _refuse({**of_configuration, "--rows": rows}, "a configuration or predict")
         asked = _Asked(cluster, tokens, batch, framework, price, picture, calibrate)
         _say_of_model(config, overrides or [], asked, as_json)

@@ -247,9 +247,7 @@ class _Run:
             if kind == _COMPUTED:
                 self._computed(now, *what)  # type: ignore[misc]
             elif kind == _HANDED:
-                self._arrived(now, *what)  # type: ignore[misc]
-            elif kind == _PARTLY:
-                self._partly(now, *what)  # type: ignore[misc]
+                self._handed(now, *what)  # type: ignore[misc]
             else:
                 self._flowed(now, *what)  # type: ignore[misc]
         return self._finish()
@@ -302,9 +300,6 @@ class _Run:
             return
         members = range(self.work.team)
         ways = [(self._node(replica, worker, m), self._node(replica, there, m)) for m in members]
-        if all(a == b for a, b in ways):
-            self._push(now + self.work.message_bytes / self.wires.within, _HANDED, (replica, action, there))
-            return
         self.sent_bytes += self.counts[replica] * self.work.message_bytes * sum(a != b for a, b in ways)
         groups: dict[tuple[int, int], int] = {}
         for way in ways:
@@ -313,12 +308,12 @@ class _Run:
         flows = [(way, 1) for way, count in between for _ in range(count)] if self.separately else between
         self.missing[replica, action] = len(flows) + (len(between) < len(groups))
         if len(between) < len(groups):
-            self._push(now + self.work.message_bytes / self.wires.within, _PARTLY, (replica, action, there))
+            self._push(now + self.work.message_bytes / self.wires.within, _HANDED, (replica, action, there))
         for (a, b), alike in flows:
             links: tuple[Link, ...] = (("out", a), ("in", b), SPINE) if self.wires.spine else (("out", a), ("in", b))
             weights = {link: alike * (self.counts[replica] if link == SPINE else 1) for link in links}
             flow = Flow(links, weights, self.work.message_bytes, now)
-            self._let(now, flow, _PARTLY, (replica, action, there))
+            self._let(now, flow, _HANDED, (replica, action, there))
 
     def _let(self, now: float, flow: Flow, kind: int, what: tuple[Any, ...]) -> None:
         """A flow begins; when it ends, that happens."""
@@ -340,9 +335,9 @@ class _Run:
         if kind == _COMPUTED:
             self._computed(now, *what)
             return
-        self._partly(now, *what)
+        self._handed(now, *what)
 
-    def _partly(self, now: float, replica: int, action: Action, there: int) -> None:
+    def _handed(self, now: float, replica: int, action: Action, there: int) -> None:
         """What some members of a team were to get is there."""
         self.missing[replica, action] -= 1
         if not self.missing[replica, action]:
@@ -375,4 +370,4 @@ class _Run:
         )
 
 
-_COMPUTED, _HANDED, _FLOWED, _PARTLY = range(4)
+_COMPUTED, _FLOWED, _HANDED = range(3)

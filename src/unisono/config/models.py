@@ -14,7 +14,7 @@ Schedule = Literal["gpipe", "1f1b", "interleaved", "zb_h1", "zb_v"]
 
 
 class Layout(Section):
-    """Where the run is computed; it never changes the result. ``auto`` in its place: see there."""
+    """Where the run is computed; it never changes the result. ``layout: auto`` has it chosen."""
 
     auto: bool = Field(
         False,
